@@ -1,0 +1,214 @@
+//! Bytes between an application's socket and a stream of a tunnel, in both directions.
+//!
+//! Owns half-close, resets and back-pressure: an end of stream is passed on as one, a reset as a reset, and window is
+//! given back only when the application took the bytes. Never holds a buffer while nothing moves.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::rc::Rc;
+
+use ambit_net::relay::{BatchSize, Moved, reset};
+use bytes::{Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+/// Why carrying ended before both sides had finished.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryError {
+    /// The application's socket failed.
+    #[error("application socket: {0}")]
+    Application(#[source] io::Error),
+    /// The tunnel or the stream failed.
+    #[error("tunnel: {0}")]
+    Tunnel(#[source] h2::Error),
+}
+
+impl CarryError {
+    /// Whether one of the applications reset the connection, which is their affair and no failure of the mesh.
+    pub fn is_application_reset(&self) -> bool {
+        match self {
+            Self::Application(e) => {
+                matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+            }
+            Self::Tunnel(e) => e.is_reset() && e.reason() == Some(Reason::CANCEL),
+        }
+    }
+}
+
+/// From this size of a batch on a stream counts as bulk.
+const BULK: usize = 64 * 1024;
+/// Frames handed to the application in one call.
+const GATHER: usize = 8;
+
+/// Counts the bulk streams of a tunnel; each stream holds one mark.
+#[derive(Debug, Default)]
+pub struct BulkMark {
+    tunnel: Rc<Cell<usize>>,
+    marked: Cell<bool>,
+}
+
+impl BulkMark {
+    /// A mark in the count of a tunnel.
+    pub fn new(tunnel: Rc<Cell<usize>>) -> Self {
+        Self { tunnel, marked: Cell::new(false) }
+    }
+
+    fn saw(&self, batch: usize) {
+        // Once bulk, a stream stays so until it is done: it will be again.
+        if batch >= BULK && !self.marked.replace(true) {
+            self.tunnel.set(self.tunnel.get() + 1);
+        }
+    }
+
+    /// Whether the stream has been bulk.
+    pub fn marked(&self) -> bool {
+        self.marked.get()
+    }
+}
+
+impl Drop for BulkMark {
+    fn drop(&mut self) {
+        if self.marked.get() {
+            self.tunnel.set(self.tunnel.get() - 1);
+        }
+    }
+}
+
+/// The application's socket; unless both sides finished in order, dropping it resets the connection.
+struct Application {
+    stream: TcpStream,
+    finished: bool,
+}
+
+impl Drop for Application {
+    fn drop(&mut self) {
+        if !self.finished {
+            reset(&self.stream);
+        }
+    }
+}
+
+/// Carries until both sides have finished. Cancel-safe in this sense: dropping the future resets both sides.
+pub(crate) async fn carry(
+    app: TcpStream,
+    mut send: SendStream<Bytes>,
+    mut recv: RecvStream,
+    moved: &mut Moved,
+    bulk: &BulkMark,
+) -> Result<(), CarryError> {
+    let mut app = Application { stream: app, finished: false };
+    let result = {
+        let (mut from_app, mut to_app) = app.stream.split();
+        let Moved { sent, received } = moved;
+        let out = outwards(&mut from_app, &mut send, sent, bulk);
+        let back = inwards(&mut recv, &mut to_app, received, bulk);
+        tokio::try_join!(out, back).map(|_| ())
+    };
+    match &result {
+        Ok(()) => app.finished = true,
+        Err(_) => send.send_reset(Reason::CANCEL),
+    }
+    result
+}
+
+async fn outwards(
+    app: &mut ReadHalf<'_>,
+    send: &mut SendStream<Bytes>,
+    sent: &mut u64,
+    bulk: &BulkMark,
+) -> Result<(), CarryError> {
+    let mut batch = BatchSize::default();
+    loop {
+        tokio::select! {
+            ready = app.readable() => ready.map_err(CarryError::Application)?,
+            // The peer does not want more, or is gone: the application hears of it without having to write.
+            reason = poll_fn(|cx| send.poll_reset(cx)) => {
+                let reason = reason.map_err(CarryError::Tunnel)?;
+                return match reason {
+                    Reason::NO_ERROR => Ok(()),
+                    reason => Err(CarryError::Tunnel(reason.into())),
+                };
+            }
+        }
+        let mut buf = BytesMut::with_capacity(batch.get());
+        match app.try_read_buf(&mut buf) {
+            Ok(0) => {
+                send.send_data(Bytes::new(), true).map_err(CarryError::Tunnel)?;
+                return Ok(());
+            }
+            Ok(n) => {
+                batch.saw(n);
+                bulk.saw(n);
+                send_all(send, buf.freeze()).await?;
+                *sent += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(CarryError::Application(error)),
+        }
+    }
+}
+
+async fn send_all(send: &mut SendStream<Bytes>, mut data: Bytes) -> Result<(), CarryError> {
+    while !data.is_empty() {
+        send.reserve_capacity(data.len());
+        let granted = match poll_fn(|cx| send.poll_capacity(cx)).await {
+            Some(granted) => granted.map_err(CarryError::Tunnel)?,
+            // The stream is no longer sending: it was reset.
+            None => return Err(CarryError::Tunnel(Reason::CANCEL.into())),
+        };
+        let part = data.split_to(granted.min(data.len()));
+        if !part.is_empty() {
+            send.send_data(part, false).map_err(CarryError::Tunnel)?;
+        }
+    }
+    Ok(())
+}
+
+async fn inwards(
+    recv: &mut RecvStream,
+    app: &mut WriteHalf<'_>,
+    received: &mut u64,
+    bulk: &BulkMark,
+) -> Result<(), CarryError> {
+    let mut frames: Vec<Bytes> = Vec::new();
+    loop {
+        let Some(first) = recv.data().await else {
+            // The application may be gone already; then the other direction reports it.
+            let _ = app.shutdown().await;
+            return Ok(());
+        };
+        frames.clear();
+        frames.push(first.map_err(CarryError::Tunnel)?);
+        while frames.len() < GATHER {
+            match futures::FutureExt::now_or_never(recv.data()) {
+                Some(Some(frame)) => frames.push(frame.map_err(CarryError::Tunnel)?),
+                _ => break,
+            }
+        }
+        let total = frames.iter().map(Bytes::len).sum::<usize>();
+        write_all(app, &mut frames).await.map_err(CarryError::Application)?;
+        bulk.saw(total);
+        *received += total as u64;
+        recv.flow_control().release_capacity(total).map_err(CarryError::Tunnel)?;
+    }
+}
+
+async fn write_all(app: &mut WriteHalf<'_>, frames: &mut [Bytes]) -> io::Result<()> {
+    if let [one] = frames {
+        return app.write_all(one).await;
+    }
+    let slices: Vec<IoSlice<'_>> = frames.iter().map(|f| IoSlice::new(f)).collect();
+    let mut written = app.write_vectored(&slices).await?;
+    drop(slices);
+    for frame in frames {
+        let skip = written.min(frame.len());
+        written -= skip;
+        if skip < frame.len() {
+            app.write_all(&frame[skip..]).await?;
+        }
+    }
+    Ok(())
+}

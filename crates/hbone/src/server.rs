@@ -1,0 +1,150 @@
+//! Tunnels coming in: the HTTP/2 connection over a verified TLS stream, and the CONNECT requests in it.
+//!
+//! Owns the connection's end: drain by GOAWAY, the certificate's end, pings. Never decides on a request.
+
+use std::future::Future;
+use std::time::Duration;
+
+use ambit_net::relay::Moved;
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Ping, PingPong, RecvStream};
+use http::{HeaderValue, Method, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+use crate::carry::{BulkMark, CarryError, carry};
+use crate::headers::{Authority, ConnectHeaders, REASON};
+use crate::settings::Settings;
+
+/// A CONNECT request that waits for its answer.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Where it wants to go.
+    pub authority: Authority,
+    /// What else it says.
+    pub headers: ConnectHeaders,
+    respond: SendResponse<Bytes>,
+    body: RecvStream,
+}
+
+impl Incoming {
+    /// Refuses, saying why.
+    pub fn refuse(mut self, status: StatusCode, reason: &str) {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        if let Ok(reason) = HeaderValue::from_str(reason) {
+            response.headers_mut().insert(REASON, reason);
+        }
+        // The stream may be gone already; then nobody waits for the reason.
+        let _ = self.respond.send_response(response, true);
+    }
+
+    /// Answers 200 and carries the bytes of `app`, the connection to the destination.
+    pub async fn accept(
+        mut self,
+        headers: &ConnectHeaders,
+        app: TcpStream,
+        moved: &mut Moved,
+    ) -> Result<(), CarryError> {
+        let mut response = Response::new(());
+        headers.write(response.headers_mut());
+        let send = self.respond.send_response(response, false).map_err(CarryError::Tunnel)?;
+        // Seen from the tunnel's user: what the destination sends goes into the tunnel.
+        carry(app, send, self.body, moved, &BulkMark::default()).await
+    }
+}
+
+/// Why a tunnel ended otherwise than in order.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// HTTP/2 could not be started in time.
+    #[error("HTTP/2 handshake not finished within {0:?}")]
+    Deadline(Duration),
+    /// HTTP/2 or the socket below failed.
+    #[error("tunnel failed: {0}")]
+    Http2(#[from] h2::Error),
+    /// The peer does not answer pings.
+    #[error("the peer did not answer a ping within {0:?}")]
+    Ping(Duration),
+}
+
+/// Serves one tunnel until it ends. `handle` is called for each valid CONNECT and must not wait itself: it spawns.
+/// When `drain` is done the peer is told to open no more streams, and those that are open go on.
+pub async fn serve<S>(
+    stream: S,
+    settings: &Settings,
+    drain: impl Future<Output = ()>,
+    mut handle: impl FnMut(Incoming),
+) -> Result<(), ServeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let handshake = h2::server::Builder::new()
+        .initial_window_size(settings.stream_window)
+        .initial_connection_window_size(settings.connection_window)
+        .max_frame_size(settings.max_frame)
+        .max_send_buffer_size(settings.send_buffer)
+        .max_concurrent_streams(settings.max_streams)
+        .max_header_list_size(64 * 1024)
+        .handshake::<S, Bytes>(stream);
+    let mut connection = tokio::time::timeout(settings.handshake, handshake)
+        .await
+        .map_err(|_| ServeError::Deadline(settings.handshake))??;
+    let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
+    let pings = keep_alive(Some(ping), settings.ping_every, settings.ping_timeout);
+    tokio::pin!(pings, drain);
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            request = connection.accept() => match request {
+                Some(request) => {
+                    let (request, respond) = request?;
+                    take(request, respond, &mut handle);
+                }
+                None => return Ok(()),
+            },
+            () = &mut drain, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut pings => {
+                connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+                // One more poll to send the GOAWAY; the peer may be gone.
+                let _ = futures::FutureExt::now_or_never(connection.accept());
+                return Err(ServeError::Ping(settings.ping_timeout));
+            }
+        }
+    }
+}
+
+fn take(request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>, handle: &mut impl FnMut(Incoming)) {
+    let mut refuse = |status: StatusCode, why: &'static str| {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        response.headers_mut().insert(REASON, HeaderValue::from_static(why));
+        let _ = respond.send_response(response, true);
+    };
+    if request.method() != Method::CONNECT {
+        return refuse(StatusCode::BAD_REQUEST, "only CONNECT is understood");
+    }
+    let Some(authority) = request.uri().authority().and_then(|a| Authority::parse(a.as_str())) else {
+        return refuse(StatusCode::BAD_REQUEST, "the authority is not ADDRESS:PORT or HOST:PORT");
+    };
+    let headers = ConnectHeaders::read(request.headers());
+    handle(Incoming { authority, headers, respond, body: request.into_body() });
+}
+
+/// Pings for ever; returns when an answer did not come in time.
+pub(crate) async fn keep_alive(ping: Option<PingPong>, every: Duration, timeout: Duration) {
+    let Some(mut ping) = ping else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(every).await;
+        match tokio::time::timeout(timeout, ping.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // The connection has ended; its own future says how.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Bytes between two plain sockets: what passes through outside the mesh, in both directions, with half-close kept.
+//!
+//! Owns buffers for as long as bytes move. Never looks at them.
+
+use std::io;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+/// Bytes moved, seen from the first socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// From the first to the second.
+    pub sent: u64,
+    /// From the second to the first.
+    pub received: u64,
+}
+
+/// Moves bytes both ways until both sides have finished or one fails. A side that finishes has its end of stream
+/// passed on while the other goes on; a reset is passed on as a reset.
+pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &mut Moved) -> io::Result<()> {
+    let result = {
+        let (mut a_read, mut a_write) = a.split();
+        let (mut b_read, mut b_write) = b.split();
+        let Moved { sent, received } = moved;
+        let there = one_way(&mut a_read, &mut b_write, sent);
+        let back = one_way(&mut b_read, &mut a_write, received);
+        tokio::try_join!(there, back).map(|_| ())
+    };
+    if result.is_err() {
+        reset(&a);
+        reset(&b);
+    }
+    result
+}
+
+/// Makes closing the socket send a reset instead of an orderly end.
+pub fn reset(stream: &TcpStream) {
+    // A socket that is gone already needs no reset.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+}
+
+const SMALL: usize = 4 * 1024;
+const LARGE: usize = 256 * 1024;
+
+/// Size of the next read: grows while reads fill the buffer, shrinks when they do not.
+#[derive(Debug)]
+pub struct BatchSize(usize);
+
+impl Default for BatchSize {
+    fn default() -> Self {
+        Self(SMALL)
+    }
+}
+
+impl BatchSize {
+    /// Bytes to offer to the next read.
+    pub fn get(&self) -> usize {
+        self.0
+    }
+
+    /// Learns from the size of the last read.
+    pub fn saw(&mut self, n: usize) {
+        if n >= self.0 {
+            self.0 = (self.0 * 4).min(LARGE);
+        } else if n < self.0 / 8 {
+            self.0 = (self.0 / 2).max(SMALL);
+        }
+    }
+}
+
+async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &mut u64) -> io::Result<()> {
+    let mut batch = BatchSize::default();
+    loop {
+        from.readable().await?;
+        // Only now is there something to hold: an idle connection has no buffer.
+        let mut buf = Vec::with_capacity(batch.get());
+        loop {
+            buf.clear();
+            match from.try_read_buf(&mut buf) {
+                Ok(0) => {
+                    // The peer may have gone already; then its own direction reports it.
+                    let _ = to.shutdown().await;
+                    return Ok(());
+                }
+                Ok(n) => {
+                    to.write_all(&buf).await?;
+                    *moved += n as u64;
+                    batch.saw(n);
+                    if n < buf.capacity() {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let client = TcpStream::connect(listener.local_addr().expect("addr"));
+        let (client, accepted) = tokio::join!(client, listener.accept());
+        (client.expect("connect"), accepted.expect("accept").0)
+    }
+
+    #[tokio::test]
+    async fn half_close_is_kept() {
+        let (mut client, a) = pair().await;
+        let (b, mut server) = pair().await;
+        let relaying = tokio::spawn(async move {
+            let mut moved = Moved::default();
+            relay(a, b, &mut moved).await.map(|()| moved)
+        });
+        client.write_all(b"question").await.expect("write");
+        client.shutdown().await.expect("shutdown");
+        let mut got = Vec::new();
+        server.read_to_end(&mut got).await.expect("read");
+        assert_eq!(got, b"question");
+        let big = vec![7u8; 3_000_000];
+        server.write_all(&big).await.expect("write");
+        drop(server);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.expect("read");
+        assert_eq!(answer, big);
+        let moved = relaying.await.expect("join").expect("relay");
+        assert_eq!(moved, Moved { sent: 8, received: 3_000_000 });
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_passed_on() {
+        let (client, a) = pair().await;
+        let (b, mut server) = pair().await;
+        let relaying = tokio::spawn(async move { relay(a, b, &mut Moved::default()).await });
+        reset(&client);
+        drop(client);
+        let error = server.read_to_end(&mut Vec::new()).await.expect_err("reset");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(relaying.await.expect("join").is_err());
+    }
+}

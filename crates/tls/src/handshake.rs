@@ -1,0 +1,119 @@
+//! Accepting and connecting: one handshake with a deadline, and who the peer turned out to be.
+//!
+//! Owns the comparison of the peer's identity with those expected, before a byte is sent. Never retries.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ambit_model::Identity;
+use rustls_pki_types::{IpAddr as PkiIp, ServerName};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::certificate::LeafFacts;
+use crate::config::TlsConfig;
+
+/// A verified peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its identity.
+    pub identity: Identity,
+    /// When its certificate ends.
+    pub not_after: SystemTime,
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// Nobody finished it in time.
+    #[error("TLS handshake not finished within {0:?}")]
+    Deadline(Duration),
+    /// TLS or the socket said no.
+    #[error("TLS handshake failed: {0}")]
+    Tls(#[from] io::Error),
+    /// Our own certificate has ended.
+    #[error("the certificate of {0} has expired and could not be renewed")]
+    OwnExpired(Identity),
+    /// The peer did not choose `h2`.
+    #[error("the peer does not speak HTTP/2 (ALPN h2)")]
+    Alpn,
+    /// The peer's certificate has no identity.
+    #[error("the peer's certificate carries no SPIFFE identity: {0:?}")]
+    NoIdentity(Vec<String>),
+    /// The peer is somebody else.
+    #[error("the peer is {found:?}; expected {}", expected.join(" or "))]
+    Identity {
+        /// Acceptable names.
+        expected: Vec<String>,
+        /// Names found.
+        found: Vec<String>,
+    },
+    /// The client comes from another trust domain.
+    #[error("the peer {found} is of another trust domain; expected {expected}")]
+    TrustDomain {
+        /// Ours.
+        expected: String,
+        /// Theirs.
+        found: Identity,
+    },
+}
+
+/// Accepts a client: any identity of our trust domain, proven by its certificate.
+pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    config: &TlsConfig,
+    stream: S,
+    deadline: Duration,
+) -> Result<(tokio_rustls::server::TlsStream<S>, Peer), HandshakeError> {
+    if config.expired(SystemTime::now()) {
+        return Err(HandshakeError::OwnExpired(config.identity.clone()));
+    }
+    let accepting = TlsAcceptor::from(config.server.clone()).accept(stream);
+    let tls = tokio::time::timeout(deadline, accepting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let (_, connection) = tls.get_ref();
+    let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), None)?;
+    if peer.identity.trust_domain != config.identity.trust_domain {
+        let expected = config.identity.trust_domain.to_string();
+        return Err(HandshakeError::TrustDomain { expected, found: peer.identity });
+    }
+    Ok((tls, peer))
+}
+
+/// Connects as `config`'s identity to a server that must be one of `expected` (URI names).
+pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    config: &TlsConfig,
+    stream: S,
+    address: std::net::IpAddr,
+    expected: &[Arc<str>],
+    deadline: Duration,
+) -> Result<(tokio_rustls::client::TlsStream<S>, Peer), HandshakeError> {
+    if config.expired(SystemTime::now()) {
+        return Err(HandshakeError::OwnExpired(config.identity.clone()));
+    }
+    let name = ServerName::IpAddress(PkiIp::from(address));
+    let connecting = TlsConnector::from(config.client.clone()).connect(name, stream);
+    let tls = tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let (_, connection) = tls.get_ref();
+    let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;
+    Ok((tls, peer))
+}
+
+fn peer_of(
+    chain: Option<&[rustls_pki_types::CertificateDer<'_>]>,
+    alpn: Option<&[u8]>,
+    expected: Option<&[Arc<str>]>,
+) -> Result<Peer, HandshakeError> {
+    if alpn != Some(b"h2") {
+        return Err(HandshakeError::Alpn);
+    }
+    let leaf = chain.and_then(|c| c.first()).ok_or_else(|| HandshakeError::NoIdentity(Vec::new()))?;
+    let facts = LeafFacts::of(leaf).map_err(io::Error::other)?;
+    if let Some(expected) = expected
+        && !facts.uris.iter().any(|uri| expected.iter().any(|e| **e == **uri))
+    {
+        let expected = expected.iter().map(ToString::to_string).collect();
+        return Err(HandshakeError::Identity { expected, found: facts.uris });
+    }
+    let identity = facts.identity().ok_or_else(|| HandshakeError::NoIdentity(facts.uris.clone()))?;
+    Ok(Peer { identity, not_after: facts.not_after })
+}

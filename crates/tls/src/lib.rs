@@ -1,0 +1,22 @@
+//! Mutual TLS between workloads: certificates, verification, configurations built once per certificate, renewal times.
+//!
+//! Owns what makes a connection trusted: TLS 1.3, ALPN `h2`, two AES-GCM suites, the chain, and the peer's exact
+//! identity. Never decides what an identity may do, and never fetches a certificate.
+//!
+//! # Layout
+//! - [`certificate`]: a workload's certificate and its key; [`csr`]: asking for one; [`renew`]: when.
+//! - [`config`]: the rustls configurations of one certificate.
+//! - [`handshake`]: accepting and connecting with a deadline, and who the peer is.
+//! - [`control`]: server-authenticated TLS to the controller.
+
+pub mod certificate;
+pub mod config;
+pub mod control;
+pub mod csr;
+pub mod handshake;
+pub mod provider;
+pub mod renew;
+
+pub use certificate::{TrustBundle, WorkloadCertificate};
+pub use config::TlsConfig;
+pub use handshake::{HandshakeError, Peer};

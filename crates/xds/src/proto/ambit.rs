@@ -1,0 +1,28 @@
+//! `ambit.v1`: types of our own. New fields get new numbers; numbers are never used again.
+#![allow(missing_docs, reason = "documented on the message")]
+
+/// A pod of a node, sent to the node's agent as soon as it is bound there, before it has an address.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NodePod {
+    /// Kubernetes uid; the name of the resource.
+    #[prost(string, tag = "1")]
+    pub uid: String,
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(string, tag = "3")]
+    pub namespace: String,
+    #[prost(string, tag = "4")]
+    pub service_account: String,
+    /// The pod belongs into the mesh.
+    #[prost(bool, tag = "5")]
+    pub enrol: bool,
+    /// Ports that kubelet probes use.
+    #[prost(uint32, repeated, tag = "6")]
+    pub probe_ports: Vec<u32>,
+    /// DNS is captured.
+    #[prost(bool, tag = "7")]
+    pub capture_dns: bool,
+    /// Trust domain of its identity.
+    #[prost(string, tag = "8")]
+    pub trust_domain: String,
+}
