@@ -96,15 +96,14 @@ pub(crate) async fn carry(
     app: TcpStream,
     mut send: SendStream<Bytes>,
     mut recv: RecvStream,
-    moved: &mut Moved,
+    moved: &Moved,
     bulk: &BulkMark,
 ) -> Result<(), CarryError> {
     let mut app = Application { stream: app, finished: false };
     let result = {
         let (mut from_app, mut to_app) = app.stream.split();
-        let Moved { sent, received } = moved;
-        let out = outwards(&mut from_app, &mut send, sent, bulk);
-        let back = inwards(&mut recv, &mut to_app, received, bulk);
+        let out = outwards(&mut from_app, &mut send, moved, bulk);
+        let back = inwards(&mut recv, &mut to_app, moved, bulk);
         tokio::try_join!(out, back).map(|_| ())
     };
     match &result {
@@ -117,7 +116,7 @@ pub(crate) async fn carry(
 async fn outwards(
     app: &mut ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
-    sent: &mut u64,
+    moved: &Moved,
     bulk: &BulkMark,
 ) -> Result<(), CarryError> {
     let mut batch = BatchSize::default();
@@ -143,7 +142,7 @@ async fn outwards(
                 batch.saw(n);
                 bulk.saw(n);
                 send_all(send, buf.freeze()).await?;
-                *sent += n as u64;
+                moved.add_sent(n);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(CarryError::Application(error)),
@@ -170,7 +169,7 @@ async fn send_all(send: &mut SendStream<Bytes>, mut data: Bytes) -> Result<(), C
 async fn inwards(
     recv: &mut RecvStream,
     app: &mut WriteHalf<'_>,
-    received: &mut u64,
+    moved: &Moved,
     bulk: &BulkMark,
 ) -> Result<(), CarryError> {
     let mut frames: Vec<Bytes> = Vec::new();
@@ -191,7 +190,7 @@ async fn inwards(
         let total = frames.iter().map(Bytes::len).sum::<usize>();
         write_all(app, &mut frames).await.map_err(CarryError::Application)?;
         bulk.saw(total);
-        *received += total as u64;
+        moved.add_received(total);
         recv.flow_control().release_capacity(total).map_err(CarryError::Tunnel)?;
     }
 }

@@ -186,7 +186,7 @@ pub struct Stream {
 
 impl Stream {
     /// Takes the application's socket and carries its bytes until both sides have finished.
-    pub async fn carry(self, app: TcpStream, moved: &mut Moved) -> Result<(), CarryError> {
+    pub async fn carry(self, app: TcpStream, moved: &Moved) -> Result<(), CarryError> {
         carry(app, self.send, self.recv, moved, &self.mark).await
     }
 

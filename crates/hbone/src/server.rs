@@ -41,12 +41,7 @@ impl Incoming {
     }
 
     /// Answers 200 and carries the bytes of `app`, the connection to the destination.
-    pub async fn accept(
-        mut self,
-        headers: &ConnectHeaders,
-        app: TcpStream,
-        moved: &mut Moved,
-    ) -> Result<(), CarryError> {
+    pub async fn accept(mut self, headers: &ConnectHeaders, app: TcpStream, moved: &Moved) -> Result<(), CarryError> {
         let mut response = Response::new(());
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(CarryError::Tunnel)?;

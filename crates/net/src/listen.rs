@@ -1,14 +1,17 @@
 //! Listening sockets inside a namespace.
 //!
 //! Owns options: reuse by several workers and by an overlapping process, both families on one socket, transparency.
-//! Never accepts.
+//! Never accepts. What it returns is non-blocking and belongs to
+//! no runtime yet, so that it can be made on one thread and served on another.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{TcpListener, UdpSocket};
+
+use tokio::net::TcpStream;
 
 use crate::Netns;
 use crate::capture::PROXY_MARK;
@@ -36,7 +39,7 @@ pub fn tcp(netns: &Netns, addr: SocketAddr) -> io::Result<TcpListener> {
         socket.listen(BACKLOG)?;
         Ok(socket)
     })??;
-    TcpListener::from_std(socket.into())
+    Ok(socket.into())
 }
 
 /// Binds a UDP socket on one address of a namespace. `marked` keeps what it sends from being captured.
@@ -51,7 +54,7 @@ pub fn udp(netns: &Netns, addr: SocketAddr, marked: bool) -> io::Result<UdpSocke
         socket.bind(&addr.into())?;
         Ok(socket)
     })??;
-    UdpSocket::from_std(socket.into())
+    Ok(socket.into())
 }
 
 /// Options of every TCP connection that carries mesh traffic: no delay, and dead peers are noticed.

@@ -3,29 +3,49 @@
 //! Owns buffers for as long as bytes move. Never looks at them.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-/// Bytes moved, seen from the first socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Bytes moved so far, seen from the first socket; may be read while they move.
+#[derive(Debug, Default)]
 pub struct Moved {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Moved {
     /// From the first to the second.
-    pub sent: u64,
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Relaxed)
+    }
+
     /// From the second to the first.
-    pub received: u64,
+    pub fn received(&self) -> u64 {
+        self.received.load(Relaxed)
+    }
+
+    /// Counts bytes from the first to the second.
+    pub fn add_sent(&self, n: usize) {
+        self.sent.fetch_add(n as u64, Relaxed);
+    }
+
+    /// Counts bytes from the second to the first.
+    pub fn add_received(&self, n: usize) {
+        self.received.fetch_add(n as u64, Relaxed);
+    }
 }
 
 /// Moves bytes both ways until both sides have finished or one fails. A side that finishes has its end of stream
 /// passed on while the other goes on; a reset is passed on as a reset.
-pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &mut Moved) -> io::Result<()> {
+pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Result<()> {
     let result = {
         let (mut a_read, mut a_write) = a.split();
         let (mut b_read, mut b_write) = b.split();
-        let Moved { sent, received } = moved;
-        let there = one_way(&mut a_read, &mut b_write, sent);
-        let back = one_way(&mut b_read, &mut a_write, received);
+        let there = one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n));
+        let back = one_way(&mut b_read, &mut a_write, |n| moved.add_received(n));
         tokio::try_join!(there, back).map(|_| ())
     };
     if result.is_err() {
@@ -70,7 +90,7 @@ impl BatchSize {
     }
 }
 
-async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &mut u64) -> io::Result<()> {
+async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn(usize)) -> io::Result<()> {
     let mut batch = BatchSize::default();
     loop {
         from.readable().await?;
@@ -86,7 +106,7 @@ async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &mut u6
                 }
                 Ok(n) => {
                     to.write_all(&buf).await?;
-                    *moved += n as u64;
+                    count(n);
                     batch.saw(n);
                     if n < buf.capacity() {
                         break;
@@ -117,8 +137,8 @@ mod tests {
         let (mut client, a) = pair().await;
         let (b, mut server) = pair().await;
         let relaying = tokio::spawn(async move {
-            let mut moved = Moved::default();
-            relay(a, b, &mut moved).await.map(|()| moved)
+            let moved = Moved::default();
+            relay(a, b, &moved).await.map(|()| moved)
         });
         client.write_all(b"question").await.expect("write");
         client.shutdown().await.expect("shutdown");
@@ -132,14 +152,14 @@ mod tests {
         client.read_to_end(&mut answer).await.expect("read");
         assert_eq!(answer, big);
         let moved = relaying.await.expect("join").expect("relay");
-        assert_eq!(moved, Moved { sent: 8, received: 3_000_000 });
+        assert_eq!((moved.sent(), moved.received()), (8, 3_000_000));
     }
 
     #[tokio::test]
     async fn a_reset_is_passed_on() {
         let (client, a) = pair().await;
         let (b, mut server) = pair().await;
-        let relaying = tokio::spawn(async move { relay(a, b, &mut Moved::default()).await });
+        let relaying = tokio::spawn(async move { relay(a, b, &Moved::default()).await });
         reset(&client);
         drop(client);
         let error = server.read_to_end(&mut Vec::new()).await.expect_err("reset");

@@ -1,1 +1,19 @@
+//! The life of a process: workers, readiness, signals, the admin server, logs, configuration.
+//!
+//! Owns what every program of Ambit needs around its purpose. Never knows of meshes.
+//!
+//! # Layout
+//! - [`workers`]: one single-threaded runtime a core. [`readiness`], [`signal`], [`logging`].
+//! - [`http`]: a small HTTP/1 server for admin, metrics and readiness.
+//! - [`config`]: values from a YAML file and the environment, every problem reported at once.
 
+pub mod config;
+pub mod http;
+pub mod logging;
+pub mod readiness;
+pub mod signal;
+pub mod workers;
+
+pub use config::{ConfigError, Source};
+pub use readiness::Readiness;
+pub use workers::{Worker, Workers};

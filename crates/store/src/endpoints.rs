@@ -1,0 +1,195 @@
+//! The endpoints of one service, and choosing one of them.
+//!
+//! Owns the choice: the best ranked group that is not empty, in it at random by capacity. The groups are computed once
+//! a client's place and kept, so a choice does not walk the endpoints. Never connects.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use ambit_model::service::{ClientPlace, LoadBalancing, Service};
+use ambit_model::workload::Health;
+use ambit_model::{NamespacedHostname, Str, Workload};
+
+/// Endpoints of one service by uid.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints {
+    members: BTreeMap<Str, Arc<Workload>>,
+    groups: Arc<OnceLock<Groups>>,
+}
+
+#[derive(Debug)]
+struct Groups {
+    place: ClientPlace,
+    balancing: LoadBalancing,
+    /// Best first.
+    ranked: Vec<Group>,
+}
+
+#[derive(Debug, Default)]
+struct Group {
+    members: Vec<Arc<Workload>>,
+    /// Sums of capacity up to and with each member.
+    sums: Vec<u64>,
+}
+
+/// A chosen endpoint and the port to use there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// Who.
+    pub workload: Arc<Workload>,
+    /// Port of the workload.
+    pub port: u16,
+}
+
+impl Endpoints {
+    /// Adds or replaces an endpoint.
+    pub fn insert(&mut self, workload: Arc<Workload>) {
+        self.members.insert(workload.uid.clone(), workload);
+        self.groups = Arc::default();
+    }
+
+    /// Takes one away; whether any is left.
+    pub fn remove(&mut self, uid: &Str) -> bool {
+        self.members.remove(uid);
+        self.groups = Arc::default();
+        !self.members.is_empty()
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.members.values()
+    }
+
+    /// Chooses an endpoint for a client, other than those in `avoid`.
+    pub fn choose(&self, service: &Service, port: u16, client: &ClientPlace, avoid: &[Str]) -> Option<Chosen> {
+        let kept = self.groups.get_or_init(|| self.rank(service, client));
+        let fresh;
+        // The groups kept are those of this node's place; another place (a test, a changed label) is computed anew.
+        let groups = if kept.place == *client && kept.balancing == service.load_balancing {
+            kept
+        } else {
+            fresh = self.rank(service, client);
+            &fresh
+        };
+        let key = service.key();
+        groups.ranked.iter().find_map(|group| group.choose(service, &key, port, avoid))
+    }
+
+    fn rank(&self, service: &Service, client: &ClientPlace) -> Groups {
+        let balancing = service.load_balancing.clone();
+        let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Group> = BTreeMap::new();
+        for workload in self.members.values() {
+            let healthy = workload.status == Health::Healthy || balancing.allow_unhealthy;
+            if !healthy || workload.capacity == 0 {
+                continue;
+            }
+            if let Some(rank) = balancing.rank(client, workload) {
+                let group = by_rank.entry(std::cmp::Reverse(rank)).or_default();
+                let sum = group.sums.last().copied().unwrap_or(0) + u64::from(workload.capacity);
+                group.members.push(workload.clone());
+                group.sums.push(sum);
+            }
+        }
+        Groups { place: client.clone(), balancing, ranked: by_rank.into_values().collect() }
+    }
+}
+
+/// The port of an endpoint for a service port: its own mapping, else the service's target.
+fn target(workload: &Workload, service: &Service, key: &NamespacedHostname, port: u16) -> Option<u16> {
+    let own = workload.services.get(key).and_then(|ports| ports.get(&port)).copied();
+    own.or_else(|| service.ports.get(&port).map(|p| p.target)).filter(|p| *p != 0)
+}
+
+impl Group {
+    fn choose(&self, service: &Service, key: &NamespacedHostname, port: u16, avoid: &[Str]) -> Option<Chosen> {
+        let total = *self.sums.last()?;
+        let fits = |workload: &Arc<Workload>| {
+            let port = target(workload, service, key, port).filter(|_| !avoid.contains(&workload.uid))?;
+            Some(Chosen { workload: workload.clone(), port })
+        };
+        let start = self.sums.partition_point(|sum| *sum <= fastrand::u64(0..total));
+        // Nearly always the first fits; the walk is for endpoints without this port and those that just failed.
+        (0..self.members.len()).find_map(|n| fits(&self.members[(start + n) % self.members.len()]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_model::service::{AppProtocol, BalanceMode, Scope, ServicePort};
+    use ambit_model::workload::Locality;
+
+    fn service() -> Service {
+        Service {
+            namespace: "ns".into(),
+            hostname: "h".into(),
+            ports: [(80, ServicePort { target: 8080, protocol: AppProtocol::Unknown })].into(),
+            ..Service::default()
+        }
+    }
+
+    fn workload(uid: &str, zone: &str) -> Workload {
+        let locality = Locality { zone: zone.into(), ..Locality::default() };
+        Workload { uid: uid.into(), capacity: 1, locality, ..Workload::default() }
+    }
+
+    fn endpoints(workloads: impl IntoIterator<Item = Workload>) -> Endpoints {
+        let mut e = Endpoints::default();
+        workloads.into_iter().for_each(|w| e.insert(Arc::new(w)));
+        e
+    }
+
+    fn share(e: &Endpoints, s: &Service, uid: &str) -> f64 {
+        let place =
+            ClientPlace { locality: Locality { zone: "z1".into(), ..Locality::default() }, ..ClientPlace::default() };
+        let hits = (0..4000).filter(|_| e.choose(s, 80, &place, &[]).is_some_and(|c| &*c.workload.uid == uid));
+        hits.count() as f64 / 4000.0
+    }
+
+    #[test]
+    fn capacity_weighs() {
+        let heavy = Workload { capacity: 3, ..workload("a", "") };
+        let none = Workload { capacity: 0, ..workload("c", "") };
+        let e = endpoints([heavy, workload("b", ""), none]);
+        let a = share(&e, &service(), "a");
+        assert!((0.7..0.8).contains(&a), "{a}");
+        assert!(share(&e, &service(), "c") == 0.0);
+    }
+
+    #[test]
+    fn failover_uses_the_best_group_until_it_is_empty() {
+        let load_balancing = LoadBalancing {
+            routing_preferences: vec![Scope::Network, Scope::Region, Scope::Zone],
+            mode: BalanceMode::Failover,
+            allow_unhealthy: false,
+        };
+        let s = Service { load_balancing, ..service() };
+        let mut e = endpoints([workload("near", "z1"), workload("far", "z2")]);
+        assert!(share(&e, &s, "near") == 1.0);
+        e.insert(Arc::new(Workload { status: Health::Unhealthy, ..workload("near", "z1") }));
+        assert!(share(&e, &s, "far") == 1.0);
+    }
+
+    #[test]
+    fn unhealthy_ones_count_only_where_all_are_allowed() {
+        let e = endpoints([Workload { status: Health::Unhealthy, ..workload("a", "") }]);
+        assert!(share(&e, &service(), "a") == 0.0);
+        let all = LoadBalancing { allow_unhealthy: true, ..LoadBalancing::default() };
+        let s = Service { load_balancing: all, ..service() };
+        assert!(share(&e, &s, "a") == 1.0);
+    }
+
+    #[test]
+    fn ports_and_avoidance() {
+        let key = service().key();
+        let named = Workload { services: [(key, [(80, 9090)].into())].into(), ..workload("a", "") };
+        let e = endpoints([named, workload("b", "")]);
+        let place = ClientPlace::default();
+        let ports: std::collections::BTreeSet<u16> =
+            (0..100).filter_map(|_| e.choose(&service(), 80, &place, &[])).map(|c| c.port).collect();
+        assert_eq!(ports, [8080, 9090].into());
+        assert_eq!(e.choose(&service(), 80, &place, &["b".into()]).map(|c| c.port), Some(9090));
+        assert_eq!(e.choose(&service(), 80, &place, &["a".into(), "b".into()]), None);
+        assert_eq!(e.choose(&service(), 81, &place, &[]), None, "no such port");
+    }
+}

@@ -1,0 +1,194 @@
+//! One line a connection, as text or JSON, written by a thread of its own.
+//!
+//! Owns the queue: bounded, and what does not fit is counted, never waited for (reference/ztunnel.md 1.13).
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::metrics::Counter;
+
+const QUEUE: usize = 10_000;
+
+/// Importance of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the words are the documentation")]
+pub enum Level {
+    Info,
+    Warn,
+    Error,
+}
+
+impl Level {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Warn => "warn",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// One line: a message and fields in order.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// When.
+    pub time: SystemTime,
+    /// How important.
+    pub level: Level,
+    /// What happened, such as `connection complete`.
+    pub message: &'static str,
+    /// Fields; text unless a number.
+    pub fields: Vec<(&'static str, Value)>,
+}
+
+/// Value of a field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Text.
+    Text(String),
+    /// A number.
+    Number(u64),
+}
+
+/// Where lines go. Clones share one queue.
+#[derive(Clone, Debug)]
+pub struct AccessLog {
+    lines: SyncSender<Line>,
+    dropped: Arc<Counter>,
+}
+
+impl AccessLog {
+    /// Starts the writer. `dropped` counts lines that did not fit.
+    pub fn start(json: bool, mut out: impl Write + Send + 'static, dropped: Arc<Counter>) -> std::io::Result<Self> {
+        let (lines, receiver) = sync_channel::<Line>(QUEUE);
+        std::thread::Builder::new().name("access-log".into()).spawn(move || {
+            let mut text = String::new();
+            // Ends when the last sender is gone.
+            while let Ok(first) = receiver.recv() {
+                text.clear();
+                for line in std::iter::once(first).chain(receiver.try_iter().take(256)) {
+                    if json { line.json(&mut text) } else { line.plain(&mut text) }
+                }
+                // A log that cannot be written must not stop traffic.
+                let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            }
+        })?;
+        Ok(Self { lines, dropped })
+    }
+
+    /// Writes a line, or counts it as dropped.
+    pub fn write(&self, line: Line) {
+        if self.lines.try_send(line).is_err() {
+            self.dropped.inc();
+        }
+    }
+}
+
+impl Line {
+    fn plain(&self, out: &mut String) {
+        // Writing to a String cannot fail, here and below.
+        let _ = write!(out, "{}\t{}\taccess\t{}\t", rfc3339(self.time), self.level.text(), self.message);
+        for (n, (key, value)) in self.fields.iter().enumerate() {
+            let space = if n == 0 { "" } else { " " };
+            let _ = match value {
+                Value::Text(t) => write!(out, "{space}{key}={t:?}"),
+                Value::Number(number) => write!(out, "{space}{key}={number}"),
+            };
+        }
+        out.push('\n');
+    }
+
+    fn json(&self, out: &mut String) {
+        let mut map = serde_json::Map::new();
+        map.insert("level".into(), self.level.text().into());
+        map.insert("time".into(), rfc3339(self.time).into());
+        map.insert("scope".into(), "access".into());
+        for (key, value) in &self.fields {
+            let value = match value {
+                Value::Text(t) => t.as_str().into(),
+                Value::Number(n) => (*n).into(),
+            };
+            map.insert((*key).into(), value);
+        }
+        map.insert("message".into(), self.message.into());
+        let _ = writeln!(out, "{}", serde_json::Value::Object(map));
+    }
+}
+
+/// A time as `2026-11-21T04:05:06.123456Z`.
+pub fn rfc3339(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Days since 0000-03-01 in eras of 400 years; Howard Hinnant's `civil_from_days`.
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:06}Z", since.subsec_micros())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn times() {
+        let at = |s| rfc3339(UNIX_EPOCH + Duration::from_secs(s));
+        assert_eq!(at(0), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000Z");
+        assert_eq!(at(1_795_233_906), "2026-11-21T04:05:06.000000Z");
+    }
+
+    #[test]
+    fn both_formats() {
+        let line = Line {
+            time: UNIX_EPOCH,
+            level: Level::Error,
+            message: "connection complete",
+            fields: vec![("src.addr", Value::Text("1.2.3.4:5".into())), ("bytes_sent", Value::Number(7))],
+        };
+        let mut text = String::new();
+        line.plain(&mut text);
+        assert_eq!(
+            text,
+            "1970-01-01T00:00:00.000000Z\terror\taccess\tconnection complete\tsrc.addr=\"1.2.3.4:5\" bytes_sent=7\n"
+        );
+        text.clear();
+        line.json(&mut text);
+        let value: serde_json::Value = serde_json::from_str(&text).expect("json");
+        assert_eq!(value["src.addr"], "1.2.3.4:5");
+        assert_eq!(value["bytes_sent"], 7);
+    }
+
+    #[test]
+    fn a_writer_that_hangs_costs_lines_not_time() {
+        struct Stuck(std::sync::mpsc::Receiver<()>);
+        impl Write for Stuck {
+            fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+                let _ = self.0.recv();
+                Ok(buf.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (release, stuck) = std::sync::mpsc::channel();
+        let dropped = Arc::new(Counter::default());
+        let log = AccessLog::start(false, Stuck(stuck), dropped.clone()).expect("start");
+        let line = Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![] };
+        for _ in 0..QUEUE + 1000 {
+            log.write(line.clone());
+        }
+        assert!(dropped.get() > 0);
+        drop(release);
+    }
+}

@@ -1,0 +1,143 @@
+//! Our own node-agent socket: whoever starts pods (the embedded kubelet, a CNI plugin) asks here before a pod runs.
+//!
+//! Owns the protocol: one request a connection, a JSON object, with the descriptor of the pod's network namespace
+//! where one is added; the answer is a JSON object. Both carry the version, for the asker may outlive this process.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_net::{Netns, fdpass};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::{UnixListener, UnixStream};
+use tracing::{info, warn};
+
+use crate::pods::{Decision, PodInfo, Pods};
+
+/// Version that this agent speaks.
+pub const VERSION: u32 = 1;
+const MAX_REQUEST: usize = 64 * 1024;
+const READ_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A request.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// 1.
+    pub version: u32,
+    /// What is asked.
+    pub command: Command,
+}
+
+/// What is asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Command {
+    /// A pod is about to run; its network namespace comes with the request.
+    Add(PodInfo),
+    /// A pod is gone.
+    Del {
+        /// Its uid.
+        uid: String,
+    },
+    /// Which pods are known?
+    List {},
+}
+
+/// An answer.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Answer {
+    /// 1.
+    pub version: u32,
+    /// Why the request was refused; a pod must not start then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// After `add`: whether the pod is in the mesh.
+    pub enrolled: bool,
+    /// After `list`: uids.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pods: Vec<String>,
+}
+
+/// Serves the socket for ever.
+pub async fn serve(path: &Path, pods: Arc<Pods>) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    // A socket that an earlier process left behind.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    info!(path = %path.display(), "node agent listens");
+    loop {
+        let (stream, _) = listener.accept().await?;
+        tokio::spawn(answer(stream, pods.clone()));
+    }
+}
+
+async fn answer(mut stream: UnixStream, pods: Arc<Pods>) {
+    let answer = match tokio::time::timeout(READ_DEADLINE, read(&stream)).await {
+        Err(_) => Answer { error: Some("the request was not complete within 5 s".into()), ..Answer::default() },
+        Ok(Err(error)) => Answer { error: Some(error), ..Answer::default() },
+        Ok(Ok((request, fds))) => handle(request, fds, &pods).await,
+    };
+    if let Some(error) = &answer.error {
+        warn!(error, "node agent request refused");
+    }
+    let answer = Answer { version: VERSION, ..answer };
+    // Serialising plain strings cannot fail; an asker that is gone needs no answer.
+    let text = serde_json::to_vec(&answer).unwrap_or_default();
+    let _ = stream.write_all(&text).await;
+}
+
+async fn read(stream: &UnixStream) -> Result<(Request, Vec<OwnedFd>), String> {
+    let mut bytes = Vec::new();
+    let mut fds = Vec::new();
+    let mut buf = vec![0; 4096];
+    loop {
+        let received = stream.async_io(Interest::READABLE, || fdpass::receive(stream.as_fd(), &mut buf)).await;
+        let (n, more) = received.map_err(|e| e.to_string())?;
+        fds.extend(more);
+        bytes.extend_from_slice(&buf[..n]);
+        if n == 0 {
+            break;
+        }
+        if bytes.len() > MAX_REQUEST {
+            return Err(format!("the request is longer than {MAX_REQUEST} bytes"));
+        }
+    }
+    let request: Request = serde_json::from_slice(&bytes)
+        .map_err(|e| format!("request: {e}; expected {{\"version\":1,\"command\":{{\"add\":{{...}}}}}}"))?;
+    if request.version != VERSION {
+        return Err(format!("version {} is not spoken here; expected {VERSION}", request.version));
+    }
+    Ok((request, fds))
+}
+
+async fn handle(request: Request, mut fds: Vec<OwnedFd>, pods: &Pods) -> Answer {
+    match request.command {
+        Command::Add(info) => {
+            let added = match (fds.pop(), fds.is_empty()) {
+                (Some(fd), true) => match Netns::from_fd(fd) {
+                    Ok(netns) => pods.add(info, netns, Decision::Controller).await,
+                    Err(error) => Err(format!("network namespace: {error}")),
+                },
+                _ => Err("expected one descriptor, of the pod's network namespace".into()),
+            };
+            match added {
+                Ok(enrolled) => Answer { enrolled, ..Answer::default() },
+                Err(error) => Answer { error: Some(error), ..Answer::default() },
+            }
+        }
+        Command::Del { uid } => {
+            pods.remove(&uid).await;
+            Answer::default()
+        }
+        Command::List {} => Answer { pods: pods.uids(), ..Answer::default() },
+    }
+}

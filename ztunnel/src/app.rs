@@ -1,0 +1,192 @@
+//! Wiring of the process: the control runtime, the workers, and the order of start and end.
+//!
+//! Owns nothing of the mesh. Nothing is bound before the configuration is valid; on the first signal listeners close,
+//! peers are told to go elsewhere, and what is open may finish within the deadline.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ambit_net::Netns;
+use ambit_runtime::{Readiness, Workers, http, logging, signal};
+use ambit_store::Store;
+use ambit_telemetry::{AccessLog, Registry};
+use ambit_xds::ca::CaClient;
+use ambit_xds::channel::{ChannelError, ControlPlane};
+use ambit_xds::client::{Client, NodeInfo};
+use ambit_xds::{ADDRESS, AUTHORIZATION};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::info;
+
+use crate::admin::Admin;
+use crate::certificates::Certificates;
+use crate::config::Config;
+use crate::mesh::MeshHandler;
+use crate::observe::Observer;
+use crate::pods::Pods;
+use crate::worker::{self, Shared};
+use crate::{agent, zds};
+
+/// Why the process cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A socket, thread or file of the process itself.
+    #[error("{0}: {1}")]
+    Io(&'static str, #[source] std::io::Error),
+    /// Logging cannot start.
+    #[error("{0}")]
+    Logging(String),
+    /// The controller's address or files are wrong.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+}
+
+/// Series that have not changed for this long are dropped.
+const METRIC_IDLE: u64 = 3600;
+
+/// Runs until a signal.
+pub fn run(config: Config) -> Result<(), RunError> {
+    logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
+    let workers = Workers::start("ztunnel", config.worker_threads).map_err(|e| RunError::Io("workers", e))?;
+    let control = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| RunError::Io("control runtime", e))?;
+    control.block_on(serve(Arc::new(config), &workers))?;
+    workers.stop();
+    Ok(())
+}
+
+async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
+    let registry = Registry::default();
+    let dropped = registry.counter("ambit_access_log_dropped_total", "Lines of the access log that did not fit.", &[]);
+    let json = config.log_format == logging::Format::Json;
+    let log = AccessLog::start(json, std::io::stdout(), dropped.of(&[])).map_err(|e| RunError::Io("access log", e))?;
+    let build = registry.gauge("istio_build", "Version.", &["component", "tag"]);
+    build.of(&["ztunnel", env!("CARGO_PKG_VERSION")]).set(1);
+
+    let readiness = Readiness::default();
+    let store = Arc::new(Store::default());
+    let drain = CancellationToken::new();
+    let shared = Arc::new(Shared {
+        config: config.clone(),
+        store: store.clone(),
+        observer: Observer::new(&registry, log),
+        node: Netns::own().map_err(|e| RunError::Io("own network namespace", e))?,
+        drain: drain.clone(),
+        connections: TaskTracker::new(),
+    });
+    let (node_pods, node_pods_seen) = watch::channel(None);
+    let (enrolled, enrolled_seen) = watch::channel(Default::default());
+    let certificates = Certificates::new(CaClient::new(ca(&config), config.secret_ttl)?);
+    let serving = workers.iter().map(|w| worker::start(w, shared.clone())).collect();
+    let pods =
+        Arc::new(Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled));
+
+    let quit = CancellationToken::new();
+    let admin = Admin {
+        config: config.clone(),
+        store: store.clone(),
+        certificates,
+        pods: pods.clone(),
+        readiness: readiness.clone(),
+        metrics: registry.clone(),
+        quit: quit.clone(),
+    };
+    pages(&config, admin).await?;
+    let handler = MeshHandler::new(store, node_pods, readiness.clone(), &registry);
+    let client = Client::new(xds(&config), node(&config), &[ADDRESS, AUTHORIZATION], enrolled_seen, handler);
+    tokio::spawn(client.run());
+    tokio::spawn(pods.clone().run());
+    tokio::spawn(expire(registry));
+    match &config.zds_socket {
+        Some(path) => {
+            let (path, pods, readiness) = (path.clone(), pods.clone(), readiness.clone());
+            tokio::spawn(async move { zds::run(&path, pods, readiness).await });
+        }
+        None => {
+            let (path, pods) = (config.agent_socket.clone(), pods.clone());
+            tokio::spawn(async move {
+                if let Err(error) = agent::serve(&path, pods).await {
+                    tracing::error!(path = %path.display(), %error, "node agent socket");
+                }
+            });
+        }
+    }
+    info!(node = &*config.node_name, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
+
+    let why = tokio::select! {
+        signal = signal::terminated() => signal.map_err(|e| RunError::Io("signals", e))?,
+        () = quit.cancelled() => "/quitquitquit",
+    };
+    readiness.pending("drain", "the process is ending");
+    info!(why, deadline = ?config.drain_deadline, connections = shared.connections.len(), "draining");
+    drain.cancel();
+    shared.connections.close();
+    match tokio::time::timeout(config.drain_deadline, shared.connections.wait()).await {
+        Ok(()) => info!("all connections have finished"),
+        Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
+    }
+    Ok(())
+}
+
+async fn pages(config: &Config, admin: Admin) -> Result<(), RunError> {
+    let bind = |ip: Ipv4Addr, port: u16| TcpListener::bind(SocketAddr::new(IpAddr::V4(ip), port));
+    let listener = bind(Ipv4Addr::LOCALHOST, config.admin_port).await.map_err(|e| RunError::Io("admin port", e))?;
+    let pages = admin.clone();
+    tokio::spawn(http::serve(listener, move |request| pages.clone().admin(request)));
+    let listener = bind(Ipv4Addr::UNSPECIFIED, config.stats_port).await.map_err(|e| RunError::Io("metrics port", e))?;
+    let pages = admin.clone();
+    tokio::spawn(http::serve(listener, move |request| std::future::ready(pages.stats(&request))));
+    let listener =
+        bind(Ipv4Addr::UNSPECIFIED, config.readiness_port).await.map_err(|e| RunError::Io("readiness port", e))?;
+    tokio::spawn(http::serve(listener, move |request| std::future::ready(admin.ready(&request))));
+    Ok(())
+}
+
+async fn expire(registry: Registry) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        registry.expire(now, METRIC_IDLE);
+    }
+}
+
+fn xds(config: &Config) -> ControlPlane {
+    ControlPlane {
+        address: config.xds_address.clone(),
+        root_file: config.xds_root_ca.clone(),
+        alt_hostname: config.alt_xds_hostname.clone(),
+        token_file: config.auth_token.clone(),
+        cluster_id: config.cluster_id.to_string(),
+        headers: config.xds_headers.clone(),
+    }
+}
+
+fn ca(config: &Config) -> ControlPlane {
+    ControlPlane {
+        address: config.ca_address.clone(),
+        root_file: config.ca_root_ca.clone(),
+        alt_hostname: config.alt_ca_hostname.clone(),
+        headers: config.ca_headers.clone(),
+        ..xds(config)
+    }
+}
+
+/// How this node presents itself (reference/ztunnel.md 2.1).
+fn node(config: &Config) -> NodeInfo {
+    let (name, namespace) = (&config.pod_name, &config.pod_namespace);
+    let mut metadata = vec![
+        ("NAME".to_owned(), name.clone()),
+        ("NAMESPACE".to_owned(), namespace.clone()),
+        ("INSTANCE_IPS".to_owned(), config.instance_ip.clone()),
+        ("NODE_NAME".to_owned(), config.node_name.to_string()),
+        ("CLUSTER_ID".to_owned(), config.cluster_id.to_string()),
+    ];
+    metadata.extend(config.metadata.clone());
+    let id = format!("ztunnel~{}~{name}.{namespace}~{namespace}.svc.cluster.local", config.instance_ip);
+    NodeInfo { id, metadata }
+}

@@ -1,0 +1,144 @@
+//! Captured DNS: names of the mesh are answered from the snapshot, everything else goes to the pod's own upstream.
+//!
+//! Owns sockets and deadlines. What a name means is [`resolve`]; a forwarded answer is passed on byte for byte.
+
+mod resolve;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_net::listen;
+use hickory_proto::op::{Message, ResponseCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::Semaphore;
+use tracing::debug;
+
+use crate::pods::Pod;
+use crate::worker::Context;
+use resolve::{Outcome, resolve};
+
+/// Queries of one pod under way at a time; more are dropped, and the resolver asks again.
+const CONCURRENT: usize = 256;
+const UPSTREAM: Duration = Duration::from_secs(2);
+const TCP_IDLE: Duration = Duration::from_secs(5);
+
+/// Answers queries over UDP until dropped.
+pub async fn serve_udp(context: &Rc<Context>, pod: &Arc<Pod>, socket: &Rc<UdpSocket>) {
+    let places = Arc::new(Semaphore::new(CONCURRENT));
+    let mut buf = vec![0; 4096];
+    loop {
+        let (n, from) = match socket.recv_from(&mut buf).await {
+            Ok(received) => received,
+            Err(error) => {
+                // An ICMP answer to an earlier datagram, mostly.
+                debug!(%error, "dns receive");
+                continue;
+            }
+        };
+        let Some(place) = places.clone().try_acquire_owned().ok() else { continue };
+        let (context, pod, socket, query) = (context.clone(), pod.clone(), socket.clone(), buf[..n].to_vec());
+        tokio::task::spawn_local(async move {
+            let _place = place;
+            if let Some(answer) = answer(&context, &pod, &query, false).await {
+                // A client that is gone asks no more.
+                let _ = socket.send_to(&answer, from).await;
+            }
+        });
+    }
+}
+
+/// Answers queries over one TCP connection.
+pub async fn handle_tcp(context: Rc<Context>, pod: Arc<Pod>, mut stream: TcpStream, _peer: SocketAddr) {
+    loop {
+        let Ok(Ok(query)) = tokio::time::timeout(TCP_IDLE, read_message(&mut stream)).await else { return };
+        let Some(answer) = answer(&context, &pod, &query, true).await else { return };
+        if write_message(&mut stream, &answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let len = stream.read_u16().await?;
+    let mut message = vec![0; usize::from(len)];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Result<()> {
+    let len = u16::try_from(message.len()).unwrap_or(u16::MAX);
+    stream.write_all(&[&len.to_be_bytes(), message].concat()).await
+}
+
+/// The answer to a query; nothing where even an error cannot be addressed.
+async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option<Vec<u8>> {
+    let protocol = if tcp { "tcp" } else { "udp" };
+    let message = match Message::from_vec(query) {
+        Ok(message) => message,
+        Err(_) => {
+            let id = u16::from_be_bytes(*query.first_chunk()?);
+            return error(id, ResponseCode::FormErr);
+        }
+    };
+    let kind = message.queries.first().map_or_else(|| "none".to_owned(), |q| q.query_type().to_string());
+    let observer = &context.shared.observer;
+    observer.dns_requests.of(&[&kind, protocol]).inc();
+    let view = pod.view.borrow().clone();
+    let Some(client) = view.workload else {
+        // Not "no such name": the resolver is to ask again.
+        return error(message.metadata.id, ResponseCode::ServFail);
+    };
+    let settings = &pod.info.dns;
+    let domain = &context.shared.config.cluster_domain;
+    match resolve(&context.shared.store.load(), &client, domain, &settings.searches, &message) {
+        Outcome::Answer(answer) => {
+            let bytes = answer.to_vec().ok()?;
+            if !tcp && bytes.len() > 1232 {
+                return answer.truncate().to_vec().ok();
+            }
+            Some(bytes)
+        }
+        Outcome::Forward => {
+            observer.dns_upstream.of(&[&kind, protocol]).inc();
+            for server in &settings.nameservers {
+                let server = SocketAddr::new(*server, 53);
+                match tokio::time::timeout(UPSTREAM, forward(pod, server, query, tcp)).await {
+                    Ok(Ok(answer)) => return Some(answer),
+                    Ok(Err(error)) => debug!(%server, %error, "dns upstream"),
+                    Err(_) => debug!(%server, "dns upstream does not answer"),
+                }
+            }
+            observer.dns_failures.of(&[&kind, protocol]).inc();
+            error(message.metadata.id, ResponseCode::ServFail)
+        }
+    }
+}
+
+fn error(id: u16, code: ResponseCode) -> Option<Vec<u8>> {
+    Message::error_msg(id, hickory_proto::op::OpCode::Query, code).to_vec().ok()
+}
+
+/// Asks an upstream from inside the pod's namespace; the answer must be to this very query.
+async fn forward(pod: &Pod, server: SocketAddr, query: &[u8], tcp: bool) -> std::io::Result<Vec<u8>> {
+    if tcp {
+        let mut stream = ambit_net::connect::tcp(&pod.netns, None, server, UPSTREAM).await?;
+        write_message(&mut stream, query).await?;
+        return read_message(&mut stream).await;
+    }
+    let any: IpAddr =
+        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::from_std(listen::udp(&pod.netns, SocketAddr::new(any, 0), true)?)?;
+    socket.connect(server).await?;
+    socket.send(query).await?;
+    let mut buf = vec![0; 4096];
+    loop {
+        let n = socket.recv(&mut buf).await?;
+        if n >= 12 && buf[..2] == query[..2] {
+            buf.truncate(n);
+            return Ok(buf);
+        }
+    }
+}

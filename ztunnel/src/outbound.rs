@@ -1,0 +1,240 @@
+//! A captured outbound connection: decide where it goes, get there, carry it.
+//!
+//! Owns failover: while no byte was sent, an endpoint that cannot be reached is left out and the next one tried.
+//! Never sends plaintext to a destination marked HBONE.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use ambit_hbone::headers::{Baggage, TraceParent};
+use ambit_hbone::pool::ConnectLost;
+use ambit_hbone::{ConnectHeaders, OpenError, Tunnel};
+use ambit_model::workload::WorkloadType;
+use ambit_model::{Str, Workload};
+use ambit_net::{connect, orig_dst, relay};
+use ambit_tls::{HandshakeError, handshake};
+use tokio::net::TcpStream;
+
+use crate::authorize;
+use crate::observe::{Facts, Failure, Flag, Reporter};
+use crate::pods::Pod;
+use crate::route::{Hop, Route, route};
+use crate::worker::Context;
+
+/// Endpoints tried for one connection.
+const TRIES: usize = 3;
+
+/// What makes two tunnels alike. The peer's uid is part of it: an address that another workload has taken over never
+/// gets an old tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TunnelKey {
+    /// Kubernetes uid of the client pod: its identity and its address.
+    pub client: Str,
+    /// Address of the tunnel.
+    pub peer: SocketAddr,
+    /// Who is there.
+    pub peer_uid: Str,
+    /// Identities that it may prove.
+    pub expected: Vec<Arc<str>>,
+}
+
+/// Why no tunnel could be had; shared by all that waited for it.
+#[derive(Clone, Debug)]
+pub struct ConnectFailure(Failure);
+
+impl From<ConnectLost> for ConnectFailure {
+    fn from(e: ConnectLost) -> Self {
+        Self(Failure::new(Flag::Connect, e))
+    }
+}
+
+/// Handles one connection.
+pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
+    let to = match orig_dst::original_destination(&stream) {
+        Ok(to) => to,
+        // The connection has gone already.
+        Err(_) => return,
+    };
+    let mut facts = Facts::new(Reporter::Source, peer, to);
+    match reach(&context, &pod, &stream, to, &mut facts).await {
+        Ok(ready) => ready.carry(&context, stream, facts).await,
+        Err(failure) => {
+            context.shared.observer.refused(&facts, &failure, "connection failed");
+            relay::reset(&stream);
+        }
+    }
+}
+
+/// A next hop that is ready to carry.
+enum Ready {
+    Plain(TcpStream),
+    Tunnel(Box<ambit_hbone::client::Stream>),
+}
+
+impl Ready {
+    async fn carry(self, context: &Context, stream: TcpStream, facts: Facts) {
+        let open = context.shared.observer.open(facts);
+        let result = match self {
+            Self::Plain(upstream) => relay::relay(stream, upstream, &open.moved).await.or_else(|e| {
+                let theirs = matches!(e.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe);
+                if theirs { Ok(()) } else { Err(Failure::new(Flag::None, e)) }
+            }),
+            Self::Tunnel(tunnel) => tunnel
+                .carry(stream, &open.moved)
+                .await
+                .or_else(|e| if e.is_application_reset() { Ok(()) } else { Err(Failure::new(Flag::None, e)) }),
+        };
+        open.close(result);
+    }
+}
+
+/// Gets to the next hop.
+async fn reach(
+    context: &Rc<Context>,
+    pod: &Arc<Pod>,
+    stream: &TcpStream,
+    to: SocketAddr,
+    facts: &mut Facts,
+) -> Result<Ready, Failure> {
+    let mut view = pod.view.clone();
+    let view = authorize::known(&mut view).await.map_err(|r| Failure::new(Flag::Connect, r))?;
+    let Some(client) = view.workload else {
+        return Err(Failure::new(Flag::Connect, authorize::Rejection::Unknown));
+    };
+    facts.src_workload = Some(client.clone());
+    let mut avoid: Vec<Str> = Vec::new();
+    let mut last: Option<Failure> = None;
+    for _ in 0..TRIES {
+        let decided = route(&context.shared.store.load(), &client, to, &avoid);
+        let (failure, tried) = match decided {
+            Route::Passthrough { service } => {
+                facts.service = service;
+                return plain(context, pod, to).await;
+            }
+            Route::Plain { to, workload, service } => {
+                facts.dst = to;
+                facts.service = service;
+                facts.dst_workload = Some(workload.clone());
+                match plain(context, pod, to).await {
+                    Ok(ready) => return Ok(ready),
+                    Err(failure) => (failure, workload.uid.clone()),
+                }
+            }
+            Route::Hbone(hop) => {
+                facts.dst = hop.peer;
+                facts.hbone = Some(hop.authority.to_string());
+                facts.service = hop.service.clone();
+                facts.dst_workload = Some(hop.workload.clone());
+                let uid = hop.workload.uid.clone();
+                match tunnel(context, pod, &client, hop, stream, facts).await {
+                    Ok(ready) => return Ok(ready),
+                    // The peer has answered: another endpoint would be told the same, and might do the work twice.
+                    Err((failure, true)) => return Err(failure),
+                    Err((failure, false)) => (failure, uid),
+                }
+            }
+            // Every endpoint has been tried: what happened there says more than that none is left.
+            Route::Refuse(refusal) => return Err(last.unwrap_or_else(|| Failure::new(Flag::Connect, refusal))),
+        };
+        avoid.push(tried);
+        let again = facts.service.is_some();
+        last = Some(failure);
+        if !again {
+            break;
+        }
+    }
+    Err(last.unwrap_or_else(|| Failure::new(Flag::Connect, "nothing was tried")))
+}
+
+async fn plain(context: &Context, pod: &Pod, to: SocketAddr) -> Result<Ready, Failure> {
+    let connected = connect::tcp(&pod.netns, None, to, context.shared.config.connect_timeout).await;
+    connected.map(Ready::Plain).map_err(|e| Failure::new(Flag::Connect, format!("connect to {to}: {e}")))
+}
+
+/// Opens a stream. The flag of an error says whether the peer has given an answer.
+async fn tunnel(
+    context: &Rc<Context>,
+    pod: &Arc<Pod>,
+    client: &Workload,
+    hop: Hop,
+    stream: &TcpStream,
+    facts: &mut Facts,
+) -> Result<Ready, (Failure, bool)> {
+    let trace = TraceParent::random();
+    facts.trace = Some(format!("{:032x}", trace.trace));
+    let headers = ConnectHeaders {
+        baggage: baggage(client),
+        forwarded_for: stream.peer_addr().ok().map(orig_dst::canonical),
+        forwarded_host: hop.service.as_ref().map(|s| s.hostname.to_string()),
+        trace: Some(trace),
+    };
+    let key = TunnelKey {
+        client: pod.info.uid.as_str().into(),
+        peer: hop.peer,
+        peer_uid: hop.workload.uid.clone(),
+        expected: hop.expected.clone(),
+    };
+    let mut gone = 0;
+    loop {
+        let place = context.pool.place(&key, || dial(context.clone(), pod.clone(), hop.clone())).await;
+        let place = place.map_err(|f| (f.0, false))?;
+        match place.open(&hop.authority, &headers, context.pool.settings()).await {
+            Ok(stream) => {
+                facts.src_identity = Some(pod.identity.clone());
+                facts.dst_identity = Some(hop.workload.identity());
+                return Ok(Ready::Tunnel(Box::new(stream)));
+            }
+            // The tunnel was closing; nothing was seen of the request.
+            Err(OpenError::Ended(_)) if gone < 2 => gone += 1,
+            Err(error @ OpenError::Refused { status, .. }) => {
+                let flag = if status == http::StatusCode::UNAUTHORIZED { Flag::Deny } else { Flag::Connect };
+                return Err((Failure::new(flag, error), true));
+            }
+            Err(error @ OpenError::Deadline(_)) => return Err((Failure::new(Flag::Connect, error), true)),
+            Err(error) => return Err((Failure::new(Flag::H2HandshakeFailure, error), false)),
+        }
+    }
+}
+
+async fn dial(context: Rc<Context>, pod: Arc<Pod>, hop: Hop) -> Result<Tunnel, ConnectFailure> {
+    let config = &context.shared.config;
+    let failed = |flag, reason: String| ConnectFailure(Failure::new(flag, reason));
+    let certificate =
+        pod.certificate.wait(config.connect_timeout).await.map_err(|reason| failed(Flag::IdentityError, reason))?;
+    let tcp = connect::tcp(&pod.netns, None, hop.peer, config.connect_timeout)
+        .await
+        .map_err(|e| failed(Flag::Connect, format!("connect to {}: {e}", hop.peer)))?;
+    let (tls, peer) = handshake::connect(&certificate, tcp, hop.peer.ip(), &hop.expected, config.hbone.handshake)
+        .await
+        .map_err(|e| {
+            let flag = match e {
+                HandshakeError::Identity { .. } | HandshakeError::OwnExpired(_) => Flag::IdentityError,
+                _ => Flag::TlsFailure,
+            };
+            failed(flag, format!("{}: {e}", hop.peer))
+        })?;
+    let not_after = peer.not_after.min(certificate.facts.not_after);
+    Tunnel::start(tls, &config.hbone, not_after).await.map_err(|e| failed(Flag::H2HandshakeFailure, e.to_string()))
+}
+
+/// What a peer is told of a workload.
+pub fn baggage(workload: &Workload) -> Baggage {
+    let text = |s: &Str| Some(s.to_string()).filter(|s| !s.is_empty());
+    let kind = match workload.workload_type {
+        WorkloadType::Deployment => "deployment",
+        WorkloadType::Cronjob => "cronjob",
+        WorkloadType::Pod => "pod",
+        WorkloadType::Job => "job",
+    };
+    Baggage {
+        cluster: text(&workload.cluster_id),
+        namespace: text(&workload.namespace),
+        workload_type: Some(kind.to_owned()),
+        workload: text(&workload.workload_name),
+        service: text(&workload.canonical_name),
+        version: text(&workload.canonical_revision),
+        region: text(&workload.locality.region),
+        zone: text(&workload.locality.zone),
+    }
+}

@@ -1,0 +1,95 @@
+//! Captured inbound plaintext: from outside the mesh, or from a kubelet that probes.
+//!
+//! Owns the exception for probes. A probe is told by the node's own socket table, not by its address alone: a client
+//! that is masqueraded comes from the same address, but the node has no such socket.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use ambit_model::policy::Connection;
+use ambit_net::{connect, orig_dst, relay, sockdiag};
+use tokio::net::TcpStream;
+
+use crate::authorize;
+use crate::observe::{Facts, Failure, Flag, Reporter};
+use crate::pods::Pod;
+use crate::worker::Context;
+
+/// Handles one connection.
+pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, source: SocketAddr) {
+    let Ok(to) = orig_dst::original_destination(&stream) else { return };
+    let mut facts = Facts::new(Reporter::Destination, source, to);
+    let observer = &context.shared.observer;
+    let connection =
+        Connection { source: None, source_ip: source.ip(), destination_ip: to.ip(), destination_port: to.port() };
+    let probe = is_probe(&context, &pod, source, to);
+    match open(&context, &pod, &connection, probe, &mut facts).await {
+        Ok(app) => {
+            let open = observer.open(facts);
+            let cut = async {
+                match probe {
+                    true => std::future::pending().await,
+                    false => authorize::denied(pod.view.clone(), connection).await,
+                }
+            };
+            let result = tokio::select! {
+                relayed = relay::relay(stream, app, &open.moved) => {
+                    // A reset by either application is their affair, and has been passed on.
+                    relayed.or(Ok(()))
+                }
+                rejection = cut => Err(Failure::new(Flag::Deny, format!("cut: {rejection}"))),
+            };
+            open.close(result);
+        }
+        Err(failure) => {
+            observer.refused(&facts, &failure, "connection refused");
+            relay::reset(&stream);
+        }
+    }
+}
+
+async fn open(
+    context: &Context,
+    pod: &Pod,
+    connection: &Connection,
+    probe: bool,
+    facts: &mut Facts,
+) -> Result<TcpStream, Failure> {
+    let to = facts.dst;
+    // A connection to a port of the proxy would come back here for ever.
+    if to.port() == ambit_net::capture::INBOUND_PLAINTEXT_PORT || to.port() == ambit_net::capture::OUTBOUND_PORT {
+        return Err(Failure::new(Flag::Connect, format!("{} is a port of the proxy itself", to.port())));
+    }
+    if probe {
+        facts.policy = Some("kubelet probe".into());
+    } else {
+        let mut view = pod.view.clone();
+        facts.policy = authorize::admit(&mut view, connection).await.map_err(|r| Failure::new(Flag::Deny, r))?;
+    }
+    let view = pod.view.borrow().clone();
+    if let Some(workload) = view.workload {
+        let snapshot = context.shared.store.load();
+        facts.src_workload = snapshot.workload_at(&workload.network, facts.src.ip()).cloned();
+        facts.dst_workload = Some(workload);
+    }
+    let source = Some(facts.src.ip()).filter(|ip| *ip != to.ip());
+    connect::tcp(&pod.netns, source, to, context.shared.config.connect_timeout)
+        .await
+        .map_err(|e| Failure::new(Flag::Connect, format!("connect to {to}: {e}")))
+}
+
+/// Whether a connection is a probe of this node's kubelet: to a declared probe port, and the node's own namespace has
+/// a socket with this very 4-tuple.
+fn is_probe(context: &Context, pod: &Pod, source: SocketAddr, to: SocketAddr) -> bool {
+    if !pod.probe_ports.borrow().contains(&to.port()) {
+        return false;
+    }
+    match sockdiag::has_connected_socket(&context.shared.node, source, to) {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(pod = pod.info.name, %error, "the node's socket table cannot be read; not taken for a probe");
+            false
+        }
+    }
+}
