@@ -1,1 +1,21 @@
+//! The controller: from objects of a cluster to what its nodes need, and the certificate authority of the mesh.
+//!
+//! One pipeline for every source: a source keeps a set of objects, pure code makes the mesh of them, changes are
+//! encoded once and shared by all subscribers. Never on the path of traffic; when it is away, the mesh goes on.
+//!
+//! # Layout
+//! - [`app`]: wiring. [`config`]: every knob. [`debug`]: pages.
+//! - [`objects`]: the kinds that are read, as types. [`source`]: where they come from (a directory).
+//! - [`index`]: objects to model, without IO. [`push`]: model to subscribers over delta ADS.
+//! - [`auth`]: who is calling. [`authority`] and [`certificates`]: the certificate authority and its service.
 
+pub mod app;
+pub mod auth;
+pub mod authority;
+pub mod certificates;
+pub mod config;
+pub mod debug;
+pub mod index;
+pub mod objects;
+pub mod push;
+pub mod source;

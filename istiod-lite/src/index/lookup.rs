@@ -1,0 +1,137 @@
+//! The objects, sorted for looking up: by kind, by namespace, what is discovered at all.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ambit_model::Str;
+use ambit_model::workload::Locality;
+
+use super::Settings;
+use crate::objects::mesh::MeshConfig;
+use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio};
+
+/// An object of a kind with its key and metadata.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the types are the documentation")]
+pub struct Entry<'a, T> {
+    pub key: &'a Key,
+    pub meta: &'a Meta,
+    pub object: &'a T,
+}
+
+impl<T> Clone for Entry<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Entry<'_, T> {}
+
+/// All objects that the mesh looks at.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the kinds are the documentation")]
+pub struct World<'a> {
+    pub settings: &'a Settings,
+    pub config: MeshConfig,
+    pub namespaces: BTreeMap<&'a str, &'a Meta>,
+    pub localities: BTreeMap<&'a str, Locality>,
+    pub pods: Vec<Entry<'a, core::Pod>>,
+    pub services: Vec<Entry<'a, core::Service>>,
+    pub slices: Vec<Entry<'a, core::EndpointSlice>>,
+    pub service_entries: Vec<Entry<'a, istio::ServiceEntry>>,
+    pub workload_entries: Vec<Entry<'a, istio::WorkloadEntry>>,
+    pub authorization: Vec<Entry<'a, istio::AuthorizationPolicy>>,
+    pub authentication: Vec<Entry<'a, istio::PeerAuthentication>>,
+    pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
+}
+
+impl<'a> World<'a> {
+    /// Sorts.
+    pub fn new(objects: &'a Objects, settings: &'a Settings, config: MeshConfig) -> Self {
+        let mut world = Self {
+            settings,
+            config,
+            namespaces: BTreeMap::new(),
+            localities: BTreeMap::new(),
+            pods: Vec::new(),
+            services: Vec::new(),
+            slices: Vec::new(),
+            service_entries: Vec::new(),
+            workload_entries: Vec::new(),
+            authorization: Vec::new(),
+            authentication: Vec::new(),
+            gateways: BTreeMap::new(),
+        };
+        for (key, loaded) in objects {
+            if let Object::Namespace(_) = loaded.object {
+                world.namespaces.insert(&key.name, &loaded.meta);
+            }
+        }
+        for (key, loaded) in objects {
+            if world.discovered(key, &loaded.meta) {
+                world.add(key, loaded);
+            }
+        }
+        world
+    }
+
+    fn add(&mut self, key: &'a Key, loaded: &'a Arc<Loaded>) {
+        let meta = &loaded.meta;
+        match &loaded.object {
+            Object::Node(_) => {
+                let label = |name: &str| Str::from(meta.label(name).unwrap_or_default());
+                let locality = Locality {
+                    region: label("topology.kubernetes.io/region"),
+                    zone: label("topology.kubernetes.io/zone"),
+                    subzone: label("topology.istio.io/subzone"),
+                };
+                self.localities.insert(&key.name, locality);
+            }
+            Object::Pod(object) => self.pods.push(Entry { key, meta, object }),
+            Object::Service(object) => self.services.push(Entry { key, meta, object }),
+            Object::EndpointSlice(object) => self.slices.push(Entry { key, meta, object }),
+            Object::ServiceEntry(object) => self.service_entries.push(Entry { key, meta, object }),
+            Object::WorkloadEntry(object) => self.workload_entries.push(Entry { key, meta, object }),
+            Object::AuthorizationPolicy(object) => self.authorization.push(Entry { key, meta, object }),
+            Object::PeerAuthentication(object) => self.authentication.push(Entry { key, meta, object }),
+            Object::Gateway(object) => {
+                self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
+            }
+            Object::Namespace(_) | Object::MeshConfig(_) | Object::Other => {}
+        }
+    }
+
+    /// Whether the mesh looks at an object: its namespace matches a discovery selector (or there is none), and its
+    /// revision is ours. The installation's namespace always does.
+    fn discovered(&self, key: &Key, meta: &Meta) -> bool {
+        if !matches!(meta.label("istio.io/rev"), None | Some("default")) {
+            return false;
+        }
+        let selectors = &self.config.discovery_selectors;
+        if key.namespace.is_empty() || selectors.is_empty() || key.namespace == self.settings.namespace {
+            return true;
+        }
+        let namespace = self.namespaces.get(&*key.namespace);
+        namespace.is_some_and(|meta| selectors.iter().any(|s| meta.has_labels(&s.match_labels)))
+    }
+
+    /// A label of a namespace.
+    pub fn namespace_label(&self, namespace: &str, label: &str) -> Option<&'a str> {
+        self.namespaces.get(namespace).and_then(|meta| meta.label(label))
+    }
+
+    /// Locality of a node.
+    pub fn locality(&self, node: &str) -> Locality {
+        self.localities.get(node).cloned().unwrap_or_default()
+    }
+
+    /// Network of everything here: a label of the installation's namespace.
+    pub fn network(&self) -> Str {
+        self.namespace_label(&self.settings.namespace, "topology.istio.io/network").unwrap_or_default().into()
+    }
+
+    /// Host name of a Kubernetes service.
+    pub fn hostname(&self, name: &str, namespace: &str) -> Str {
+        format!("{name}.{namespace}.svc.{}", self.settings.cluster_domain).into()
+    }
+}

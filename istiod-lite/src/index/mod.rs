@@ -1,0 +1,120 @@
+//! Objects to model: what each node is told, made of all objects by a pure function.
+//!
+//! Owns the rules (reference/controlplane.md 1.4 to 1.8). No IO, no clock, no state: the same objects give the same
+//! mesh on every replica. A change makes everything anew and the push compares; see ARCHITECTURE.md for what that
+//! costs.
+
+pub mod allocate;
+pub mod entries;
+pub mod lookup;
+pub mod pods;
+pub mod policies;
+pub mod services;
+pub mod status;
+pub mod waypoints;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use ambit_model::policy::Policy;
+use ambit_model::{NamespacedHostname, Service, Str, Workload};
+use ambit_xds::proto::ambit::NodePod;
+
+use crate::objects::mesh::MeshConfig;
+use crate::objects::{Key, Object, Objects};
+
+pub use lookup::World;
+pub use status::Condition;
+
+#[cfg(test)]
+mod tests;
+
+/// What does not come from objects.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Cluster.
+    pub cluster_id: Str,
+    /// DNS suffix.
+    pub cluster_domain: String,
+    /// Namespace of the installation.
+    pub namespace: String,
+}
+
+/// The mesh.
+#[derive(Clone, Debug, Default)]
+pub struct Mesh {
+    /// Workloads by uid.
+    pub workloads: BTreeMap<Str, Workload>,
+    /// Services by key.
+    pub services: BTreeMap<NamespacedHostname, Service>,
+    /// Policies by name.
+    pub policies: BTreeMap<Str, Policy>,
+    /// Pods by node and Kubernetes uid.
+    pub node_pods: BTreeMap<(String, String), NodePod>,
+    /// Which accounts run on which node: what a node may ask certificates for.
+    pub accounts: BTreeSet<(String, String, String)>,
+    /// What is to be said of objects.
+    pub statuses: BTreeMap<Key, Vec<Condition>>,
+    /// Addresses given to hosts of service entries.
+    pub allocated: BTreeMap<Key, Vec<(String, std::net::IpAddr)>>,
+    /// The configuration that all this was made with.
+    pub config: MeshConfig,
+}
+
+/// Makes the mesh. `enrolled` holds the Kubernetes uids of pods whose nodes have reported them as enrolled.
+pub fn build(objects: &Objects, enrolled: &HashSet<String>, settings: &Settings) -> Mesh {
+    let config_key = Key { kind: "ConfigMap", namespace: settings.namespace.clone(), name: "istio".into() };
+    let config = match objects.get(&config_key).map(|o| &o.object) {
+        Some(Object::MeshConfig(config)) => config.clone(),
+        _ => MeshConfig::default(),
+    };
+    let world = World::new(objects, settings, config.clone());
+    let mut mesh = Mesh { config, ..Mesh::default() };
+    services::build(&world, &mut mesh);
+    entries::services(&world, &mut mesh);
+    let authentication = policies::Authentication::new(&world, &mut mesh);
+    policies::authorization(&world, &mut mesh);
+    pods::build(&world, enrolled, &authentication, &mut mesh);
+    entries::workloads(&world, &authentication, &mut mesh);
+    services::endpoints(&world, &mut mesh);
+    mesh
+}
+
+/// Checks the values of one object that its types cannot check.
+pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
+    let invalid =
+        |path: String, value: &str, expected| Err(policies::Invalid { path, value: value.to_owned(), expected });
+    match object {
+        Object::AuthorizationPolicy(policy) => policies::convert(&policy.spec).map(drop),
+        Object::ServiceEntry(entry) => {
+            let spec = &entry.spec;
+            if spec.hosts.is_empty() {
+                return invalid("spec.hosts".into(), "", "at least one host");
+            }
+            if let Some((n, host)) = spec.hosts.iter().enumerate().find(|(_, h)| h.is_empty() || h.contains('/')) {
+                return invalid(format!("spec.hosts[{n}]"), host, "a host name");
+            }
+            let block = |a: &String| a.parse::<ambit_model::Cidr>().is_err();
+            if let Some((n, address)) = spec.addresses.iter().enumerate().find(|(_, a)| block(a)) {
+                return invalid(format!("spec.addresses[{n}]"), address, "an IP address or CIDR block");
+            }
+            if let Some((n, _)) = spec.ports.iter().enumerate().find(|(_, p)| p.number == 0) {
+                return invalid(format!("spec.ports[{n}].number"), "0", "a port, 1 to 65535");
+            }
+            if !matches!(spec.resolution.as_str(), "" | "NONE" | "STATIC" | "DNS" | "DNS_ROUND_ROBIN") {
+                return invalid("spec.resolution".into(), &spec.resolution, "NONE, STATIC, DNS or DNS_ROUND_ROBIN");
+            }
+            Ok(())
+        }
+        Object::WorkloadEntry(entry) if entry.spec.address.is_empty() => {
+            invalid("spec.address".into(), "", "an IP address or host name")
+        }
+        Object::Service(service) => {
+            let ports = &service.spec.ports;
+            match ports.iter().enumerate().find(|(_, p)| p.port == 0) {
+                Some((n, _)) => invalid(format!("spec.ports[{n}].port"), "0", "a port, 1 to 65535"),
+                None => Ok(()),
+            }
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,44 @@
+//! The controller's program: reads its configuration, runs, and maps failures to exit codes.
+
+use std::process::ExitCode;
+
+use istiod_lite::{app, config::Config};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    let mut file = None;
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--config" => file = args.next().map(std::path::PathBuf::from),
+            "help" | "--help" => {
+                println!("{}", istiod_lite::config::HELP);
+                return ExitCode::SUCCESS;
+            }
+            "version" | "--version" => {
+                println!("ambit istiod-lite {}", env!("CARGO_PKG_VERSION"));
+                return ExitCode::SUCCESS;
+            }
+            other => {
+                eprintln!("istiod-lite: unknown argument {other:?}; try `istiod-lite help`");
+                return ExitCode::from(64);
+            }
+        }
+    }
+    let config = match Config::load(file.as_deref()) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("istiod-lite: {error}");
+            return ExitCode::from(64);
+        }
+    };
+    match app::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("istiod-lite: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

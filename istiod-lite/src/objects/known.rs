@@ -1,0 +1,208 @@
+//! The kinds that are known, and the fields of them that Kubernetes has but the mesh does not read.
+//!
+//! Owns these lists only. A field that is on no list is a typing mistake, and told as one.
+
+/// Scope and treatment of a kind.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    /// Kind.
+    pub kind: &'static str,
+    /// API groups that it may have; any version.
+    pub group: &'static str,
+    /// Lives in a namespace.
+    pub namespaced: bool,
+    /// Fields that are not read: paths without list indices. `*` at the end means everything below.
+    pub unread: &'static [&'static str],
+}
+
+/// Kinds that are read or passed over.
+pub const KINDS: &[Kind] = &[
+    Kind { kind: "Namespace", group: "", namespaced: false, unread: &["spec*", "status*"] },
+    Kind { kind: "Node", group: "", namespaced: false, unread: &["spec*", "status*"] },
+    Kind { kind: "Pod", group: "", namespaced: true, unread: POD },
+    Kind { kind: "Service", group: "", namespaced: true, unread: SERVICE },
+    Kind {
+        kind: "EndpointSlice",
+        group: "discovery.k8s.io",
+        namespaced: true,
+        unread: &[
+            "endpoints.conditions.serving",
+            "endpoints.conditions.terminating",
+            "endpoints.hints*",
+            "endpoints.hostname",
+            "endpoints.zone",
+            "endpoints.deprecatedTopology*",
+            "endpoints.targetRef.uid",
+            "endpoints.targetRef.resourceVersion",
+            "endpoints.targetRef.apiVersion",
+            "ports.protocol",
+            "ports.appProtocol",
+        ],
+    },
+    Kind { kind: "ServiceEntry", group: "networking.istio.io", namespaced: true, unread: &["status.conditions*"] },
+    Kind { kind: "WorkloadEntry", group: "networking.istio.io", namespaced: true, unread: &["status*"] },
+    Kind { kind: "AuthorizationPolicy", group: "security.istio.io", namespaced: true, unread: &["status*"] },
+    Kind { kind: "PeerAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
+    Kind {
+        kind: "Gateway",
+        group: "gateway.networking.k8s.io",
+        namespaced: true,
+        unread: &[
+            "spec.infrastructure*",
+            "spec.listeners.hostname",
+            "spec.listeners.tls*",
+            "spec.listeners.allowedRoutes.kinds*",
+            "spec.backendTLS*",
+            "status.conditions*",
+            "status.listeners*",
+        ],
+    },
+    Kind { kind: "ConfigMap", group: "", namespaced: true, unread: &["*"] },
+    Kind { kind: "Deployment", group: "apps", namespaced: true, unread: &["*"] },
+    Kind { kind: "ServiceAccount", group: "", namespaced: true, unread: &["*"] },
+    Kind { kind: "Secret", group: "", namespaced: true, unread: &["*"] },
+    Kind { kind: "GatewayClass", group: "gateway.networking.k8s.io", namespaced: false, unread: &["*"] },
+];
+
+const POD: &[&str] = &[
+    "spec.activeDeadlineSeconds",
+    "spec.affinity*",
+    "spec.automountServiceAccountToken",
+    "spec.dnsConfig*",
+    "spec.dnsPolicy",
+    "spec.enableServiceLinks",
+    "spec.ephemeralContainers*",
+    "spec.hostAliases*",
+    "spec.hostIPC",
+    "spec.hostPID",
+    "spec.hostUsers",
+    "spec.hostname",
+    "spec.imagePullSecrets*",
+    "spec.nodeSelector*",
+    "spec.os*",
+    "spec.overhead*",
+    "spec.preemptionPolicy",
+    "spec.priority",
+    "spec.priorityClassName",
+    "spec.readinessGates*",
+    "spec.resourceClaims*",
+    "spec.resources*",
+    "spec.restartPolicy",
+    "spec.runtimeClassName",
+    "spec.schedulerName",
+    "spec.schedulingGates*",
+    "spec.securityContext*",
+    "spec.serviceAccount",
+    "spec.setHostnameAsFQDN",
+    "spec.shareProcessNamespace",
+    "spec.subdomain",
+    "spec.terminationGracePeriodSeconds",
+    "spec.tolerations*",
+    "spec.topologySpreadConstraints*",
+    "spec.volumes*",
+    "spec.containers.args*",
+    "spec.containers.command*",
+    "spec.containers.env*",
+    "spec.containers.envFrom*",
+    "spec.containers.image",
+    "spec.containers.imagePullPolicy",
+    "spec.containers.lifecycle*",
+    "spec.containers.resizePolicy*",
+    "spec.containers.resources*",
+    "spec.containers.securityContext*",
+    "spec.containers.stdin",
+    "spec.containers.stdinOnce",
+    "spec.containers.terminationMessagePath",
+    "spec.containers.terminationMessagePolicy",
+    "spec.containers.tty",
+    "spec.containers.volumeDevices*",
+    "spec.containers.volumeMounts*",
+    "spec.containers.workingDir",
+    "spec.containers.ports.hostPort",
+    "spec.containers.ports.hostIP",
+    "spec.containers.readinessProbe*",
+    "spec.containers.livenessProbe*",
+    "spec.containers.startupProbe*",
+    "spec.initContainers*",
+    "status.conditions.lastProbeTime",
+    "status.conditions.lastTransitionTime",
+    "status.conditions.message",
+    "status.conditions.observedGeneration",
+    "status.conditions.reason",
+    "status.containerStatuses*",
+    "status.ephemeralContainerStatuses*",
+    "status.hostIP",
+    "status.hostIPs*",
+    "status.initContainerStatuses*",
+    "status.message",
+    "status.nominatedNodeName",
+    "status.observedGeneration",
+    "status.qosClass",
+    "status.reason",
+    "status.resize",
+    "status.startTime",
+];
+
+const SERVICE: &[&str] = &[
+    "spec.allocateLoadBalancerNodePorts",
+    "spec.externalIPs*",
+    "spec.externalName",
+    "spec.externalTrafficPolicy",
+    "spec.healthCheckNodePort",
+    "spec.ipFamilyPolicy",
+    "spec.loadBalancerClass",
+    "spec.loadBalancerIP",
+    "spec.loadBalancerSourceRanges*",
+    "spec.ports.nodePort",
+    "spec.sessionAffinity",
+    "spec.sessionAffinityConfig*",
+    "status*",
+];
+
+/// Fields of metadata that are not read, in every kind.
+const META: &[&str] = &[
+    "apiVersion",
+    "kind",
+    "metadata.finalizers*",
+    "metadata.generateName",
+    "metadata.generation",
+    "metadata.managedFields*",
+    "metadata.resourceVersion",
+    "metadata.selfLink",
+    "metadata.deletionGracePeriodSeconds",
+    "metadata.ownerReferences.apiVersion",
+    "metadata.ownerReferences.uid",
+    "metadata.ownerReferences.blockOwnerDeletion",
+];
+
+impl Kind {
+    /// The kind of a document.
+    pub fn find(api_version: &str, kind: &str) -> Result<&'static Self, String> {
+        let group = api_version.split_once('/').map_or("", |(group, _)| group);
+        if let Some(found) = KINDS.iter().find(|k| k.kind == kind && k.group == group) {
+            return Ok(found);
+        }
+        let instead = match (group, kind) {
+            ("networking.istio.io", "VirtualService") => "use an HTTPRoute (Gateway API) with a waypoint",
+            ("networking.istio.io", "DestinationRule") => "it needs a waypoint, which is not supported yet",
+            ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
+            ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
+            ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
+            ("security.istio.io", "RequestAuthentication") => "it needs a waypoint, which is not supported yet",
+            ("telemetry.istio.io", "Telemetry") => "it needs a waypoint, which is not supported yet",
+            ("gateway.networking.k8s.io", _) => "it needs a waypoint, which is not supported yet",
+            _ => "expected one that the mesh knows, such as Pod, Service or AuthorizationPolicy",
+        };
+        Err(format!("kind {kind} of {api_version:?} is not supported: {instead}"))
+    }
+
+    /// Whether a field that nobody read may be there. `path` is as `spec.containers.0.image`.
+    pub fn may_have(&self, path: &str) -> bool {
+        let plain: Vec<&str> = path.split('.').filter(|p| p.parse::<usize>().is_err() && *p != "?").collect();
+        let plain = plain.join(".");
+        META.iter().chain(self.unread).any(|known| match known.strip_suffix('*') {
+            Some(prefix) => plain.starts_with(prefix),
+            None => plain == *known,
+        })
+    }
+}

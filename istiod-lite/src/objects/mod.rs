@@ -1,0 +1,87 @@
+//! Kubernetes objects as far as the mesh reads them: typed, and strict about what nobody reads.
+//!
+//! Owns parsing of one document. A field that neither we nor Kubernetes know is an error, so that a typing mistake in
+//! a policy never goes unnoticed. Never looks at two objects together; see [`crate::index`].
+
+pub mod core;
+pub mod gateway;
+pub mod istio;
+pub mod known;
+pub mod mesh;
+pub mod meta;
+pub mod parse;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+pub use meta::Meta;
+
+/// Key of an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// Kind, such as `Pod`.
+    pub kind: &'static str,
+    /// Namespace; empty for objects without one.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+/// One object.
+#[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "Kubernetes kinds")]
+pub enum Object {
+    Namespace(core::Namespace),
+    Node(core::Node),
+    Pod(Box<core::Pod>),
+    Service(Box<core::Service>),
+    EndpointSlice(core::EndpointSlice),
+    ServiceEntry(istio::ServiceEntry),
+    WorkloadEntry(istio::WorkloadEntry),
+    AuthorizationPolicy(istio::AuthorizationPolicy),
+    PeerAuthentication(istio::PeerAuthentication),
+    Gateway(gateway::Gateway),
+    MeshConfig(mesh::MeshConfig),
+    /// Known, but nothing of it is read here (Deployment, ServiceAccount, other ConfigMaps, ...).
+    Other,
+}
+
+/// Where an object was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// File, relative to the directory.
+    pub file: String,
+    /// First line of the document, from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// An object with its metadata and place.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// What it is.
+    pub object: Object,
+    /// Its metadata.
+    pub meta: Meta,
+    /// Where it was read.
+    pub place: Place,
+}
+
+/// All objects, each in its last good state.
+pub type Objects = BTreeMap<Key, Arc<Loaded>>;

@@ -1,0 +1,151 @@
+//! One document of YAML to one object.
+//!
+//! Owns error texts: each names the line where that can be known, the field, and what was expected.
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_yaml::Value;
+
+use super::known::Kind;
+use super::{Key, Meta, Object};
+
+/// A document that is an object.
+#[derive(Clone, Debug)]
+pub struct Parsed {
+    /// Its key.
+    pub key: Key,
+    /// Its metadata.
+    pub meta: Meta,
+    /// Itself.
+    pub object: Object,
+}
+
+/// Why a document is not an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParseError {
+    /// Line in the document, from 1, where known.
+    pub line: Option<usize>,
+    /// What is wrong and what was expected.
+    pub reason: String,
+    /// The object that it would have been, where that can be told.
+    pub key: Option<Key>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Header {
+    #[serde(rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    metadata: Meta,
+}
+
+/// Reads an object from the text of one document.
+pub fn parse(text: &str) -> Result<Parsed, ParseError> {
+    let error = |line, reason, key| ParseError { line, reason, key };
+    let from_yaml = |e: serde_yaml::Error, key| {
+        let line = e.location().map(|l| l.line());
+        error(line, e.to_string(), key)
+    };
+    let mut unknown = Vec::new();
+    let header: Header = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
+        let path = path.to_string();
+        if path.starts_with("metadata") {
+            unknown.push(path);
+        }
+    })
+    .map_err(|e| from_yaml(e, None))?;
+    let (kind, key) = identify(&header).map_err(|reason| error(None, reason, None))?;
+    unknown.retain(|path| !kind.may_have(path));
+    let object = {
+        let reader = Reader { text, kind, unknown: &mut unknown };
+        reader.object(&header.metadata).map_err(|e| from_yaml(e, Some(key.clone())))?
+    };
+    if let Some(path) = unknown.first() {
+        let field = path.rsplit('.').next().unwrap_or(path);
+        let line = text.lines().position(|l| l.trim_start().trim_start_matches("- ").starts_with(field));
+        let reason = format!("{path}: unknown field of a {}", kind.kind);
+        return Err(error(line.map(|l| l + 1), reason, Some(key)));
+    }
+    Ok(Parsed { key, meta: header.metadata, object })
+}
+
+/// Reads an object from a document that has been put together; its parts have been checked.
+pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
+    let failed = |reason: String| ParseError { line: None, reason, key: None };
+    let text = serde_yaml::to_string(&value).map_err(|e| failed(e.to_string()))?;
+    parse(&text)
+}
+
+fn identify(header: &Header) -> Result<(&'static Kind, Key), String> {
+    if header.kind.is_empty() || header.api_version.is_empty() {
+        return Err("apiVersion and kind must be given".into());
+    }
+    let kind = Kind::find(&header.api_version, &header.kind)?;
+    let meta = &header.metadata;
+    if !is_name(&meta.name) {
+        return Err(format!(
+            "metadata.name: {:?}: expected lower-case letters, digits, '-' and '.' (RFC 1123), at most 253",
+            meta.name
+        ));
+    }
+    let namespace = match (kind.namespaced, meta.namespace.as_str()) {
+        (true, "") => "default".to_owned(),
+        (true, namespace) if is_name(namespace) => namespace.to_owned(),
+        (true, namespace) => return Err(format!("metadata.namespace: {namespace:?} is not a name")),
+        (false, _) => String::new(),
+    };
+    Ok((kind, Key { kind: kind.kind, namespace, name: meta.name.clone() }))
+}
+
+fn is_name(s: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+    !s.is_empty() && s.len() <= 253 && s.bytes().all(inner) && !s.starts_with(['-', '.']) && !s.ends_with(['-', '.'])
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    kind: &'static Kind,
+    unknown: &'a mut Vec<String>,
+}
+
+impl Reader<'_> {
+    fn object(self, meta: &Meta) -> Result<Object, serde_yaml::Error> {
+        Ok(match self.kind.kind {
+            "Namespace" => Object::Namespace(self.read()?),
+            "Node" => Object::Node(self.read()?),
+            "Pod" => Object::Pod(self.read()?),
+            "Service" => Object::Service(self.read()?),
+            "EndpointSlice" => Object::EndpointSlice(self.read()?),
+            "ServiceEntry" => Object::ServiceEntry(self.read()?),
+            "WorkloadEntry" => Object::WorkloadEntry(self.read()?),
+            "AuthorizationPolicy" => Object::AuthorizationPolicy(self.read()?),
+            "PeerAuthentication" => Object::PeerAuthentication(self.read()?),
+            "Gateway" => Object::Gateway(self.read()?),
+            "ConfigMap" if meta.name == "istio" => {
+                #[derive(Deserialize, Default)]
+                #[serde(default)]
+                struct Data {
+                    data: std::collections::BTreeMap<String, String>,
+                }
+                let data: Data = serde_yaml::from_str(self.text)?;
+                let mesh = data.data.get("mesh").map_or("{}", String::as_str);
+                Object::MeshConfig(serde_yaml::from_str(mesh)?)
+            }
+            _ => Object::Other,
+        })
+    }
+
+    fn read<T: DeserializeOwned>(self) -> Result<T, serde_yaml::Error> {
+        let kind = self.kind;
+        let unknown = self.unknown;
+        let text = serde_yaml::Deserializer::from_str(self.text);
+        serde_ignored::deserialize(text, |path| {
+            let path = path.to_string();
+            // Metadata has been read by itself, for every kind alike.
+            if !path.starts_with("metadata") && !kind.may_have(&path) {
+                unknown.push(path);
+            }
+        })
+    }
+}

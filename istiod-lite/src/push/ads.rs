@@ -1,0 +1,366 @@
+//! The delta ADS stream of one client.
+//!
+//! Owns what this client has asked for and what it was sent last. It reads the shared resources whenever they change
+//! and sends the difference: changes that pile up while it is slow become one, so a slow client costs nobody anything.
+//! Policies go before the workloads that name them and are removed after.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use ambit_telemetry::metrics::CounterVec;
+use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use ambit_xds::service::{DeltaAds, Responses};
+use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NODE_POD};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use super::Resources;
+use super::clients::{Clients, Registration};
+use crate::auth::{Caller, Role, TokenVerifier, authenticate};
+
+/// Responses under way to a client.
+const QUEUE: usize = 4;
+
+/// What a node has reported: node and the Kubernetes uids of its enrolled pods; the whole list or a difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Node of the caller's token.
+    pub node: String,
+    /// Replaces all that the node reported before.
+    pub whole: bool,
+    /// Now enrolled.
+    pub enrolled: Vec<String>,
+    /// No longer.
+    pub left: Vec<String>,
+}
+
+/// The service.
+pub struct Ads {
+    /// Who may call.
+    pub verifier: Arc<dyn TokenVerifier>,
+    /// What there is.
+    pub resources: watch::Receiver<Arc<Resources>>,
+    /// Where reports go.
+    pub reports: mpsc::Sender<Report>,
+    /// Who is connected.
+    pub clients: Clients,
+    /// Refusals by clients, by type.
+    pub nacks: Arc<CounterVec>,
+    /// Resources sent, by type.
+    pub pushed: Arc<CounterVec>,
+}
+
+impl DeltaAds for Ads {
+    fn delta(
+        self: Arc<Self>,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>> {
+        Box::pin(async move {
+            let caller = authenticate(&*self.verifier, request.metadata()).await?;
+            let Role::Node { node } = caller.role.clone() else {
+                warn!(caller = %caller, "stream refused: not a node account");
+                return Err(Status::permission_denied(format!(
+                    "{caller} is not a node account; only those may subscribe"
+                )));
+            };
+            let (responses, receiver) = mpsc::channel(QUEUE);
+            let registration = self.clients.register(caller.to_string(), node.clone());
+            info!(%caller, node, "stream opened");
+            let client = Client {
+                resources: self.resources.clone(),
+                service: self,
+                node,
+                caller,
+                registration,
+                responses,
+                wanted: BTreeMap::new(),
+                nonce: 0,
+            };
+            tokio::spawn(client.run(request.into_inner()));
+            let stream: Responses = Box::pin(ReceiverStream::new(receiver));
+            let mut response = Response::new(stream);
+            response.metadata_mut().insert(CAPABILITY, tonic::metadata::MetadataValue::from_static(CAPABILITY_V1));
+            Ok(response)
+        })
+    }
+}
+
+/// What a client wants of a type.
+#[derive(Debug)]
+struct Wanted {
+    /// Everything, or these names.
+    names: Option<BTreeSet<String>>,
+    /// Generation up to which it has been told.
+    sent: u64,
+    /// It has had no answer yet; it gets one even if it is empty.
+    fresh: bool,
+    /// What it said it holds when it connected, until it was answered.
+    holds: BTreeMap<String, String>,
+    /// Resources of its own node that it was sent; other types need no such list.
+    own: BTreeSet<String>,
+    /// Nonces that await an answer, with their generation.
+    pending: BTreeMap<String, u64>,
+}
+
+struct Client {
+    service: Arc<Ads>,
+    resources: watch::Receiver<Arc<Resources>>,
+    caller: Caller,
+    node: String,
+    registration: Registration,
+    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    wanted: BTreeMap<String, Wanted>,
+    nonce: u64,
+}
+
+/// Which part of a difference to send.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Added,
+    Removed,
+    Both,
+}
+
+impl Client {
+    async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) {
+        let left = self.caller.expires.duration_since(SystemTime::now()).unwrap_or_default();
+        let expiry = tokio::time::sleep(left);
+        tokio::pin!(expiry);
+        let end = loop {
+            let step = tokio::select! {
+                request = requests.message() => match request {
+                    Ok(Some(request)) => self.request(request).await,
+                    Ok(None) => break "the client closed it".to_owned(),
+                    Err(status) => break status.message().to_owned(),
+                },
+                changed = self.resources.changed() => match changed {
+                    Ok(()) => self.push().await,
+                    Err(_) => break "the controller is ending".to_owned(),
+                },
+                () = &mut expiry => Err(Status::unauthenticated("the token has expired; come back with a new one")),
+            };
+            if let Err(status) = step {
+                let reason = status.message().to_owned();
+                // The client may be gone already.
+                let _ = self.responses.send(Err(status)).await;
+                break reason;
+            }
+        };
+        info!(caller = %self.caller, node = self.node, reason = end, "stream ended");
+    }
+
+    async fn request(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
+        let type_url = request.type_url.clone();
+        if type_url == ENROLMENT {
+            return self.report(request).await;
+        }
+        if !matches!(type_url.as_str(), ADDRESS | AUTHORIZATION | NODE_POD) {
+            let reason = format!("type {type_url:?} is not served; expected {ADDRESS} or {AUTHORIZATION}");
+            return Err(Status::invalid_argument(reason));
+        }
+        if !request.response_nonce.is_empty() {
+            self.answer(&type_url, &request);
+        }
+        let subscribe: BTreeSet<String> = request.resource_names_subscribe.into_iter().collect();
+        let unsubscribe: BTreeSet<String> = request.resource_names_unsubscribe.into_iter().collect();
+        match self.wanted.get_mut(&type_url) {
+            None => {
+                let wildcard = (subscribe.is_empty() || subscribe.contains("*")) && !unsubscribe.contains("*");
+                let mut names = subscribe;
+                names.retain(|n| n != "*");
+                let wanted = Wanted {
+                    names: (!wildcard).then_some(names),
+                    sent: 0,
+                    fresh: true,
+                    holds: request.initial_resource_versions.into_iter().collect(),
+                    own: BTreeSet::new(),
+                    pending: BTreeMap::new(),
+                };
+                self.wanted.insert(type_url.clone(), wanted);
+                self.send(&type_url, Part::Both).await
+            }
+            Some(wanted) => {
+                let Some(names) = &mut wanted.names else { return Ok(()) };
+                names.retain(|n| !unsubscribe.contains(n));
+                let new: Vec<String> = subscribe.into_iter().filter(|n| n != "*").collect();
+                names.extend(new.iter().cloned());
+                // A pure unsubscribe gets no answer.
+                if new.is_empty() { Ok(()) } else { self.send_named(&type_url, &new).await }
+            }
+        }
+    }
+
+    fn answer(&mut self, type_url: &str, request: &DeltaDiscoveryRequest) {
+        let Some(generation) = self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce))
+        else {
+            return;
+        };
+        let refused = request.error_detail.as_ref().map(|e| e.message.clone());
+        if let Some(reason) = &refused {
+            self.service.nacks.of(&[type_url]).inc();
+            warn!(caller = %self.caller, node = self.node, type_url, reason, "resources refused by client");
+        }
+        self.registration.note(type_url, |state| {
+            state.acknowledged = generation;
+            state.refused = refused;
+        });
+    }
+
+    async fn report(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
+        let whole = !self.wanted.contains_key(ENROLMENT);
+        if whole {
+            let wanted = Wanted {
+                names: Some(BTreeSet::new()),
+                sent: 0,
+                fresh: false,
+                holds: BTreeMap::new(),
+                own: BTreeSet::new(),
+                pending: BTreeMap::new(),
+            };
+            self.wanted.insert(ENROLMENT.to_owned(), wanted);
+        }
+        let without_star = |names: Vec<String>| names.into_iter().filter(|n| n != "*").collect();
+        let report = Report {
+            node: self.node.clone(),
+            whole,
+            enrolled: without_star(request.resource_names_subscribe),
+            left: without_star(request.resource_names_unsubscribe),
+        };
+        debug!(?report, "enrolment");
+        self.service.reports.send(report).await.map_err(|_| Status::unavailable("the controller is ending"))
+    }
+
+    /// Something changed: what is added goes first, policies before all, and what is removed last, policies after all.
+    async fn push(&mut self) -> Result<(), Status> {
+        for (type_url, part) in [
+            (AUTHORIZATION, Part::Added),
+            (NODE_POD, Part::Both),
+            (ADDRESS, Part::Both),
+            (AUTHORIZATION, Part::Removed),
+        ] {
+            self.send(type_url, part).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends what this client has not been told of a type.
+    async fn send(&mut self, type_url: &str, part: Part) -> Result<(), Status> {
+        let resources = self.resources.borrow().clone();
+        let (Some(wanted), Some(kind)) = (self.wanted.get_mut(type_url), resources.kind(type_url)) else {
+            return Ok(());
+        };
+        // Before the source has been read, an answer would say that there is nothing.
+        if !resources.ready || (!wanted.fresh && kind.changed() <= wanted.sent) {
+            return Ok(());
+        }
+        let own = type_url == NODE_POD;
+        let visible = |name: &str, wanted: &Wanted| {
+            let node = &self.node;
+            let found = kind.get(name).filter(|e| e.node.as_ref().is_none_or(|n| n == node));
+            found.filter(|e| {
+                wanted
+                    .names
+                    .as_ref()
+                    .is_none_or(|names| names.contains(name) || e.resource.aliases.iter().any(|a| names.contains(a)))
+            })
+        };
+        let mut added: Vec<Resource> = Vec::new();
+        let mut removed: Vec<String> = Vec::new();
+        let changes = if wanted.fresh { None } else { kind.changes_since(wanted.sent) };
+        match changes {
+            Some(names) => {
+                for name in names {
+                    match visible(name, wanted) {
+                        Some(encoded) => added.push(encoded.resource.clone()),
+                        None if own && !wanted.own.contains(name) => {}
+                        None if wanted.names.as_ref().is_some_and(|n| !n.contains(name)) => {}
+                        None => removed.push(name.to_owned()),
+                    }
+                }
+            }
+            None => {
+                let known = |name: &String, e: &super::Encoded| wanted.holds.get(name) == Some(&e.resource.version);
+                for (name, encoded) in kind.iter() {
+                    if visible(name, wanted).is_some() && !known(name, encoded) {
+                        added.push(encoded.resource.clone());
+                    }
+                }
+                let gone = wanted.holds.keys().chain(&wanted.own).filter(|n| visible(n, wanted).is_none());
+                removed.extend(gone.cloned());
+                if let Some(names) = &wanted.names {
+                    // A name that does not exist is told as removed, so that nobody waits for it.
+                    let all: BTreeSet<&String> =
+                        kind.iter().flat_map(|(n, e)| std::iter::once(n).chain(&e.resource.aliases)).collect();
+                    removed.extend(names.iter().filter(|n| !all.contains(n)).cloned());
+                }
+            }
+        }
+        let first = wanted.fresh;
+        match part {
+            Part::Added => removed.clear(),
+            Part::Removed => added.clear(),
+            Part::Both => {}
+        }
+        if part != Part::Added {
+            wanted.sent = resources.generation;
+            wanted.fresh = false;
+            wanted.holds.clear();
+        }
+        if own {
+            wanted.own.extend(added.iter().map(|r| r.name.clone()));
+            wanted.own.retain(|n| !removed.contains(n));
+        }
+        if added.is_empty() && removed.is_empty() && !first {
+            return Ok(());
+        }
+        self.respond(type_url, resources.generation, added, removed).await
+    }
+
+    /// Answers names that were asked for just now; a service brings its endpoints along.
+    async fn send_named(&mut self, type_url: &str, names: &[String]) -> Result<(), Status> {
+        let resources = self.resources.borrow().clone();
+        let Some(kind) = resources.kind(type_url) else { return Ok(()) };
+        let asked: BTreeSet<&String> = names.iter().collect();
+        let (mut added, mut found) = (Vec::new(), BTreeSet::new());
+        for (name, encoded) in kind.iter() {
+            let by = std::iter::once(name).chain(&encoded.resource.aliases).find(|n| asked.contains(n));
+            if let Some(by) = by {
+                found.insert(by.clone());
+                added.push(encoded.resource.clone());
+            }
+        }
+        let removed = names.iter().filter(|n| !found.contains(*n)).cloned().collect();
+        self.respond(type_url, resources.generation, added, removed).await
+    }
+
+    async fn respond(
+        &mut self,
+        type_url: &str,
+        generation: u64,
+        resources: Vec<Resource>,
+        removed_resources: Vec<String>,
+    ) -> Result<(), Status> {
+        self.nonce += 1;
+        let nonce = format!("{generation}-{}", self.nonce);
+        if let Some(wanted) = self.wanted.get_mut(type_url) {
+            wanted.pending.insert(nonce.clone(), generation);
+            // A client that never answers must not make us remember for ever.
+            while wanted.pending.len() > 64 {
+                wanted.pending.pop_first();
+            }
+        }
+        self.registration.note(type_url, |state| state.sent = generation);
+        self.service.pushed.of(&[type_url]).add(resources.len() as u64);
+        let response = DeltaDiscoveryResponse {
+            system_version_info: generation.to_string(),
+            resources,
+            type_url: type_url.to_owned(),
+            nonce,
+            removed_resources,
+        };
+        self.responses.send(Ok(response)).await.map_err(|_| Status::cancelled("the client is gone"))
+    }
+}

@@ -1,0 +1,300 @@
+//! A directory of YAML with a second one laid over it, read into objects.
+//!
+//! Owns what is kept when something is wrong: an object stays in its last good state until its document is right again
+//! or gone. Reads files, nothing else; when to read is [`super::watch`]'s affair.
+//!
+//! The overlay is what a cluster would write: `objects/` holds whole objects (rendered pods), `patches/` holds parts of
+//! objects (status, node, addresses) that are merged onto the user's and have no effect without them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_yaml::Value;
+
+use super::documents::split;
+use super::{Problem, SourceState};
+use crate::index;
+use crate::objects::parse::{self, ParseError, Parsed};
+use crate::objects::{Key, Loaded, Objects, Place};
+
+#[cfg(test)]
+mod tests;
+
+/// Largest file that is read.
+const MAX_FILE: u64 = 256 << 20;
+
+/// What identifies the content of a file without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: (i64, i64),
+    len: u64,
+    inode: u64,
+}
+
+#[derive(Debug)]
+struct File {
+    stamp: Stamp,
+    documents: Vec<(Place, Arc<str>, Result<Arc<Parsed>, ParseError>)>,
+    unreadable: Option<String>,
+}
+
+/// The two directories and what was last read of them.
+#[derive(Debug)]
+pub struct Directory {
+    root: PathBuf,
+    overlay: PathBuf,
+    files: BTreeMap<(Layer, PathBuf), File>,
+    objects: Objects,
+    merged: BTreeMap<Key, (u64, Arc<Loaded>)>,
+    ready: bool,
+}
+
+/// The order in which layers are laid; the user's comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Layer {
+    User,
+    Objects,
+    Patches,
+}
+
+impl Directory {
+    /// Nothing has been read yet.
+    pub fn new(root: PathBuf, overlay: PathBuf) -> Self {
+        Self { root, overlay, files: BTreeMap::new(), objects: Objects::new(), merged: BTreeMap::new(), ready: false }
+    }
+
+    /// Reads what has changed and puts everything together again.
+    pub fn scan(&mut self) -> SourceState {
+        let mut problems = Vec::new();
+        let mut seen = HashSet::new();
+        let mut vanished = false;
+        for (layer, dir) in [
+            (Layer::User, self.root.clone()),
+            (Layer::Objects, self.overlay.join("objects")),
+            (Layer::Patches, self.overlay.join("patches")),
+        ] {
+            let mut found = Vec::new();
+            match list(&dir, &mut found, 0) {
+                Ok(()) => {}
+                // The overlay comes into being with its first file.
+                Err(e) if layer != Layer::User && e.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    vanished |= layer == Layer::User;
+                    let reason = format!("cannot be read: {error}; expected a directory");
+                    problems.push(Problem { place: dir.display().to_string(), key: None, reason, kept: true });
+                }
+            }
+            for path in found {
+                self.read(layer, &dir, &path);
+                seen.insert((layer, path));
+            }
+        }
+        if vanished {
+            // A directory that is gone is not a directory that was emptied.
+            return self.state(self.objects.clone(), problems);
+        }
+        self.files.retain(|key, _| seen.contains(key));
+        self.ready = true;
+        self.assemble(problems)
+    }
+
+    fn read(&mut self, layer: Layer, dir: &Path, path: &Path) {
+        let name = path.strip_prefix(dir).unwrap_or(path).display().to_string();
+        let Ok(meta) = fs::metadata(path) else { return };
+        let stamp = Stamp { modified: (meta.mtime(), meta.mtime_nsec()), len: meta.len(), inode: meta.ino() };
+        let key = (layer, path.to_owned());
+        if self.files.get(&key).is_some_and(|f| f.stamp == stamp && f.unreadable.is_none()) {
+            return;
+        }
+        let text = if meta.len() > MAX_FILE {
+            Err(format!("the file has {} bytes; expected at most {MAX_FILE}", meta.len()))
+        } else {
+            fs::read(path)
+                .map_err(|e| format!("cannot be read: {e}"))
+                .and_then(|bytes| String::from_utf8(bytes).map_err(|e| format!("is not UTF-8: {e}")))
+        };
+        let file = match text {
+            Err(reason) => File { stamp, documents: Vec::new(), unreadable: Some(reason) },
+            Ok(text) => {
+                let document = |d: super::documents::Document<'_>| {
+                    let place = Place { file: name.clone(), line: d.line };
+                    let parsed = match layer {
+                        // A part of an object is checked when it has been merged.
+                        Layer::Patches => parse_header(d.text),
+                        _ => parse::parse(d.text).and_then(|parsed| validated(d.text, parsed)),
+                    };
+                    (place, Arc::from(d.text), parsed.map(Arc::new))
+                };
+                File { stamp, documents: split(&text).into_iter().map(document).collect(), unreadable: None }
+            }
+        };
+        self.files.insert(key, file);
+    }
+
+    fn assemble(&mut self, mut problems: Vec<Problem>) -> SourceState {
+        let mut base: BTreeMap<Key, (Place, Arc<str>, Arc<Parsed>)> = BTreeMap::new();
+        let mut patches: BTreeMap<Key, Vec<Arc<str>>> = BTreeMap::new();
+        let mut keep_keys = HashSet::new();
+        let mut keep_files = HashSet::new();
+        for ((layer, path), file) in &self.files {
+            if let Some(reason) = &file.unreadable {
+                let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
+                keep_files.insert(name.clone());
+                problems.push(Problem { place: name, key: None, reason: reason.clone(), kept: true });
+            }
+            for (place, text, parsed) in &file.documents {
+                match parsed {
+                    Ok(parsed) if *layer == Layer::Patches => {
+                        patches.entry(parsed.key.clone()).or_default().push(text.clone());
+                    }
+                    Ok(parsed) => {
+                        if let Some((first, ..)) = base.get(&parsed.key) {
+                            let reason = format!("{} is given twice; the first is at {first}", parsed.key);
+                            let place = place.to_string();
+                            problems.push(Problem { place, key: Some(parsed.key.clone()), reason, kept: true });
+                        } else {
+                            base.insert(parsed.key.clone(), (place.clone(), text.clone(), parsed.clone()));
+                        }
+                    }
+                    Err(error) => {
+                        let kept = match &error.key {
+                            Some(key) => {
+                                keep_keys.insert(key.clone());
+                                self.objects.contains_key(key)
+                            }
+                            None => {
+                                keep_files.insert(place.file.clone());
+                                self.objects.values().any(|o| o.place.file == place.file)
+                            }
+                        };
+                        let line = place.line + error.line.map_or(0, |l| l.saturating_sub(1));
+                        let place = Place { file: place.file.clone(), line }.to_string();
+                        problems.push(Problem { place, key: error.key.clone(), reason: error.reason.clone(), kept });
+                    }
+                }
+            }
+        }
+        let mut objects = Objects::new();
+        let mut merged = BTreeMap::new();
+        for (key, (place, text, parsed)) in base {
+            let parts = patches.get(&key).map_or(&[][..], |p| &p[..]);
+            let hash = hash(&place, &text, parts);
+            let loaded = match self.merged.get(&key) {
+                Some((old, loaded)) if *old == hash => Ok(loaded.clone()),
+                _ => merge(&text, parts, &parsed)
+                    .map(|p| Arc::new(Loaded { object: p.object, meta: p.meta, place: place.clone() })),
+            };
+            match loaded {
+                Ok(loaded) => {
+                    objects.insert(key.clone(), loaded.clone());
+                    merged.insert(key, (hash, loaded));
+                }
+                Err(error) => {
+                    keep_keys.insert(key.clone());
+                    let reason = format!("with what the cluster wrote: {}", error.reason);
+                    problems.push(Problem { place: place.to_string(), key: Some(key), reason, kept: true });
+                }
+            }
+        }
+        for (key, old) in &self.objects {
+            if !objects.contains_key(key) && (keep_keys.contains(key) || keep_files.contains(&old.place.file)) {
+                objects.insert(key.clone(), old.clone());
+            }
+        }
+        self.merged = merged;
+        self.state(objects, problems)
+    }
+
+    fn state(&mut self, objects: Objects, problems: Vec<Problem>) -> SourceState {
+        self.objects = objects.clone();
+        let problems = problems.into_iter().map(|p| (format!("{} {}", p.place, p.reason), p)).collect();
+        SourceState { objects, problems, ready: self.ready }
+    }
+}
+
+fn hash(place: &Place, text: &str, patches: &[Arc<str>]) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    (&place.file, place.line, text, patches).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Checks values; a wrong one is told with its line.
+fn validated(text: &str, parsed: Parsed) -> Result<Parsed, ParseError> {
+    match index::validate(&parsed.object) {
+        Ok(()) => Ok(parsed),
+        Err(wrong) => {
+            let line = text.lines().position(|l| !wrong.value.is_empty() && l.contains(&wrong.value));
+            let reason = format!("{}: {:?}: expected {}", wrong.path, wrong.value, wrong.expected);
+            Err(ParseError { line: line.map(|l| l + 1), reason, key: Some(parsed.key) })
+        }
+    }
+}
+
+/// A part of an object: only which one it belongs to.
+fn parse_header(text: &str) -> Result<Parsed, ParseError> {
+    let value: Value =
+        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None })?;
+    let mut header = serde_yaml::Mapping::new();
+    for field in ["apiVersion", "kind", "metadata"] {
+        if let Some(value) = value.get(field) {
+            header.insert(field.into(), value.clone());
+        }
+    }
+    parse::from_value(Value::Mapping(header))
+}
+
+fn merge(text: &str, patches: &[Arc<str>], parsed: &Arc<Parsed>) -> Result<Parsed, ParseError> {
+    if patches.is_empty() {
+        return Ok(Parsed::clone(parsed));
+    }
+    let read = |text: &str| -> Result<Value, ParseError> {
+        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None })
+    };
+    let mut value = read(text)?;
+    for patch in patches {
+        lay(&mut value, read(patch)?);
+    }
+    parse::from_value(value)
+}
+
+/// Lays one value over another: mappings are merged, everything else is replaced.
+fn lay(under: &mut Value, over: Value) {
+    match (under, over) {
+        (Value::Mapping(under), Value::Mapping(over)) => {
+            for (key, value) in over {
+                match under.get_mut(&key) {
+                    Some(old) => lay(old, value),
+                    None => drop(under.insert(key, value)),
+                }
+            }
+        }
+        (under, over) => *under = over,
+    }
+}
+
+/// Files of YAML below a directory. Editors' temporary files and hidden ones are not looked at.
+fn list(dir: &Path, found: &mut Vec<PathBuf>, depth: usize) -> io::Result<()> {
+    if depth > 16 {
+        return Ok(());
+    }
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') {
+            continue;
+        }
+        if path.is_dir() {
+            // One that goes away while it is listed has nothing to list.
+            let _ = list(&path, found, depth + 1);
+        } else if matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json")) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(())
+}
