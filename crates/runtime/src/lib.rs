@@ -5,6 +5,7 @@
 //! # Layout
 //! - [`workers`]: one single-threaded runtime a core. [`readiness`], [`signal`], [`logging`].
 //! - [`http`]: a small HTTP/1 server for admin, metrics and readiness.
+//! - [`yaml`]: the documents of a file.
 //! - [`config`]: values from a YAML file and the environment, every problem reported at once.
 
 pub mod config;
@@ -13,6 +14,7 @@ pub mod logging;
 pub mod readiness;
 pub mod signal;
 pub mod workers;
+pub mod yaml;
 
 pub use config::{ConfigError, Source};
 pub use readiness::Readiness;

@@ -16,11 +16,11 @@ use std::sync::Arc;
 
 use serde_yaml::Value;
 
-use super::documents::split;
 use super::{Problem, SourceState};
 use crate::index;
 use crate::objects::parse::{self, ParseError, Parsed};
 use crate::objects::{Key, Loaded, Objects, Place};
+use ambit_runtime::yaml::{Document, split};
 
 #[cfg(test)]
 mod tests;
@@ -121,7 +121,7 @@ impl Directory {
         let file = match text {
             Err(reason) => File { stamp, documents: Vec::new(), unreadable: Some(reason) },
             Ok(text) => {
-                let document = |d: super::documents::Document<'_>| {
+                let document = |d: Document<'_>| {
                     let place = Place { file: name.clone(), line: d.line };
                     let parsed = match layer {
                         // A part of an object is checked when it has been merged.

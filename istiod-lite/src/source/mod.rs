@@ -1,7 +1,6 @@
 //! Where objects come from. Today a directory of YAML; the rest of the controller sees only [`SourceState`].
 
 pub mod directory;
-pub mod documents;
 pub mod watch;
 
 use std::collections::BTreeMap;

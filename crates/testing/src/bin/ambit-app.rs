@@ -1,0 +1,186 @@
+//! An ordinary client and server, for pods of the demo and of tests. It knows nothing of the mesh.
+//!
+//! ```text
+//! ambit-app serve --port 8080 [--name NAME]     HTTP/1.1: answers who it is and whom it sees
+//! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
+//! ambit-app get http://HOST:PORT/PATH           one request; prints the body
+//! ambit-app load http://HOST:PORT/ SECONDS      new connections one after the other; prints how many and how many failed
+//! ambit-app hold HOST:PORT                      one connection, a line every 50 ms; prints each answer, ends when it is lost
+//! ambit-app resolve HOST                        prints addresses
+//! ambit-app sleep                               does nothing, for ever
+//! ```
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["serve", ..] => serve(&words),
+        ["echo", ..] => echo(&words),
+        ["get", url] => get(url).map(|body| print!("{body}")),
+        ["load", url, seconds] => load(url, seconds),
+        ["hold", target] => hold(target),
+        ["resolve", host] => resolve(host),
+        ["sleep"] => loop {
+            std::thread::park();
+        },
+        _ => Err("usage: ambit-app serve|echo|get|load|hold|resolve|sleep ...".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Outcome<T> = Result<T, String>;
+
+fn option<'a>(words: &[&'a str], name: &str) -> Option<&'a str> {
+    words.iter().position(|w| *w == name).and_then(|at| words.get(at + 1)).copied()
+}
+
+fn listen(words: &[&str]) -> Outcome<TcpListener> {
+    let port: u16 = option(words, "--port").and_then(|p| p.parse().ok()).ok_or("expected --port NUMBER")?;
+    let any = |ip: IpAddr| TcpListener::bind(SocketAddr::new(ip, port));
+    any(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| any(Ipv4Addr::UNSPECIFIED.into())).map_err(|e| e.to_string())
+}
+
+fn serve(words: &[&str]) -> Outcome<()> {
+    let name = option(words, "--name").map_or_else(|| std::env::var("POD_NAME").unwrap_or_default(), str::to_owned);
+    for stream in listen(words)?.incoming().flatten() {
+        let name = name.clone();
+        std::thread::spawn(move || answer(stream, &name));
+    }
+    Ok(())
+}
+
+fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let peer = stream.peer_addr()?.ip().to_canonical();
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut stream = stream;
+    loop {
+        let (mut line, mut length, mut close) = (String::new(), 0, false);
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header)?;
+            let header = header.trim().to_ascii_lowercase();
+            if header.is_empty() {
+                break;
+            }
+            if let Some(n) = header.strip_prefix("content-length:") {
+                length = n.trim().parse().unwrap_or(0);
+            }
+            close |= header == "connection: close";
+        }
+        std::io::copy(&mut (&mut reader).take(length), &mut std::io::sink())?;
+        let body = match path.strip_prefix("/bytes/").and_then(|n| n.parse::<usize>().ok()) {
+            Some(n) => "x".repeat(n),
+            None => format!("hello from {name}; you are {peer}; you asked for {path}\n"),
+        };
+        write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+        if close {
+            return Ok(());
+        }
+    }
+}
+
+fn echo(words: &[&str]) -> Outcome<()> {
+    let greeting = option(words, "--greet").unwrap_or_default().to_owned();
+    for mut stream in listen(words)?.incoming().flatten() {
+        let greeting = greeting.clone();
+        std::thread::spawn(move || -> std::io::Result<()> {
+            stream.set_nodelay(true)?;
+            stream.write_all(greeting.as_bytes())?;
+            let mut reader = stream.try_clone()?;
+            std::io::copy(&mut reader, &mut stream)?;
+            stream.shutdown(std::net::Shutdown::Write)
+        });
+    }
+    Ok(())
+}
+
+fn connect(target: &str) -> Outcome<TcpStream> {
+    let mut last = format!("{target}: no address");
+    for addr in target.to_socket_addrs().map_err(|e| format!("{target}: {e}"))? {
+        match TcpStream::connect_timeout(&addr, TIMEOUT) {
+            Ok(stream) => {
+                let set = stream.set_nodelay(true).and_then(|()| stream.set_read_timeout(Some(TIMEOUT)));
+                set.map_err(|e| e.to_string())?;
+                return Ok(stream);
+            }
+            Err(error) => last = format!("{addr}: {error}"),
+        }
+    }
+    Err(last)
+}
+
+fn get(url: &str) -> Outcome<String> {
+    let rest = url.strip_prefix("http://").ok_or("expected http://HOST:PORT/PATH")?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let target = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    let mut stream = connect(&target)?;
+    let failed = |e: std::io::Error| format!("{host}: {e}");
+    write!(stream, "GET /{path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").map_err(failed)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).map_err(failed)?;
+    let (head, body) =
+        answer.split_once("\r\n\r\n").ok_or_else(|| format!("{host}: connection closed without an answer"))?;
+    if !head.starts_with("HTTP/1.1 200") {
+        return Err(head.lines().next().unwrap_or_default().to_owned());
+    }
+    Ok(body.to_owned())
+}
+
+fn load(url: &str, seconds: &str) -> Outcome<()> {
+    let seconds: u64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let (start, mut good, mut bad) = (Instant::now(), 0u64, 0u64);
+    while start.elapsed() < Duration::from_secs(seconds) {
+        match get(url) {
+            Ok(_) => good += 1,
+            Err(error) => {
+                bad += 1;
+                println!("failed: {error}");
+            }
+        }
+    }
+    println!("requests={good} failed={bad}");
+    Ok(())
+}
+
+fn hold(target: &str) -> Outcome<()> {
+    let mut stream = connect(target)?;
+    let mut reader = BufReader::new(stream.try_clone().map_err(|e| e.to_string())?);
+    for n in 0u64.. {
+        let line = format!("line {n}\n");
+        let mut back = String::new();
+        let sent = stream.write_all(line.as_bytes()).and_then(|()| reader.read_line(&mut back));
+        match sent {
+            Ok(0) => return Err("lost: closed by the other side".into()),
+            Err(error) => return Err(format!("lost: {error}")),
+            Ok(_) if back != line => return Err(format!("lost: got {back:?}, expected {line:?}")),
+            Ok(_) => println!("held {n}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn resolve(host: &str) -> Outcome<()> {
+    for addr in (host, 0).to_socket_addrs().map_err(|e| format!("{host}: {e}"))? {
+        println!("{}", addr.ip());
+    }
+    Ok(())
+}
