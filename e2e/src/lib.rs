@@ -2,6 +2,9 @@
 //!
 //! Owns the YAML of the example mesh and small helpers. The mesh itself is `ambit_testing::mesh`.
 
+pub mod demo;
+pub mod exec;
+
 use ambit_testing::Failure;
 use ambit_testing::mesh::{Mesh, Options, Output};
 

@@ -28,7 +28,7 @@ pub const HBONE_PORT: u16 = 15008;
 pub const DNS_PORT: u16 = 15053;
 
 /// Version of the rules; part of the tag by which an audit knows them.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// What to capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +94,8 @@ impl Capture {
         let own = Mark { value: PROXY_MARK, mask: MASK };
         let not_own = NotMark { value: PROXY_MARK, mask: MASK };
         let reply = Mark { value: REPLY_MARK, mask: MASK };
+        // Only what opens a connection is redirected: conntrack takes the next packet of a connection that is older than
+        // the rules for a new one, and redirecting that would cut it.
         // "Not to loopback", once a family.
         let mut not_loopback = vec![vec![Family(2), NotDaddr4([127, 0, 0, 1])]];
         if self.ipv6 {
@@ -109,11 +111,11 @@ impl Capture {
         let mut nat_out = Vec::new();
         if self.dns {
             nat_out.push(vec![UDP, Dport(53), NotOutLoopback, not_own, Redirect(DNS_PORT)]);
-            nat_out.extend(each_family(&[TCP, Dport(53), not_own, Redirect(DNS_PORT)]));
+            nat_out.extend(each_family(&[TCP, Syn, Dport(53), not_own, Redirect(DNS_PORT)]));
         }
         nat_out.push(vec![TCP, reply, Accept]);
         nat_out.extend(each_family(&[OutLoopback, Accept]));
-        nat_out.extend(each_family(&[TCP, not_own, Redirect(OUTBOUND_PORT)]));
+        nat_out.extend(each_family(&[TCP, Syn, not_own, Redirect(OUTBOUND_PORT)]));
 
         let mut chains = vec![
             chain(
@@ -135,7 +137,7 @@ impl Capture {
                 ChainKind::Nat,
                 Hook::Prerouting,
                 -100,
-                each_family(&[TCP, NotDport(HBONE_PORT), not_own, Redirect(INBOUND_PLAINTEXT_PORT)]),
+                each_family(&[TCP, Syn, NotDport(HBONE_PORT), not_own, Redirect(INBOUND_PLAINTEXT_PORT)]),
             ),
             chain("nat-out", ChainKind::Nat, Hook::Output, -100, nat_out),
         ];

@@ -51,6 +51,8 @@ pub enum Step {
     NotDport(u16),
     /// Source port equals.
     Sport(u16),
+    /// The TCP segment opens a connection: SYN alone.
+    Syn,
     /// IPv4 destination differs.
     NotDaddr4([u8; 4]),
     /// IPv6 destination differs.
@@ -221,6 +223,13 @@ impl Step {
             Self::Dport(port) => cmp(payload(m, 2, 2, 2), true, &port.to_be_bytes()),
             Self::NotDport(port) => cmp(payload(m, 2, 2, 2), false, &port.to_be_bytes()),
             Self::Sport(port) => cmp(payload(m, 2, 0, 2), true, &port.to_be_bytes()),
+            Self::Syn => {
+                // FIN 1, SYN 2, RST 4, ACK 16.
+                let flags = expr(payload(m, 2, 13, 1), "bitwise", |m| {
+                    m.be32(1, REG).be32(2, REG).be32(3, 1).nest(4, |m| m.attr(1, &[0x17])).nest(5, |m| m.attr(1, &[0]))
+                });
+                cmp(flags, true, &[2])
+            }
             Self::NotDaddr4(ip) => cmp(payload(m, 1, 16, 4), false, &ip),
             Self::NotDaddr6(ip) => cmp(payload(m, 1, 24, 16), false, &ip),
             Self::Mark { value, mask } => cmp(bitwise(meta(m, MARK), mask, 0), true, &value.to_ne_bytes()),

@@ -351,6 +351,11 @@ impl Running {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Its exit status, once it has ended; 1 where a signal ended it.
+    pub fn exit_code(&mut self) -> Option<u8> {
+        self.container.ended().map(|s| s.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1))
+    }
+
     /// Whether it succeeded, once it has ended.
     pub fn ended(&mut self) -> Option<bool> {
         self.container.ended().map(|s| s.success())
@@ -363,17 +368,16 @@ impl Drop for Running {
     }
 }
 
-/// A command in a pod whose output goes to the terminal.
-pub fn terminal(netns: &Netns, command: &[String], resolv_conf: PathBuf) -> Result<(), Failure> {
+/// Starts a command in a pod, or on a host, with given output.
+pub fn start_in(
+    netns: &Netns,
+    resolv_conf: PathBuf,
+    command: &[String],
+    out: Stdio,
+    err: Stdio,
+) -> Result<Running, Failure> {
     let spec = Spec { command: command.to_vec(), env: Vec::new(), programs: programs::directory()?, resolv_conf };
-    let mut running = container::spawn(netns, &spec, Stdio::inherit(), Stdio::inherit())?;
-    loop {
-        match running.ended() {
-            Some(status) if status.success() => return Ok(()),
-            Some(status) => return Err(Failure(status.to_string())),
-            None => std::thread::sleep(Duration::from_millis(20)),
-        }
-    }
+    Ok(Running { container: container::spawn(netns, &spec, out, err)?, log: PathBuf::new() })
 }
 
 /// The name server of the cluster's outside: knows `outside.test` (192.0.2.7) and nothing else.
