@@ -66,7 +66,7 @@ impl MeshHandler {
         }
         let mut rejected = Vec::new();
         for resource in resources {
-            match body(resource).and_then(|b| decode::<NodePod>(b)) {
+            match body(resource).and_then(decode::<NodePod>) {
                 Ok(pod) => drop(pods.insert(resource.name.clone(), pod)),
                 Err(error) => rejected.push((resource.name.clone(), error.to_string())),
             }

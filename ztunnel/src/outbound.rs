@@ -51,11 +51,8 @@ impl From<ConnectLost> for ConnectFailure {
 
 /// Handles one connection.
 pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
-    let to = match orig_dst::original_destination(&stream) {
-        Ok(to) => to,
-        // The connection has gone already.
-        Err(_) => return,
-    };
+    // An error means that the connection has gone already.
+    let Ok(to) = orig_dst::original_destination(&stream) else { return };
     let mut facts = Facts::new(Reporter::Source, peer, to);
     match reach(&context, &pod, &stream, to, &mut facts).await {
         Ok(ready) => ready.carry(&context, stream, facts).await,

@@ -39,9 +39,12 @@ struct Stamp {
 #[derive(Debug)]
 struct File {
     stamp: Stamp,
-    documents: Vec<(Place, Arc<str>, Result<Arc<Parsed>, ParseError>)>,
+    documents: Vec<Read>,
     unreadable: Option<String>,
 }
+
+/// A document: where it is, its text, and what it says.
+type Read = (Place, Arc<str>, Result<Arc<Parsed>, ParseError>);
 
 /// The two directories and what was last read of them.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! Captured DNS: names of the mesh are answered from the snapshot, everything else goes to the pod's own upstream.
 //!
-//! Owns sockets and deadlines. What a name means is [`resolve`]; a forwarded answer is passed on byte for byte.
+//! Owns sockets and deadlines. What a name means is `resolve`; a forwarded answer is passed on byte for byte.
 
 mod resolve;
 
@@ -76,12 +76,9 @@ async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Resul
 /// The answer to a query; nothing where even an error cannot be addressed.
 async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option<Vec<u8>> {
     let protocol = if tcp { "tcp" } else { "udp" };
-    let message = match Message::from_vec(query) {
-        Ok(message) => message,
-        Err(_) => {
-            let id = u16::from_be_bytes(*query.first_chunk()?);
-            return error(id, ResponseCode::FormErr);
-        }
+    let Ok(message) = Message::from_vec(query) else {
+        let id = u16::from_be_bytes(*query.first_chunk()?);
+        return error(id, ResponseCode::FormErr);
     };
     let kind = message.queries.first().map_or_else(|| "none".to_owned(), |q| q.query_type().to_string());
     let observer = &context.shared.observer;

@@ -97,7 +97,7 @@ fn a_waypoint_gets_the_original_address_or_nobody_does() {
         hbone_port: 15008,
     };
     let mut web = service("web", "10.96.0.1");
-    web.waypoint = Some(waypoint.clone());
+    web.waypoint = Some(waypoint);
     let mut wp = service("wp", "10.96.0.9");
     wp.ports = [(15008, ServicePort { target: 15008, protocol: AppProtocol::Unknown })].into();
     let pod = in_service(workload("a", "10.0.0.2", Protocol::Hbone), "web", &[]);

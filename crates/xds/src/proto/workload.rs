@@ -12,6 +12,7 @@ pub struct Address {
 }
 
 #[derive(Clone, PartialEq, ::prost::Oneof)]
+#[allow(clippy::large_enum_variant, reason = "short-lived: made to be encoded or converted")]
 pub enum AddressType {
     #[prost(message, tag = "1")]
     Workload(Box<Workload>),
