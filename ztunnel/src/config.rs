@@ -38,6 +38,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   drainDeadline        CONNECTION_TERMINATION_DEADLINE   connections may finish for this long on SIGTERM
                        (or TERMINATION_GRACE_PERIOD_SECONDS minus 5) [5s]
   connectTimeout       CONNECT_TIMEOUT           TCP connect [10s]
+  handshakeTimeout     HANDSHAKE_TIMEOUT         TLS and HTTP/2 with a peer, each [10s]
+  auditInterval        AUDIT_INTERVAL            enrolled pods are verified this often [30s]
   poolIdle             POOL_UNUSED_RELEASE_TIMEOUT       an idle tunnel is closed [5m]
   poolStreams          POOL_MAX_STREAMS_PER_CONNECTION   streams in one tunnel [100]
   streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way [1048576]
@@ -73,6 +75,7 @@ pub struct Config {
     pub readiness_port: u16,
     pub drain_deadline: Duration,
     pub connect_timeout: Duration,
+    pub audit_interval: Duration,
     pub hbone: Settings,
     pub log_level: String,
     pub log_format: Format,
@@ -166,7 +169,9 @@ impl Config {
             readiness_port: s.get("readinessPort", &["READINESS_PORT"], "a port").unwrap_or(15021),
             drain_deadline: time(&mut s, "drainDeadline", &["CONNECTION_TERMINATION_DEADLINE"], grace),
             connect_timeout: time(&mut s, "connectTimeout", &["CONNECT_TIMEOUT"], Duration::from_secs(10)),
+            audit_interval: time(&mut s, "auditInterval", &["AUDIT_INTERVAL"], Duration::from_secs(30)),
             hbone: Settings {
+                handshake: time(&mut s, "handshakeTimeout", &["HANDSHAKE_TIMEOUT"], defaults.handshake),
                 stream_window,
                 connection_window,
                 max_frame,

@@ -184,6 +184,10 @@ async fn tunnel(
             }
             // The tunnel was closing; nothing was seen of the request.
             Err(OpenError::Ended(_)) if gone < 2 => gone += 1,
+            // The peer is there, but its application is not, or is ending: nobody has seen a byte of this connection.
+            Err(error @ OpenError::Refused { status: http::StatusCode::SERVICE_UNAVAILABLE, .. }) => {
+                return Err((Failure::new(Flag::Connect, error), false));
+            }
             Err(error @ OpenError::Refused { status, .. }) => {
                 let flag = if status == http::StatusCode::UNAUTHORIZED { Flag::Deny } else { Flag::Connect };
                 return Err((Failure::new(flag, error), true));

@@ -26,7 +26,6 @@ use crate::worker::{Listeners, ServePod};
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
 const WAIT: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(2);
-const AUDIT: Duration = Duration::from_secs(30);
 
 /// DNS settings of a pod, from its dnsPolicy and dnsConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -312,7 +311,7 @@ impl Pods {
     pub async fn run(self: Arc<Self>) {
         let mut node_pods = self.node_pods.clone();
         let mut retry = tokio::time::interval(RETRY);
-        let mut audit = tokio::time::interval(AUDIT);
+        let mut audit = tokio::time::interval(self.config.audit_interval.max(Duration::from_millis(100)));
         loop {
             let mut audited = false;
             tokio::select! {

@@ -27,6 +27,7 @@ const REG: u32 = 1;
 pub enum Hook {
     Prerouting = 0,
     Output = 3,
+    Postrouting = 4,
 }
 
 /// What a base chain may do.
@@ -100,6 +101,8 @@ pub enum Step {
     CtZone(u16),
     /// Sends the packet to a local port.
     Redirect(u16),
+    /// The packet takes the address of the link that it leaves by.
+    Masquerade,
     /// Ends the chain: the packet passes.
     Accept,
 }
@@ -250,6 +253,7 @@ impl Step {
             }
             Self::CtZone(zone) => expr(immediate(m, &zone.to_ne_bytes()), "ct", |m| m.be32(2, 17).be32(4, REG)),
             Self::Redirect(port) => expr(immediate(m, &port.to_be_bytes()), "redir", |m| m.be32(1, REG)),
+            Self::Masquerade => m.nest(1, |m| m.str(1, "masq")),
             Self::Accept => expr(m, "immediate", |m| m.be32(1, 0).nest(2, |m| m.nest(2, |m| m.be32(1, 1)))),
         }
     }

@@ -16,6 +16,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tracing::debug;
 
+use crate::authorize;
 use crate::pods::Pod;
 use crate::worker::Context;
 use resolve::{Outcome, resolve};
@@ -83,9 +84,10 @@ async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option
     let kind = message.queries.first().map_or_else(|| "none".to_owned(), |q| q.query_type().to_string());
     let observer = &context.shared.observer;
     observer.dns_requests.of(&[&kind, protocol]).inc();
-    let view = pod.view.borrow().clone();
-    let Some(client) = view.workload else {
-        // Not "no such name": the resolver is to ask again.
+    // A pod that has just started asks before the controller has told of it: its first name is worth a wait, for a
+    // resolver takes an error for one name of its search list as a reason to try the next, and in the end gives up.
+    let known = authorize::known(&mut pod.view.clone()).await.ok();
+    let Some(client) = known.and_then(|view| view.workload) else {
         return error(message.metadata.id, ResponseCode::ServFail);
     };
     let settings = &pod.info.dns;

@@ -6,6 +6,7 @@
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app load http://HOST:PORT/ SECONDS      new connections one after the other; prints how many and how many failed
 //! ambit-app hold HOST:PORT                      one connection, a line every 50 ms; prints each answer, ends when it is lost
+//! ambit-app ends HOST:PORT                      reads a greeting, sends, closes its half, reads the echo to its end
 //! ambit-app resolve HOST                        prints addresses
 //! ambit-app sleep                               does nothing, for ever
 //! ```
@@ -25,12 +26,14 @@ fn main() -> ExitCode {
         ["echo", ..] => echo(&words),
         ["get", url] => get(url).map(|body| print!("{body}")),
         ["load", url, seconds] => load(url, seconds),
-        ["hold", target] => hold(target),
+        ["hold", target] => hold(target, false),
+        ["hold", target, "--greeted"] => hold(target, true),
+        ["ends", target] => ends(target),
         ["resolve", host] => resolve(host),
         ["sleep"] => loop {
             std::thread::park();
         },
-        _ => Err("usage: ambit-app serve|echo|get|load|hold|resolve|sleep ...".into()),
+        _ => Err("usage: ambit-app serve|echo|get|load|hold|ends|resolve|sleep ...".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -160,9 +163,14 @@ fn load(url: &str, seconds: &str) -> Outcome<()> {
     Ok(())
 }
 
-fn hold(target: &str) -> Outcome<()> {
+fn hold(target: &str, greeted: bool) -> Outcome<()> {
     let mut stream = connect(target)?;
     let mut reader = BufReader::new(stream.try_clone().map_err(|e| e.to_string())?);
+    if greeted {
+        // The greeting has no end of line; it is as long as it is.
+        reader.fill_buf().map_err(|e| e.to_string())?;
+        reader.consume(reader.buffer().len());
+    }
     for n in 0u64.. {
         let line = format!("line {n}\n");
         let mut back = String::new();
@@ -175,6 +183,21 @@ fn hold(target: &str) -> Outcome<()> {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+    Ok(())
+}
+
+fn ends(target: &str) -> Outcome<()> {
+    let failed = |e: std::io::Error| {
+        if e.kind() == std::io::ErrorKind::ConnectionReset { "reset".to_owned() } else { e.to_string() }
+    };
+    let mut stream = connect(target)?;
+    let mut greeting = [0; 64];
+    let n = stream.read(&mut greeting).map_err(failed)?;
+    stream.write_all(b"ping").map_err(failed)?;
+    stream.shutdown(std::net::Shutdown::Write).map_err(failed)?;
+    let mut echo = String::new();
+    stream.read_to_string(&mut echo).map_err(failed)?;
+    println!("greeting={} echoed-after-half-close={echo}", String::from_utf8_lossy(&greeting[..n]));
     Ok(())
 }
 

@@ -150,6 +150,9 @@ impl Life {
         }
         // Terminating: no longer an endpoint, and time to finish.
         self.publish("Running", &net.ips, false, true)?;
+        let sleep = self.object["spec"]["containers"].as_array().into_iter().flatten();
+        let sleep = sleep.filter_map(|c| c["lifecycle"]["preStop"]["sleep"]["seconds"].as_u64()).max().unwrap_or(0);
+        tokio::time::sleep(Duration::from_secs(sleep)).await;
         let grace = self.object["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap_or(2);
         containers.iter().filter_map(|c| c.process.as_ref()).for_each(Container::terminate);
         let deadline = Instant::now() + Duration::from_secs(grace);

@@ -1,0 +1,126 @@
+//! Who may talk to whom: on new connections, on live ones, and for the node's own probes.
+
+use ambit_e2e::{CLIENT, OUTSIDER, WEB, expect, shop};
+use ambit_net::nft::{self, Chain, ChainKind, Hook, Step};
+use ambit_testing::mesh::{Mesh, Options};
+use ambit_testing::{Doing, Failure, sandbox};
+
+const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                      metadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
+
+fn deny(spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: deny, namespace: shop}}\nspec: {spec}\n"
+    )
+}
+
+async fn cut_and_back(mesh: &Mesh, policy: &str) -> Result<(), Failure> {
+    let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
+    mesh.wait("the connection to be held", |_| held.text().contains("held 3")).await?;
+    mesh.apply("deny.yaml", policy)?;
+    mesh.wait("the live connection to be cut", |_| held.ended().is_some()).await?;
+    let output = mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
+    expect(&output, false, "reset")?;
+    mesh.wait("both proxies to name the policy", |m| {
+        let named = |n| m.access_log(n).iter().any(|l| l["error"].as_str().is_some_and(|e| e.contains("shop/deny")));
+        named(0) && named(1)
+    })
+    .await?;
+    mesh.delete("deny.yaml")?;
+    let mut last = None;
+    for _ in 0..100 {
+        let output = mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
+        if output.success {
+            return Ok(());
+        }
+        last = Some(output.text);
+    }
+    Err(Failure(format!("still refused: {last:?}")))
+}
+
+#[test]
+fn a_namespace_policy_cuts_live_connections() {
+    sandbox::test("a_namespace_policy_cuts_live_connections", || async {
+        let mesh = shop(Options::default()).await?;
+        let policy =
+            deny("{action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/front/sa/client]}}]}]}");
+        cut_and_back(&mesh, &policy).await
+    });
+}
+
+#[test]
+fn a_newly_attached_selector_policy_cuts_live_connections() {
+    sandbox::test("a_newly_attached_selector_policy_cuts_live_connections", || async {
+        let mesh = shop(Options::default()).await?;
+        let policy = deny(
+            "{selector: {matchLabels: {app: web}}, action: DENY, rules: [{from: [{source: {namespaces: [front]}}]}]}",
+        );
+        cut_and_back(&mesh, &policy).await
+    });
+}
+
+#[test]
+fn an_allow_policy_admits_only_whom_it_names() {
+    sandbox::test("an_allow_policy_admits_only_whom_it_names", || async {
+        let mesh = shop(Options::default()).await?;
+        mesh.apply("allow.yaml", &deny("{rules: [{from: [{source: {serviceAccounts: [front/client]}}], to: [{operation: {ports: [\"8080\"]}}]}]}"))?;
+        let named = "shop/deny";
+        mesh.wait("the policy at the server's node", |m| {
+            m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()))
+        })
+        .await?;
+        let output = mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
+        expect(&output, true, "hello from web")?;
+        let output = mesh.exec(CLIENT, &["ambit-app", "ends", "web.shop:9000"]).await?;
+        expect(&output, false, "")?;
+        let web = mesh.kubelet.pod("shop", "web").map(|p| p.net.ips[0].to_string()).unwrap_or_default();
+        let output = mesh.exec(OUTSIDER, &["ambit-app", "get", &format!("http://{web}:8080/")]).await?;
+        expect(&output, false, "reset")?;
+        mesh.wait("the admitting policy in the log", |m| {
+            m.access_log(1).iter().any(|l| l["policy"] == named && l["direction"] == "inbound")
+        })
+        .await
+    });
+}
+
+#[test]
+fn strict_refuses_plaintext_but_not_the_nodes_probes() {
+    sandbox::test("strict_refuses_plaintext_but_not_the_nodes_probes", || async {
+        let mesh = shop(Options::default()).await?;
+        let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
+        let url = format!("http://{web}:8080/");
+        expect(&mesh.exec(OUTSIDER, &["ambit-app", "get", &url]).await?, true, "hello")?;
+        mesh.apply("strict.yaml", STRICT)?;
+        mesh.wait("the mode at the server's node", |m| {
+            m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()))
+        })
+        .await?;
+        expect(&mesh.exec(OUTSIDER, &["ambit-app", "get", &url]).await?, false, "reset")?;
+        expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello")?;
+        let probes = |m: &Mesh| m.access_log(1).iter().filter(|l| l["policy"] == "kubelet probe").count();
+        let before = probes(&mesh);
+        mesh.wait("probes to succeed under STRICT", |m| probes(m) > before + 2).await?;
+
+        // A client elsewhere whose packets take the node's address on their way comes from where probes come from,
+        // to the port that they use. It is no probe: the node has no such socket.
+        let node = &mesh.nodes[1].host.netns;
+        let chain = Chain {
+            name: "masquerade",
+            kind: ChainKind::Nat,
+            hook: Hook::Postrouting,
+            priority: 100,
+            rules: vec![vec![Step::L4(6), Step::Dport(8080), Step::Masquerade]],
+        };
+        node.run(|| nft::replace_table("test", "", &[chain])).doing("enter the node")?.doing("masquerade")?;
+        let from_node = |m: &Mesh| {
+            m.access_log(1)
+                .iter()
+                .filter(|l| l["src.addr"].as_str().is_some_and(|a| a.starts_with("10.244.2.1:")))
+                .filter(|l| l["error"].as_str().is_some_and(|e| e.contains("istio_converted_static_strict")))
+                .count()
+        };
+        expect(&mesh.exec(OUTSIDER, &["ambit-app", "get", &url]).await?, false, "reset")?;
+        mesh.wait("the refusal of a client with the node's address", |m| from_node(m) == 1).await?;
+        mesh.ready(&[WEB]).await
+    });
+}
