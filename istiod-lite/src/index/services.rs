@@ -7,7 +7,7 @@ use ambit_model::workload::{Health, Workload};
 use ambit_model::{NamespacedHostname, NetworkAddress};
 
 use super::lookup::{Entry, World};
-use super::{Mesh, waypoints};
+use super::{Condition, Mesh, waypoints};
 use crate::objects::Meta;
 use crate::objects::core::{self, Port};
 
@@ -33,6 +33,13 @@ fn is_tcp(protocol: &str) -> bool {
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     for entry in world.services.iter().filter(|s| !is_external(s.object)) {
         let (meta, spec) = (entry.meta, &entry.object.spec);
+        if spec.cluster_ip.is_empty() && spec.cluster_ips.is_empty() {
+            // Not headless (that is "None"): whoever gives addresses has not done so yet. Sent as it is, names would
+            // for a moment mean pods instead of the service.
+            let condition = Condition::no("Accepted", "Pending", "the service has no cluster address yet");
+            mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
+            continue;
+        }
         let listed =
             if spec.cluster_ips.is_empty() { std::slice::from_ref(&spec.cluster_ip) } else { &spec.cluster_ips[..] };
         let vip = |ip: &String| ip.parse().ok().map(|address| NetworkAddress { network: world.network(), address });
