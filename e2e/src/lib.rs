@@ -24,8 +24,19 @@ pub async fn shop(options: Options) -> Result<Mesh, Failure> {
     mesh.apply("shop.yaml", SHOP)?;
     mesh.ready(&[CLIENT, WEB, OUTSIDER]).await?;
     mesh.in_mesh(&[CLIENT, WEB]).await?;
+    mesh.known(&[OUTSIDER], "TCP").await?;
     Ok(mesh)
 }
+
+/// Requests of a delta ADS stream that is driven by hand.
+pub fn requests<T: Send + 'static>(
+    receiver: tokio::sync::mpsc::Receiver<T>,
+) -> impl tokio_stream::Stream<Item = T> + Send + 'static {
+    tokio_stream::wrappers::ReceiverStream::new(receiver)
+}
+
+/// Its responses.
+pub type Responses = tonic::Streaming<ambit_xds::proto::discovery::DeltaDiscoveryResponse>;
 
 /// Fails unless a command succeeded and said something.
 pub fn expect(output: &Output, success: bool, text: &str) -> Result<(), Failure> {
@@ -34,4 +45,107 @@ pub fn expect(output: &Output, success: bool, text: &str) -> Result<(), Failure>
     }
     let wanted = if success { "success" } else { "failure" };
     Err(Failure(format!("expected {wanted} with {text:?}, got {output:?}")))
+}
+
+/// Connects with TLS 1.3 and a certificate that may have ended, or with none; whether the server then speaks HTTP/2.
+pub async fn rustls_client(to: std::net::SocketAddr, certificate: Option<&ambit_tls::TlsConfig>) -> bool {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let connector = hostile::connector(certificate);
+    let Ok(tcp) = tokio::net::TcpStream::connect(to).await else { return false };
+    let name = rustls::pki_types::ServerName::IpAddress(to.ip().into());
+    let Ok(mut tls) = connector.connect(name, tcp).await else { return false };
+    // In TLS 1.3 a client is refused after its own handshake: what counts is whether it is answered.
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let mut answer = [0; 9];
+    tls.write_all(preface).await.is_ok() && tls.flush().await.is_ok() && tls.read_exact(&mut answer).await.is_ok()
+}
+
+/// Opens a stream whose `traceparent`, `baggage` and `forwarded` are all `value`; it must be accepted all the same.
+pub async fn open_with_headers(
+    certificate: &ambit_tls::TlsConfig,
+    to: std::net::SocketAddr,
+    value: &str,
+) -> Result<(), Failure> {
+    use ambit_testing::Doing;
+    let tcp = tokio::net::TcpStream::connect(to).await.doing("connect")?;
+    let name = rustls::pki_types::ServerName::IpAddress(to.ip().into());
+    let tls = hostile::connector(Some(certificate)).connect(name, tcp).await.doing("handshake")?;
+    let (mut send, connection) = h2::client::Builder::new().handshake::<_, bytes::Bytes>(tls).await.doing("HTTP/2")?;
+    let driver = tokio::spawn(connection);
+    let mut request = http::Request::new(());
+    *request.method_mut() = http::Method::CONNECT;
+    *request.uri_mut() = format!("{}:8080", to.ip()).parse().doing("authority")?;
+    for header in ["traceparent", "baggage", "forwarded"] {
+        if let Ok(value) = http::HeaderValue::from_bytes(value.as_bytes()) {
+            request.headers_mut().insert(header, value);
+        }
+    }
+    let (answer, _stream) = send.send_request(request, false).doing("send")?;
+    let answer = answer.await.doing("answer")?;
+    driver.abort();
+    if answer.status() == 200 { Ok(()) } else { Err(Failure(format!("{value:?}: {}", answer.status()))) }
+}
+
+mod hostile {
+    //! A TLS client that believes any server and presents what it likes.
+    use std::sync::Arc;
+
+    use ambit_tls::TlsConfig;
+    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+    use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+
+    #[derive(Debug)]
+    struct Believe;
+
+    impl ServerCertVerifier for Believe {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &ServerName<'_>,
+            _: &[u8],
+            _: UnixTime,
+        ) -> Result<ServerCertVerified, rustls::Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            ambit_tls::provider::provider().signature_verification_algorithms.supported_schemes()
+        }
+    }
+
+    pub(super) fn connector(certificate: Option<&TlsConfig>) -> tokio_rustls::TlsConnector {
+        let config = match certificate {
+            // What it would present is the mesh's own configuration; only its check of its own end is left out.
+            Some(certificate) => certificate.client_config().as_ref().clone(),
+            None => {
+                let builder = ClientConfig::builder_with_provider(ambit_tls::provider::provider())
+                    .with_protocol_versions(&[&rustls::version::TLS13])
+                    .expect("the provider speaks TLS 1.3");
+                builder.dangerous().with_custom_certificate_verifier(Arc::new(Believe)).with_no_client_auth()
+            }
+        };
+        let mut config = config;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Arc::new(config).into()
+    }
 }

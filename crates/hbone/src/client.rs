@@ -110,7 +110,7 @@ impl Tunnel {
     }
 
     /// Takes a place among the streams of this tunnel; it is given back when dropped.
-    pub(crate) fn place(self: &Rc<Self>) -> Place {
+    pub fn place(self: &Rc<Self>) -> Place {
         self.streams.set(self.streams.get() + 1);
         Place { tunnel: self.clone() }
     }

@@ -278,24 +278,25 @@ impl Mesh {
         Ok(())
     }
 
-    /// Waits until the controller says that pods are ready and reached by HBONE, and all nodes have heard of it.
+    /// Waits until all nodes know pods as ready and reached by HBONE.
     pub async fn in_mesh(&self, pods: &[&str]) -> Result<(), Failure> {
+        self.known(pods, "HBONE").await
+    }
+
+    /// Waits until all nodes know pods as ready and reached by a protocol, `HBONE` or `TCP`.
+    pub async fn known(&self, pods: &[&str], protocol: &str) -> Result<(), Failure> {
         for pod in pods {
             let (namespace, name) = pod.split_once('/').ok_or_else(|| Failure::new("expected NAMESPACE/POD"))?;
-            self.wait(&format!("{pod} to be in the mesh everywhere"), |m| {
-                (0..m.nodes.len()).all(|n| {
-                    m.dump(n).is_ok_and(|dump| {
-                        let workloads = dump["workloads"].as_array().cloned().unwrap_or_default();
-                        workloads.iter().any(|w| {
-                            w["namespace"] == namespace
-                                && w["name"] == name
-                                && w["protocol"] == "HBONE"
-                                && w["status"] == "Healthy"
-                        })
-                    })
-                })
-            })
-            .await?;
+            let it = |w: &serde_json::Value| {
+                w["namespace"] == namespace
+                    && w["name"] == name
+                    && w["protocol"] == protocol
+                    && w["status"] == "Healthy"
+            };
+            let at =
+                |m: &Self, n| m.dump(n).is_ok_and(|d| d["workloads"].as_array().is_some_and(|all| all.iter().any(it)));
+            self.wait(&format!("all nodes to know {pod} as {protocol}"), |m| (0..m.nodes.len()).all(|n| at(m, n)))
+                .await?;
         }
         Ok(())
     }

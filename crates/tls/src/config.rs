@@ -61,6 +61,11 @@ impl TlsConfig {
         Ok(Self { identity, facts, chain, roots, server: Arc::new(server), client: Arc::new(client) })
     }
 
+    /// The client's half, for a user that makes connections of its own.
+    pub fn client_config(&self) -> &Arc<ClientConfig> {
+        &self.client
+    }
+
     /// Whether the certificate has ended.
     pub fn expired(&self, now: SystemTime) -> bool {
         now >= self.facts.not_after

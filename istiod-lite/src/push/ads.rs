@@ -332,6 +332,19 @@ impl Client {
                 added.push(encoded.resource.clone());
             }
         }
+        // The workloads of the services found, which are subscribed to from now on.
+        let services: BTreeSet<&str> = added.iter().map(|r| r.name.as_str()).collect();
+        let endpoints: Vec<Resource> = kind
+            .iter()
+            .filter(|(name, e)| {
+                !services.contains(name.as_str()) && e.services.iter().any(|s| services.contains(s.as_str()))
+            })
+            .map(|(_, e)| e.resource.clone())
+            .collect();
+        if let Some(all) = self.wanted.get_mut(type_url).and_then(|w| w.names.as_mut()) {
+            all.extend(endpoints.iter().map(|r| r.name.clone()));
+        }
+        added.extend(endpoints);
         let removed = names.iter().filter(|n| !found.contains(*n)).cloned().collect();
         self.respond(type_url, resources.generation, added, removed).await
     }

@@ -28,6 +28,8 @@ pub struct Encoded {
     pub resource: Resource,
     /// Node that may see it; all where `None`.
     pub node: Option<String>,
+    /// Services that a workload is an endpoint of.
+    pub services: Vec<String>,
 }
 
 impl Encoded {
@@ -40,7 +42,7 @@ impl Encoded {
             name,
             aliases,
         };
-        Self { resource, node }
+        Self { resource, node, services: Vec::new() }
     }
 }
 
@@ -131,7 +133,9 @@ impl Resources {
                 true => Vec::new(),
                 false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network)).collect(),
             };
-            addresses.insert(uid.to_string(), Encoded::new(ADDRESS, uid.to_string(), &message, aliases, None));
+            let mut encoded = Encoded::new(ADDRESS, uid.to_string(), &message, aliases, None);
+            encoded.services = w.services.keys().map(ToString::to_string).collect();
+            addresses.insert(uid.to_string(), encoded);
         }
         for (key, s) in &mesh.services {
             let message = workload::Address { r#type: Some(AddressType::Service(convert::to_service(s))) };
@@ -169,7 +173,11 @@ mod tests {
         let one = |(n, v): &(&str, &str)| {
             (
                 n.to_string(),
-                Encoded { resource: Resource { version: v.to_string(), ..Resource::default() }, node: None },
+                Encoded {
+                    resource: Resource { version: v.to_string(), ..Resource::default() },
+                    node: None,
+                    services: vec![],
+                },
             )
         };
         entries.iter().map(one).collect()
