@@ -1,1 +1,0 @@
-//! Measurements of the mesh against a peer and a physical limit, in the same run.
