@@ -6,6 +6,7 @@
 //! # Layout
 //! - [`sandbox`]: namespaces of our own, so that nothing is left behind. [`topology`]: nodes and pods as namespaces.
 //! - [`kubelet`]: pods from YAML. [`tokens`]: service-account tokens. [`programs`]: where the programs are.
+//! - [`zds`]: a node agent like Istio's, for tunnels that are driven by one.
 //! - [`mesh`]: all of it together. [`wire`]: what crosses a link.
 //! - `bin/ambit-app`: an ordinary client and server that know nothing of the mesh. `bin/ambit-sandbox`: the way in.
 
@@ -16,6 +17,7 @@ pub mod sandbox;
 pub mod tokens;
 pub mod topology;
 pub mod wire;
+pub mod zds;
 
 /// What goes wrong in a test mesh, in words.
 #[derive(Debug, thiserror::Error)]

@@ -14,7 +14,7 @@ use crate::kubelet::container::{self, Container, Spec};
 use crate::kubelet::{Config, Kubelet, Node};
 use crate::tokens::{Claims, Issuer};
 use crate::topology::{self, Host};
-use crate::{Doing, Failure, programs, sandbox};
+use crate::{Doing, Failure, programs, sandbox, zds};
 
 /// How long a condition may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,6 +32,8 @@ pub struct Options {
     pub istiod_env: Vec<(String, String)>,
     /// The program that serves as node tunnel; ours where `None`.
     pub ztunnel: Option<PathBuf>,
+    /// Node tunnels are driven by an agent like Istio's. Pods join by their own label.
+    pub zds: bool,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             ztunnel_env: Vec::new(),
             istiod_env: Vec::new(),
             ztunnel: None,
+            zds: false,
         }
     }
 }
@@ -93,7 +96,8 @@ impl Mesh {
             std::fs::create_dir_all(files.join(&name)).doing("create the directories")?;
             std::fs::write(files.join(&name).join("token"), issuer.issue(&Claims::ztunnel(&name))?)
                 .doing("write a token")?;
-            nodes.push(Node { agent: files.join(&name).join("agent.sock"), host });
+            let zds = options.zds.then(|| zds::Agent::start(&files.join(&name).join("zds.sock"))).transpose()?;
+            nodes.push(Node { agent: files.join(&name).join("agent.sock"), host, zds });
         }
         let kubelet = Kubelet::start(Config {
             directory: directory.clone(),
@@ -173,6 +177,20 @@ impl Mesh {
         ]
         .map(|(k, v)| (k.to_owned(), v))
         .into();
+        if self.options.zds {
+            // What Istio's chart sets, and where it would find things.
+            for (name, value) in [
+                ("INPOD_UDS", path(&format!("{}/zds.sock", host.name))),
+                ("CA_ADDRESS", format!("https://{}:15012", self.control.ip)),
+                ("CA_ROOT_CA", path("state/root-cert.pem")),
+                ("ALT_CA_HOSTNAME", "istiod.istio-system.svc".into()),
+                ("CLUSTER_ID", "Kubernetes".into()),
+                ("POD_NAMESPACE", "istio-system".into()),
+                ("SERVICE_ACCOUNT", "ztunnel".into()),
+            ] {
+                env.push((name.to_owned(), value));
+            }
+        }
         env.extend(self.options.ztunnel_env.clone());
         let program = match &self.options.ztunnel {
             Some(path) => path.clone(),
@@ -193,6 +211,11 @@ impl Mesh {
         if let Some(container) = &self.ztunnels[node] {
             container.terminate();
         }
+    }
+
+    /// Processes of the tunnels.
+    pub fn ztunnel_pids(&self) -> Vec<u32> {
+        self.ztunnels.iter().flatten().map(Container::pid).collect()
     }
 
     /// Whether the tunnel of a node has ended.

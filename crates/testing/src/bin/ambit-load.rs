@@ -122,7 +122,6 @@ fn bulk(target: &str, count: &Count) -> std::io::Result<Vec<u32>> {
 fn rr(target: &str, count: &Count) -> std::io::Result<Vec<u32>> {
     let mut stream = connect(target, ECHO)?;
     let (out, mut back, mut times) = ([7; REQUEST], [0; REQUEST], Vec::new());
-    stream.read_exact(&mut [0; 0])?;
     while !count.stop.load(Relaxed) {
         let start = Instant::now();
         stream.write_all(&out)?;

@@ -69,6 +69,11 @@ impl Container {
         self.child.try_wait().ok().flatten()
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Asks it to end.
     pub(crate) fn terminate(&self) {
         self.signal(Signal::SIGTERM);

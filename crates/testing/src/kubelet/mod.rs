@@ -31,6 +31,8 @@ pub struct Node {
     pub host: Host,
     /// Socket of its agent.
     pub agent: PathBuf,
+    /// The agent is one like Istio's, and the tunnel is driven by it.
+    pub zds: Option<crate::zds::Agent>,
 }
 
 /// Where things are.

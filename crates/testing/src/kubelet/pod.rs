@@ -102,6 +102,9 @@ impl Life {
             self.object.clone()
         };
         object["metadata"]["uid"] = json!(self.uid);
+        if self.node.zds.is_some() && self.wanted() && !ips.is_empty() {
+            object["metadata"]["annotations"]["ambient.istio.io/redirection"] = json!("enabled");
+        }
         if deleting {
             object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
         }
@@ -185,7 +188,18 @@ impl Life {
     async fn join(&self, net: &PodNet, stop: &mut watch::Receiver<bool>) -> bool {
         while !*stop.borrow() {
             let (socket, info, netns) = (self.node.agent.clone(), self.info(net), net.netns.clone());
-            let added = tokio::task::spawn_blocking(move || agent::add(&socket, &info, &netns)).await;
+            let (zds, wanted) = (self.node.zds.clone(), self.wanted());
+            let added = tokio::task::spawn_blocking(move || match zds {
+                None => agent::add(&socket, &info, &netns),
+                Some(agent) if wanted => {
+                    let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
+                    let added =
+                        agent.add(&text("uid"), &text("name"), &text("namespace"), &text("serviceAccount"), &netns);
+                    added.map(|()| true)
+                }
+                Some(_) => Ok(false),
+            })
+            .await;
             match added {
                 Ok(Ok(enrolled)) => {
                     if let Some(pod) = self.kubelet.state().pods.get_mut(&self.name) {
@@ -201,7 +215,15 @@ impl Life {
         false
     }
 
+    /// Whether an agent like Istio's takes the pod: here by its own label only.
+    fn wanted(&self) -> bool {
+        self.object["metadata"]["labels"]["istio.io/dataplane-mode"] == "ambient"
+    }
+
     fn resync(&self, net: &PodNet) {
+        if self.node.zds.is_some() {
+            return;
+        }
         let (socket, info, netns, uid) = (self.node.agent.clone(), self.info(net), net.netns.clone(), self.uid.clone());
         tokio::task::spawn_blocking(move || {
             // An agent that is away is asked again next time.
@@ -315,7 +337,10 @@ impl Life {
     fn end(&self) {
         let net = self.kubelet.state().pods.get(&self.name).map(|p| p.net.clone());
         // The agent may be away; it finds the namespace gone.
-        let _ = agent::del(&self.node.agent, &self.uid);
+        match &self.node.zds {
+            Some(agent) => agent.del(&self.uid),
+            None => drop(agent::del(&self.node.agent, &self.uid)),
+        }
         if let Some(net) = net {
             net.remove();
         }

@@ -1,0 +1,233 @@
+//! Measurements of the mesh beside a peer and the bare network, interleaved in one run.
+//!
+//! ```text
+//! cargo bench-mesh [--peer PROGRAM] [--rounds N] [--seconds S]
+//! ```
+//! Each round starts each column anew, in namespaces of its own: `direct` (pods outside the mesh), `ours`, and `peer`
+//! where the program of another mesh's node tunnel is given. Printed are medians, ratios to the peer, and CPU seconds of
+//! the two tunnels. Compare ratios, not absolutes: everything shares the machine's cores.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use ambit_testing::mesh::{Mesh, Options};
+use ambit_testing::{Doing, Failure, programs, sandbox};
+use serde_json::{Value, json};
+
+const COLUMN: &str = "AMBIT_BENCH_COLUMN";
+const PEER: &str = "AMBIT_BENCH_PEER";
+const SECONDS: &str = "AMBIT_BENCH_SECONDS";
+const CLIENT: &str = "bench/client";
+
+/// A row: its name, the load's kind and connections.
+const ROWS: &[(&str, &str, u32)] = &[
+    ("bulk, 1 connection", "bulk", 1),
+    ("bulk, 8 connections", "bulk", 8),
+    ("request/response, 1", "rr", 1),
+    ("request/response, 64", "rr", 64),
+    ("connections, 16 at a time", "crr", 16),
+];
+const BESIDE: &str = "request/response beside 4 bulk";
+
+fn main() -> ExitCode {
+    let result = if sandbox::inside() { inside() } else { outside() };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn option(name: &str) -> Option<String> {
+    let args: Vec<String> = std::env::args().collect();
+    args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned()
+}
+
+fn outside() -> Result<(), Failure> {
+    programs::build()?;
+    let peer = option("--peer").map(PathBuf::from);
+    let rounds: usize = option("--rounds").and_then(|r| r.parse().ok()).unwrap_or(3);
+    let seconds = option("--seconds").unwrap_or_else(|| "2".into());
+    let mut columns = vec!["direct", "ours"];
+    match &peer {
+        Some(path) if path.exists() => columns.push("peer"),
+        Some(path) => return Err(Failure(format!("--peer {}: there is no such program", path.display()))),
+        None => eprintln!("no --peer PROGRAM: the peer's column is left out"),
+    }
+    let me = std::env::current_exe().doing("find this program")?;
+    let mut all: BTreeMap<(String, String), Vec<Value>> = BTreeMap::new();
+    for round in 1..=rounds {
+        for column in &columns {
+            eprintln!("round {round} of {rounds}: {column}");
+            let mut command = sandbox::command(&me)?;
+            command.env(COLUMN, column).env(SECONDS, &seconds);
+            if let Some(peer) = &peer {
+                command.env(PEER, std::fs::canonicalize(peer).doing("peer")?);
+            }
+            let output = command.output().doing("run a column")?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            if !output.status.success() {
+                return Err(Failure(format!("{column}: {text}{}", String::from_utf8_lossy(&output.stderr))));
+            }
+            for line in text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()) {
+                let row = line["row"].as_str().unwrap_or_default().to_owned();
+                all.entry((row, (*column).to_owned())).or_default().push(line);
+            }
+        }
+    }
+    report(&all, &columns);
+    Ok(())
+}
+
+fn median(values: &[Value], field: &str) -> Option<f64> {
+    let mut numbers: Vec<f64> = values.iter().filter_map(|v| v[field].as_f64()).collect();
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied()
+}
+
+fn report(all: &BTreeMap<(String, String), Vec<Value>>, columns: &[&str]) {
+    println!("| Row | {} | ours / peer |", columns.join(" | "));
+    println!("|---|{}---|", "---|".repeat(columns.len()));
+    let rows = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start", "idle memory"]);
+    for row in rows {
+        for (field, unit, better_low) in [
+            ("gbit", "Gb/s", false),
+            ("rate", "/s", false),
+            ("p50", "us p50", true),
+            ("p99", "us p99", true),
+            ("cpu_per_gb", "CPU-s/GB", true),
+            ("cpu_us", "CPU-us each", true),
+            ("ms", "ms", true),
+            ("mib", "MiB", true),
+        ] {
+            let value = |c: &str| all.get(&(row.to_owned(), c.to_owned())).and_then(|v| median(v, field));
+            let cells: Vec<Option<f64>> = columns.iter().map(|c| value(c)).collect();
+            if cells.iter().all(Option::is_none) {
+                continue;
+            }
+            let text: Vec<String> = cells.iter().map(|c| c.map_or_else(|| "-".into(), |n| format!("{n:.2}"))).collect();
+            let ratio = match (value("ours"), value("peer")) {
+                (Some(ours), Some(peer)) if peer > 0.0 => {
+                    let good = if better_low { ours <= peer } else { ours >= peer };
+                    format!("{:.2}{}", ours / peer, if good { "" } else { " (worse)" })
+                }
+                _ => "-".into(),
+            };
+            println!("| {row}, {unit} | {} | {ratio} |", text.join(" | "));
+        }
+    }
+}
+
+fn inside() -> Result<(), Failure> {
+    sandbox::prepare()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.doing("start a runtime")?.block_on(column())
+}
+
+fn pods(mesh: bool) -> String {
+    let label = if mesh { ", labels: {istio.io/dataplane-mode: ambient}" } else { "" };
+    let pod = |name: &str, node: &str, command: &str, probe: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: bench{label}}}\n\
+             spec: {{nodeName: {node}, serviceAccountName: {name}, containers: [{{name: c, command: {command}{probe}}}]}}\n---\n"
+        )
+    };
+    // No probe on the server: it would be part of the load.
+    ["apiVersion: v1\nkind: Namespace\nmetadata: {name: istio-system}\n---\napiVersion: v1\nkind: Namespace\nmetadata: {name: bench}\n---\n".to_owned(),
+        pod("client", "node1", "[ambit-app, sleep]", ""),
+        pod("server", "node2", "[ambit-load, serve, \"9000\"]", "")]
+    .concat()
+}
+
+async fn column() -> Result<(), Failure> {
+    let column = std::env::var(COLUMN).unwrap_or_default();
+    let seconds: f64 = std::env::var(SECONDS).ok().and_then(|s| s.parse().ok()).unwrap_or(2.0);
+    let peer = column == "peer";
+    let start = Instant::now();
+    let mesh = Mesh::start(Options {
+        zds: peer,
+        ztunnel: if peer { std::env::var_os(PEER).map(PathBuf::from) } else { None },
+        ztunnel_env: vec![("RUST_LOG".into(), "info".into())],
+        ..Options::default()
+    })
+    .await?;
+    mesh.apply("bench.yaml", &pods(column != "direct"))?;
+    mesh.ready(&[CLIENT, "bench/server"]).await?;
+    if column != "direct" {
+        mesh.in_mesh(&[CLIENT, "bench/server"]).await?;
+        print(&json!({ "row": "start", "ms": start.elapsed().as_millis() as u64 }));
+        print(&json!({ "row": "idle memory", "mib": memory(&mesh) }));
+    }
+    let server = mesh.kubelet.pod("bench", "server").ok_or_else(|| Failure::new("no server"))?.net.ips[0];
+    let target = format!("{server}:9000");
+    // One of each first, so that tunnels are there and caches warm.
+    load(&mesh, "rr", &target, 1, 0.3).await?;
+    for (row, kind, conns) in ROWS {
+        let cpu = cpu(&mesh);
+        let result = load(&mesh, kind, &target, *conns, seconds).await?;
+        let spent = self::cpu(&mesh) - cpu;
+        print(&line(row, kind, &result, (column != "direct").then_some(spent)));
+    }
+    let words = ["ambit-load", "bulk", &target, "4", &format!("{}", seconds + 1.5)];
+    let bulk = mesh.exec_start(CLIENT, &words)?;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let result = load(&mesh, "rr", &target, 1, seconds).await?;
+    print(&line(BESIDE, "rr", &result, None));
+    drop(bulk);
+    Ok(())
+}
+
+fn print(value: &Value) {
+    println!("{value}");
+}
+
+async fn load(mesh: &Mesh, kind: &str, target: &str, conns: u32, seconds: f64) -> Result<Value, Failure> {
+    let output = mesh.exec(CLIENT, &["ambit-load", kind, target, &conns.to_string(), &seconds.to_string()]).await?;
+    serde_json::from_str(&output.text).doing(&format!("{kind} {conns}: {output:?}"))
+}
+
+fn line(row: &str, kind: &str, result: &Value, cpu: Option<f64>) -> Value {
+    let done = result["done"].as_f64().unwrap_or(0.0);
+    let rate = done / result["seconds"].as_f64().unwrap_or(1.0);
+    let mut line = json!({ "row": row });
+    if kind == "bulk" {
+        line["gbit"] = json!(rate * 8.0 / 1e9);
+        if let Some(cpu) = cpu {
+            line["cpu_per_gb"] = json!(cpu / (done / 1e9));
+        }
+    } else {
+        line["rate"] = json!(rate);
+        line["p50"] = result["p50"].clone();
+        line["p99"] = result["p99"].clone();
+        if let Some(cpu) = cpu {
+            line["cpu_us"] = json!(cpu * 1e6 / done.max(1.0));
+        }
+    }
+    line
+}
+
+/// CPU seconds that both tunnels have used.
+fn cpu(mesh: &Mesh) -> f64 {
+    let ticks = |pid: u32| -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
+    };
+    // The kernel counts in hundredths of a second.
+    mesh.ztunnel_pids().into_iter().filter_map(ticks).sum::<f64>() / 100.0
+}
+
+/// Resident memory of both tunnels, the mean, in MiB.
+fn memory(mesh: &Mesh) -> f64 {
+    let pids = mesh.ztunnel_pids();
+    let resident = |pid: &u32| -> Option<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:"))?;
+        line.split_whitespace().nth(1)?.parse::<f64>().ok()
+    };
+    pids.iter().filter_map(resident).sum::<f64>() / 1024.0 / pids.len().max(1) as f64
+}
