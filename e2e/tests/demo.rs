@@ -47,7 +47,8 @@ struct Stay {
 
 impl Stay {
     fn start() -> Self {
-        let mut child = Command::new(DEMO).arg("--stay").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("demo");
+        let mut child =
+            Command::new(DEMO).arg("--stay").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("demo");
         let text = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
         let (mut out, kept) = (child.stdout.take().expect("stdout"), text.clone());
         std::thread::spawn(move || {
@@ -84,7 +85,11 @@ fn it_shows_that_everything_holds_and_leaves_nothing_behind() {
     let pid = stay.child.id().to_string();
     let exec = |words: &[&str]| {
         let output = Command::new(DEMO).args(["exec", &pid]).args(words).output().expect("exec");
-        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     };
     let (status, out, _) = exec(&["front/client", "ambit-app", "get", "http://web.shop/"]);
     assert_eq!(status, Some(0));

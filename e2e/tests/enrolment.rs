@@ -32,13 +32,19 @@ fn opting_out_and_in_again_without_a_restart() {
         let uid = mesh.kubelet.pod("front", "client").map(|p| p.uid);
         let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?.net;
         let out = SHOP.replace("name: front\n  labels:\n    istio.io/dataplane-mode: ambient", "name: front");
+        let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
+        mesh.wait("the connection to be held", |_| held.text().contains("held 3")).await?;
         mesh.apply("shop.yaml", &out)?;
-        let captured =
-            |_: &Mesh| client.netns.run(|| nft::inspect_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()));
-        mesh.wait("the rules to go", |m| !captured(m)).await?;
+        let tag = || client.netns.run(|| nft::inspect_table(TABLE)).ok()?.ok()?.map(|(tag, _)| tag);
+        mesh.wait("nothing new to be captured", |_| tag().as_deref() == Some("retired")).await?;
         let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
         let output = mesh.exec(CLIENT, &["ambit-app", "get", &format!("http://{web}:8080/")]).await?;
         expect(&output, true, "hello from web")?;
+        let before = held.text().lines().count();
+        mesh.wait("the captured connection to go on", |_| held.text().lines().count() > before + 5).await?;
+        if held.ended().is_some() {
+            return Err(Failure(format!("opting out cut a connection: {}", held.text())));
+        }
         mesh.apply("shop.yaml", SHOP)?;
         mesh.in_mesh(&[CLIENT]).await?;
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")?;

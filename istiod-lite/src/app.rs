@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use ambit_runtime::{Readiness, http, logging, signal};
 use ambit_telemetry::Registry;
+use ambit_tls::certificate::LeafFacts;
 use ambit_tls::{control, provider, renew};
 use ambit_xds::service::{AdsServer, CertificateServer};
 use arc_swap::ArcSwap;
@@ -22,7 +23,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tracing::{debug, error, info, warn};
@@ -32,7 +33,8 @@ use crate::authority::{Authority, AuthorityError, Current};
 use crate::certificates::CertificateService;
 use crate::config::Config;
 use crate::debug::Pages;
-use crate::index::{self, Mesh, Settings};
+use crate::index::{self, Enrolled, Mesh, Settings};
+use crate::objects::Objects;
 use crate::push::Resources;
 use crate::push::ads::{Ads, Report};
 use crate::push::clients::Clients;
@@ -55,6 +57,8 @@ pub enum RunError {
     Serve(String),
 }
 
+/// Connections at a time; a mesh of some thousand nodes fits.
+const MAX_CONNECTIONS: usize = 16 * 1024;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const SERVING_TTL: Duration = Duration::from_secs(24 * 3600);
 
@@ -132,6 +136,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
     tokio::spawn(follow_authority(config.clone(), authority, resolver.clone()));
     let incoming = accept(config.port, resolver).await?;
     let server = tonic::transport::Server::builder()
+        .max_concurrent_streams(64)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(AdsServer::new(Arc::new(ads)))
@@ -172,10 +177,17 @@ fn write_atomically(path: &Path, text: &str) -> std::io::Result<()> {
 
 /// Which pods the nodes have reported as enrolled, by node; kept over a restart, so that a restart of the controller
 /// never makes anybody send plaintext to an enrolled pod.
+///
+/// What is reported is kept as it is: whether a pod is on the node that speaks of it is decided when the mesh is made,
+/// for a report may come before the pod has been read. A tunnel that has just started has nothing to report yet, but
+/// the rules of its predecessor are in place: a pod leaves by being named, by opting out, or by its end.
 struct Enrolments {
-    by_node: BTreeMap<String, HashSet<String>>,
+    by_node: Enrolled,
     file: PathBuf,
 }
+
+/// Uids that one node may report.
+const MAX_REPORTED: usize = 10_000;
 
 impl Enrolments {
     fn load(file: PathBuf) -> Self {
@@ -189,31 +201,30 @@ impl Enrolments {
         Self { by_node, file }
     }
 
-    fn apply(&mut self, report: Report, node_of: impl Fn(&str) -> Option<String>) {
+    fn apply(&mut self, report: Report) {
         let set = self.by_node.entry(report.node.clone()).or_default();
-        if report.whole {
-            set.clear();
-        }
         for uid in report.left {
             set.remove(&uid);
         }
         for uid in report.enrolled {
-            // A node speaks for its own pods only.
-            match node_of(&uid) {
-                Some(node) if node == report.node => drop(set.insert(uid)),
-                other => warn!(node = report.node, uid, ?other, "enrolment of a pod that is not on this node"),
+            if set.len() >= MAX_REPORTED {
+                warn!(node = report.node, "the node reports more pods than a node can have");
+                break;
             }
-        }
-        if let Err(error) = serde_json::to_string(&self.by_node)
-            .map_err(std::io::Error::other)
-            .and_then(|text| write_atomically(&self.file, &text))
-        {
-            warn!(file = %self.file.display(), %error, "enrolments not kept");
+            set.insert(uid);
         }
     }
 
-    fn all(&self) -> HashSet<String> {
-        self.by_node.values().flatten().cloned().collect()
+    /// Forgets pods that are gone, and keeps the rest on disk.
+    fn keep(&mut self, objects: &Objects) {
+        let uids: HashSet<&str> = objects.values().map(|o| o.meta.uid.as_str()).collect();
+        for set in self.by_node.values_mut() {
+            set.retain(|uid| uids.contains(uid.as_str()));
+        }
+        let text = serde_json::to_string(&self.by_node).map_err(std::io::Error::other);
+        if let Err(error) = text.and_then(|text| write_atomically(&self.file, &text)) {
+            warn!(file = %self.file.display(), %error, "enrolments not kept");
+        }
     }
 }
 
@@ -237,16 +248,19 @@ impl Pipeline {
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
                 report = reports.recv() => match report {
-                    Some(report) => self.report(report, &mesh),
+                    Some(report) => self.enrolments.apply(report),
                     None => return,
                 },
             }
             // Reports that wait are taken together: one build for all.
             while let Ok(report) = reports.try_recv() {
-                self.report(report, &mesh);
+                self.enrolments.apply(report);
             }
             let state = source.borrow_and_update().clone();
-            let built = index::build(&state.objects, &self.enrolments.all(), &self.settings);
+            if state.ready {
+                self.enrolments.keep(&state.objects);
+            }
+            let built = index::build(&state.objects, &self.enrolments.by_node, &self.settings);
             self.write_allocations(&built);
             self.problems.of(&[]).set(i64::try_from(state.problems.len()).unwrap_or(i64::MAX));
             let mut next = Resources::clone(&resources.borrow());
@@ -257,12 +271,6 @@ impl Pipeline {
                 self.readiness.ready("source");
             }
         }
-    }
-
-    fn report(&mut self, report: Report, mesh: &watch::Sender<Arc<Mesh>>) {
-        let mesh = mesh.borrow().clone();
-        self.enrolments
-            .apply(report, |uid| mesh.node_pods.keys().find(|(_, u)| u == uid).map(|(node, _)| node.clone()));
     }
 
     /// Keeps addresses that were given to hosts, as status of their entries in the overlay.
@@ -314,7 +322,7 @@ fn serving_key(authority: &Authority, config: &Config) -> Result<CertifiedKey, R
         .iter()
         .flat_map(|n| [format!("{n}.{ns}.svc"), format!("{n}.{ns}.svc.{}", config.cluster_domain)])
         .collect();
-    let (chain, key) = authority.serving(&names, SERVING_TTL.max(config.certificate_ttl))?;
+    let (chain, key) = authority.serving(&names, SERVING_TTL)?;
     let chain: Result<Vec<_>, _> = chain.iter().map(|pem| CertificateDer::from_pem_slice(pem.as_bytes())).collect();
     let chain = chain.map_err(|e| RunError::Serve(e.to_string()))?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key));
@@ -323,12 +331,12 @@ fn serving_key(authority: &Authority, config: &Config) -> Result<CertifiedKey, R
 
 /// Renews what is served, and takes up plugged-in files that have changed.
 async fn follow_authority(config: Config, authority: Current, resolver: Arc<Resolver>) {
-    let mut renew_at = SystemTime::now() + renew_after(&config);
+    let mut renew_at = renew_at(&resolver);
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let changed = config.cacerts.is_some()
             && match load_authority(&config) {
-                Ok(next) if next.roots() != authority.load().roots() => {
+                Ok(next) if !next.same_as(&authority.load()) => {
                     info!("the certificate authority has changed");
                     if let Err(error) = publish_roots(&config.state_directory, next.roots()) {
                         error!(%error, "roots not published");
@@ -347,7 +355,7 @@ async fn follow_authority(config: Config, authority: Current, resolver: Arc<Reso
             match serving_key(&authority.load(), &config) {
                 Ok(key) => {
                     resolver.current.store(Arc::new(key));
-                    renew_at = SystemTime::now() + renew_after(&config);
+                    renew_at = self::renew_at(&resolver);
                 }
                 Err(error) => error!(%error, "serving certificate not renewed"),
             }
@@ -355,9 +363,12 @@ async fn follow_authority(config: Config, authority: Current, resolver: Arc<Reso
     }
 }
 
-fn renew_after(config: &Config) -> Duration {
+/// When the certificate that is served is to be renewed; soon where it cannot be read.
+fn renew_at(resolver: &Resolver) -> SystemTime {
     let now = SystemTime::now();
-    renew::until_renewal(now, now + SERVING_TTL.max(config.certificate_ttl), now, 0.5)
+    let key = resolver.current.load();
+    let facts = key.cert.first().and_then(|der| LeafFacts::of(der).ok());
+    now + facts.map_or(HANDSHAKE, |f| renew::until_renewal(f.not_before, f.not_after, now, 0.5))
 }
 
 /// Accepts TLS connections; each handshake is a task of its own with a deadline.
@@ -376,8 +387,11 @@ async fn accept(
             .map_err(|e| RunError::Io(format!("listen on port {port}"), e))?,
     };
     let (sender, receiver) = mpsc::channel(64);
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     tokio::spawn(async move {
         loop {
+            // Never closed.
+            let Ok(place) = places.clone().acquire_owned().await else { return };
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -391,7 +405,7 @@ async fn accept(
             let (acceptor, sender) = (acceptor.clone(), sender.clone());
             tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(tls)) => drop(sender.send(Ok(Connection(tls))).await),
+                    Ok(Ok(tls)) => drop(sender.send(Ok(Connection { tls, _place: place })).await),
                     Ok(Err(error)) => debug!(%error, "TLS handshake"),
                     Err(_) => debug!("TLS handshake not finished in time"),
                 }
@@ -402,32 +416,35 @@ async fn accept(
 }
 
 /// A TLS connection as tonic wants it.
-struct Connection(tokio_rustls::server::TlsStream<TcpStream>);
+struct Connection {
+    tls: tokio_rustls::server::TlsStream<TcpStream>,
+    _place: OwnedSemaphorePermit,
+}
 
 impl Connected for Connection {
     type ConnectInfo = TcpConnectInfo;
 
     fn connect_info(&self) -> TcpConnectInfo {
-        self.0.get_ref().0.connect_info()
+        self.tls.get_ref().0.connect_info()
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        Pin::new(&mut self.tls).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+        Pin::new(&mut self.tls).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.tls).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.tls).poll_shutdown(cx)
     }
 }

@@ -65,6 +65,8 @@ pub struct Authority {
     chain: Vec<String>,
     /// All roots, in PEM.
     roots: String,
+    /// The signer's own certificate, in PEM.
+    signer: String,
     not_after: SystemTime,
     longest: Duration,
 }
@@ -117,16 +119,19 @@ impl Authority {
         if public != rcgen::PublicKeyData::subject_public_key_info(&key_pair) {
             return Err(content(key, format!("does not belong to {}", cert.display())));
         }
-        let issuer = Issuer::from_ca_cert_pem(&cert_pem, key_pair).map_err(|e| content(cert, e.to_string()))?;
         let above = match chain {
             Some(path) => pem_blocks(&read(path)?),
             None => pem_blocks(&cert_pem),
         };
+        // Files that are replaced one by one do not fit each other for a moment.
+        verify_chain(&der, &above, &roots_pem).map_err(|e| content(cert, e))?;
+        let issuer = Issuer::from_ca_cert_pem(&cert_pem, key_pair).map_err(|e| content(cert, e.to_string()))?;
         let root_blocks = pem_blocks(&roots_pem);
         Ok(Self {
             issuer,
             chain: above.into_iter().filter(|c| !root_blocks.contains(c)).collect(),
             roots: roots_pem,
+            signer: cert_pem,
             not_after: facts.not_after,
             longest,
         })
@@ -137,12 +142,18 @@ impl Authority {
         &self.roots
     }
 
+    /// Whether another one is the same: signer, chain and roots.
+    pub fn same_as(&self, other: &Self) -> bool {
+        (&self.signer, &self.chain, &self.roots) == (&other.signer, &other.chain, &other.roots)
+    }
+
     /// Signs the key of a request for an identity; the answer of the certificate service: leaf, intermediates, roots.
     pub fn sign(&self, csr_pem: &str, identity: &Identity, ttl: Duration) -> Result<Vec<String>, AuthorityError> {
         let mut request = CertificateSigningRequestParams::from_pem(csr_pem)
             .map_err(|e| AuthorityError::Request(format!("{e}; expected PKCS#10 in PEM")))?;
         let name = identity.to_string().try_into().map_err(|e: rcgen::Error| AuthorityError::Request(e.to_string()))?;
         // Nothing of the request but its key is believed.
+        let ttl = if ttl.is_zero() { self.longest } else { ttl.min(self.longest) };
         request.params = self.params(vec![SanType::URI(name)], ttl)?;
         let leaf = request.signed_by(&self.issuer).map_err(|e| AuthorityError::Signing(e.to_string()))?;
         Ok(self.answer(leaf.pem()))
@@ -163,7 +174,6 @@ impl Authority {
         if now >= self.not_after {
             return Err(AuthorityError::Expired);
         }
-        let ttl = if ttl.is_zero() { self.longest } else { ttl.min(self.longest) };
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = names;
@@ -198,6 +208,42 @@ fn x509_public_key(der: &CertificateDer<'_>) -> Result<Vec<u8>, String> {
     use x509_parser::prelude::{FromDer, X509Certificate};
     let (_, cert) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
     Ok(cert.public_key().raw.to_vec())
+}
+
+/// Checks that a signer leads to one of the roots.
+fn verify_chain(signer: &CertificateDer<'_>, above: &[String], roots: &str) -> Result<(), String> {
+    use x509_parser::prelude::{FromDer, X509Certificate};
+    let ders: Result<Vec<CertificateDer<'static>>, _> = above
+        .iter()
+        .cloned()
+        .chain(pem_blocks(roots))
+        .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()))
+        .collect();
+    let ders = ders.map_err(|e| e.to_string())?;
+    let parse = |der: &CertificateDer<'_>| {
+        X509Certificate::from_der(der)
+            .map(|(_, c)| c.issuer().to_string() + "\n" + &c.subject().to_string())
+            .map_err(|e| e.to_string())
+    };
+    let root_ders: Vec<_> =
+        pem_blocks(roots).iter().filter_map(|p| CertificateDer::from_pem_slice(p.as_bytes()).ok()).collect();
+    // By names: issuer to subject, up to a root. A signature that is wrong is found by the first handshake.
+    let mut at = signer.clone().into_owned();
+    for _ in 0..8 {
+        if root_ders.contains(&at) {
+            return Ok(());
+        }
+        let names = parse(&at)?;
+        let (issuer, _) = names.split_once('\n').unwrap_or_default();
+        let next = ders
+            .iter()
+            .find(|d| **d != at && parse(d).is_ok_and(|n| n.split_once('\n').is_some_and(|(_, s)| s == issuer)));
+        match next {
+            Some(next) => at = next.clone(),
+            None => return Err(format!("its issuer {issuer:?} is neither in cert-chain.pem nor in root-cert.pem")),
+        }
+    }
+    Err("the chain is longer than 8 certificates".into())
 }
 
 fn pem_blocks(text: &str) -> Vec<String> {

@@ -75,8 +75,14 @@ pub async fn serve(path: &Path, pods: Arc<Pods>) -> std::io::Result<()> {
     let listener = UnixListener::bind(path)?;
     info!(path = %path.display(), "node agent listens");
     loop {
-        let (stream, _) = listener.accept().await?;
-        tokio::spawn(answer(stream, pods.clone()));
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(answer(stream, pods.clone()))),
+            Err(error) => {
+                // Out of descriptors, mostly; without this socket no pod of the node could start.
+                warn!(%error, "node agent accept");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
     }
 }
 

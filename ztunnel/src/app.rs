@@ -50,6 +50,7 @@ const METRIC_IDLE: u64 = 3600;
 /// Runs until a signal.
 pub fn run(config: Config) -> Result<(), RunError> {
     logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
+    raise_descriptor_limit();
     let workers = Workers::start("ztunnel", config.worker_threads).map_err(|e| RunError::Io("workers", e))?;
     let control = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -58,6 +59,16 @@ pub fn run(config: Config) -> Result<(), RunError> {
     control.block_on(serve(Arc::new(config), &workers))?;
     workers.stop();
     Ok(())
+}
+
+/// As many descriptors as we may have: a connection takes two.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of descriptors was not raised");
+    }
 }
 
 async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
@@ -98,7 +109,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     };
     pages(&config, admin).await?;
     let handler = MeshHandler::new(store, node_pods, readiness.clone(), &registry);
-    let client = Client::new(xds(&config), node(&config), &[ADDRESS, AUTHORIZATION], enrolled_seen, handler);
+    let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], enrolled_seen, handler);
     tokio::spawn(client.run());
     tokio::spawn(pods.clone().run());
     tokio::spawn(expire(registry));

@@ -42,8 +42,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   auditInterval        AUDIT_INTERVAL            enrolled pods are verified this often [30s]
   poolIdle             POOL_UNUSED_RELEASE_TIMEOUT       an idle tunnel is closed [5m]
   poolStreams          POOL_MAX_STREAMS_PER_CONNECTION   streams in one tunnel [100]
-  streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way [1048576]
-  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes one tunnel may have under way [2097152]
+  streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way [524288]
+  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes one tunnel may have under way [8388608]
   frameSize            HTTP2_FRAME_SIZE          largest frame [1048576]
   logLevel             RUST_LOG                  log level [info]
   logFormat            LOG_FORMAT                plain or json [plain]
@@ -82,6 +82,8 @@ pub struct Config {
     pub instance_ip: String,
     pub pod_name: String,
     pub pod_namespace: String,
+    /// Name servers of the node, for pods whose agent does not tell theirs.
+    pub nameservers: Vec<std::net::IpAddr>,
     /// `ISTIO_META_*`, the prefix taken off.
     pub metadata: Vec<(String, String)>,
     /// `XDS_HEADER_*` and `CA_HEADER_*`.
@@ -193,6 +195,7 @@ impl Config {
             instance_ip: text(&mut s, "instanceIp", &["INSTANCE_IP"], "1.1.1.1"),
             pod_name: text(&mut s, "podName", &["POD_NAME"], "ztunnel"),
             pod_namespace: text(&mut s, "podNamespace", &["POD_NAMESPACE"], "istio-system"),
+            nameservers: nameservers(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
             metadata: s.with_prefix("ISTIO_META_"),
             xds_headers: s.with_prefix("XDS_HEADER_"),
             ca_headers: s.with_prefix("CA_HEADER_"),
@@ -202,6 +205,11 @@ impl Config {
         s.finish()?;
         Ok(config)
     }
+}
+
+/// Name servers of a resolv.conf.
+fn nameservers(text: &str) -> Vec<std::net::IpAddr> {
+    text.lines().filter_map(|l| l.trim().strip_prefix("nameserver")?.trim().parse().ok()).collect()
 }
 
 fn with_scheme(address: String) -> String {
@@ -243,11 +251,12 @@ mod tests {
         let error = Config::read(Source::from_vars(&[
             ("LOG_FORMAT", "xml"),
             ("HTTP2_STREAM_WINDOW_SIZE", "4194304"),
+            ("HTTP2_CONNECTION_WINDOW_SIZE", "4194304"),
             ("HTTP2_FRAME_SIZE", "1"),
         ]))
         .expect_err("wrong")
         .to_string();
-        for expected in ["NODE_NAME", "LOG_FORMAT: \"xml\"", "connectionWindow 2097152", "frameSize 1"] {
+        for expected in ["NODE_NAME", "LOG_FORMAT: \"xml\"", "connectionWindow 4194304", "frameSize 1"] {
             assert!(error.contains(expected), "{error}");
         }
     }

@@ -5,6 +5,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use ambit_model::address::ip_from_bytes;
+use ambit_model::policy::{Action, Clause, Policy, PolicyScope, Rule};
+use ambit_model::workload::Protocol;
+use ambit_model::{NetworkAddress, Service, Workload};
 use ambit_runtime::Readiness;
 use ambit_store::{Change, Store};
 use ambit_telemetry::Registry;
@@ -92,6 +96,51 @@ fn address(bytes: &[u8]) -> Result<Change, ConvertError> {
     }
 }
 
+/// What takes the place of a resource that was refused: something stricter. A workload that cannot be understood is
+/// reached by nobody, for its identity cannot be proven; a service has no port; a policy denies all in its scope.
+fn instead(type_url: &str, name: &str, bytes: &[u8]) -> Option<Change> {
+    if type_url == AUTHORIZATION {
+        let raw = decode::<security::Authorization>(bytes).ok()?;
+        let scope = match security::Scope::try_from(raw.scope) {
+            Ok(security::Scope::Namespace) => PolicyScope::Namespace,
+            Ok(security::Scope::WorkloadSelector) => PolicyScope::WorkloadSelector,
+            Ok(security::Scope::Global) | Err(_) => PolicyScope::Global,
+        };
+        return Some(Change::Policy(Box::new(Policy {
+            name: raw.name.into(),
+            namespace: raw.namespace.into(),
+            scope,
+            action: Action::Deny,
+            dry_run: false,
+            rules: vec![Rule { clauses: vec![Clause::default()] }],
+        })));
+    }
+    match decode::<workload::Address>(bytes).ok()?.r#type? {
+        workload::AddressType::Workload(w) => Some(Change::Workload(Box::new(Workload {
+            uid: name.into(),
+            name: w.name.into(),
+            namespace: w.namespace.into(),
+            network: w.network.into(),
+            workload_ips: w.addresses.iter().filter_map(|a| ip_from_bytes(a).ok()).collect(),
+            protocol: Protocol::Hbone,
+            ..Workload::default()
+        }))),
+        workload::AddressType::Service(s) => {
+            let vip = |a: &workload::NetworkAddress| {
+                let address = ip_from_bytes(&a.address).ok()?;
+                Some(NetworkAddress { network: a.network.as_str().into(), address })
+            };
+            Some(Change::Service(Box::new(Service {
+                vips: s.addresses.iter().filter_map(vip).collect(),
+                name: s.name.into(),
+                namespace: s.namespace.into(),
+                hostname: s.hostname.into(),
+                ..Service::default()
+            })))
+        }
+    }
+}
+
 fn authorization(bytes: &[u8]) -> Result<Change, ConvertError> {
     Ok(Change::Policy(Box::new(convert::policy(&decode::<security::Authorization>(bytes)?)?)))
 }
@@ -112,7 +161,10 @@ impl Handler for MeshHandler {
         for resource in &resources {
             match body(resource).and_then(read) {
                 Ok(change) => changes.push(change),
-                Err(error) => rejected.push((resource.name.clone(), error.to_string())),
+                Err(error) => {
+                    changes.extend(body(resource).ok().and_then(|b| instead(type_url, &resource.name, b)));
+                    rejected.push((resource.name.clone(), error.to_string()));
+                }
             }
         }
         changes.push(synced);
@@ -168,7 +220,19 @@ mod tests {
         assert!(rejected[0].1.contains("expected 4 or 16"), "{}", rejected[0].1);
         assert!(store.load().workload(&"good".into()).is_some());
         assert!(store.load().addresses_synced);
+        let refused = store.load().workload(&"short".into()).cloned().expect("something stricter in its place");
+        assert_eq!(refused.protocol, Protocol::Hbone);
         assert!(handler.apply(AUTHORIZATION, vec![], vec![]).is_empty());
+        let unknown = security::Authorization {
+            name: "p".into(),
+            namespace: "ns".into(),
+            action: 9,
+            scope: 1,
+            ..Default::default()
+        };
+        assert_eq!(handler.apply(AUTHORIZATION, vec![resource("ns/p", unknown.encode_to_vec())], vec![]).len(), 1);
+        let set = store.load().policies_for(&Workload { namespace: "ns".into(), ..Workload::default() });
+        assert!(format!("{set:?}").contains("Deny"), "a policy that cannot be read denies: {set:?}");
         assert!(readiness.status().is_ok(), "an empty answer is an answer");
         let rejected = handler.apply(AUTHORIZATION, vec![resource("p", vec![0xff, 0xff])], vec![]);
         assert_eq!(rejected.len(), 1);

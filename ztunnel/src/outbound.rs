@@ -12,6 +12,7 @@ use ambit_hbone::pool::ConnectLost;
 use ambit_hbone::{ConnectHeaders, OpenError, Tunnel};
 use ambit_model::workload::WorkloadType;
 use ambit_model::{Str, Workload};
+use ambit_net::netns::NetnsId;
 use ambit_net::{connect, orig_dst, relay};
 use ambit_tls::{HandshakeError, handshake};
 use tokio::net::TcpStream;
@@ -31,6 +32,8 @@ const TRIES: usize = 3;
 pub struct TunnelKey {
     /// Kubernetes uid of the client pod: its identity and its address.
     pub client: Str,
+    /// Its network namespace: a sandbox that is made anew has the old uid, but none of the old sockets.
+    pub netns: NetnsId,
     /// Address of the tunnel.
     pub peer: SocketAddr,
     /// Who is there.
@@ -54,6 +57,12 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, peer
     // An error means that the connection has gone already.
     let Ok(to) = orig_dst::original_destination(&stream) else { return };
     let mut facts = Facts::new(Reporter::Source, peer, to);
+    if stream.local_addr().is_ok_and(|local| orig_dst::canonical(local) == to) {
+        // Nothing was redirected: somebody addressed the listener itself, and would be led back to it for ever.
+        let failure = Failure::new(Flag::Connect, crate::route::Refusal::OwnPort(to));
+        context.shared.observer.refused(&facts, &failure, "connection failed");
+        return relay::reset(&stream);
+    }
     match reach(&context, &pod, &stream, to, &mut facts).await {
         Ok(ready) => ready.carry(&context, stream, facts).await,
         Err(failure) => {
@@ -168,6 +177,7 @@ async fn tunnel(
     };
     let key = TunnelKey {
         client: pod.info.uid.as_str().into(),
+        netns: pod.netns.id(),
         peer: hop.peer,
         peer_uid: hop.workload.uid.clone(),
         expected: hop.expected.clone(),
@@ -183,7 +193,7 @@ async fn tunnel(
                 return Ok(Ready::Tunnel(Box::new(stream)));
             }
             // The tunnel was closing; nothing was seen of the request.
-            Err(OpenError::Ended(_)) if gone < 2 => gone += 1,
+            Err(OpenError::Ended(_)) if gone <= context.pool.settings().tunnels_per_peer => gone += 1,
             // The peer is there, but its application is not, or is ending: nobody has seen a byte of this connection.
             Err(error @ OpenError::Refused { status: http::StatusCode::SERVICE_UNAVAILABLE, .. }) => {
                 return Err((Failure::new(Flag::Connect, error), false));

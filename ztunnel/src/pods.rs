@@ -25,6 +25,8 @@ use crate::worker::{Listeners, ServePod};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
 const WAIT: Duration = Duration::from_secs(10);
+/// After opting out HBONE is still taken for this long.
+const LINGER: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_secs(2);
 
 /// DNS settings of a pod, from its dnsPolicy and dnsConfig.
@@ -103,6 +105,8 @@ struct Known {
     netns: Option<Netns>,
     foreign_rules: bool,
     enrolled: Option<(Arc<Pod>, watch::Sender<Vec<u16>>)>,
+    /// Earlier enrolments, whose connections go on until the pod is gone.
+    left: Vec<Arc<Pod>>,
     error: Option<String>,
 }
 
@@ -150,17 +154,24 @@ impl Pods {
 
     /// A pod starts, or is told again. Answers whether it is enrolled; an error means that it must not start.
     pub async fn add(&self, info: PodInfo, netns: Netns, decision: Decision) -> Result<bool, String> {
+        let slot = self.slots().entry(info.uid.clone()).or_default().clone();
         let enrol = match decision {
             Decision::Agent => true,
             Decision::Controller => self.decided(&info).await?,
         };
-        let slot = self.slots().entry(info.uid.clone()).or_default().clone();
         let mut known = slot.lock().await;
+        if !self.slots().get(&info.uid).is_some_and(|now| Arc::ptr_eq(now, &slot)) {
+            return Err(format!("pod {} was deleted meanwhile", info.uid));
+        }
         let replaced = known.netns.as_ref().is_some_and(|old| old.id() != netns.id());
         if replaced {
             self.leave(&mut known, true).await;
         }
         known.info = info;
+        if known.info.dns.nameservers.is_empty() {
+            // An agent that does not tell: the node's own.
+            known.info.dns.nameservers = self.config.nameservers.clone();
+        }
         known.netns = Some(netns);
         known.foreign_rules = decision == Decision::Agent;
         if enrol {
@@ -173,7 +184,10 @@ impl Pods {
     pub async fn remove(&self, uid: &str) {
         let slot = self.slots().remove(uid);
         if let Some(slot) = slot {
-            self.leave(&mut *slot.lock().await, true).await;
+            let mut known = slot.lock().await;
+            self.leave(&mut known, true).await;
+            // Whoever still holds the slot must not enrol the pod again.
+            known.netns = None;
         }
     }
 
@@ -257,7 +271,7 @@ impl Pods {
             capture,
         });
         // From here on a failure must close what was opened.
-        let guard = pod.stop.clone().drop_guard();
+        let (guard, gone_guard) = (pod.stop.clone().drop_guard(), pod.gone.clone().drop_guard());
         for (n, worker) in self.workers.iter().enumerate() {
             let listeners = Listeners::bind(&netns, capture.ipv6, n == 0).map_err(|e| format!("listeners: {e}"))?;
             worker.serve(pod.clone(), listeners);
@@ -265,8 +279,12 @@ impl Pods {
         tokio::spawn(follow(self.store.clone(), self.uid_of(&pod.info), views, pod.gone.clone()));
         if !known.foreign_rules {
             let rules = tokio::task::spawn_blocking(move || {
-                capture.install(&netns)?;
-                capture.verify(&netns)
+                let written = capture.install(&netns).and_then(|()| capture.verify(&netns));
+                if !matches!(written, Ok(true)) {
+                    // Rules without listeners would cut the pod off.
+                    let _ = capture.remove(&netns);
+                }
+                written
             });
             match rules.await {
                 Ok(Ok(true)) => {}
@@ -276,6 +294,7 @@ impl Pods {
             }
         }
         guard.disarm();
+        gone_guard.disarm();
         Ok((pod, probes))
     }
 
@@ -285,22 +304,36 @@ impl Pods {
     }
 
     async fn leave(&self, known: &mut Known, gone: bool) {
+        if gone {
+            for left in known.left.drain(..) {
+                left.gone.cancel();
+            }
+        }
         let Some((pod, _)) = known.enrolled.take() else { return };
         self.report(&known.info.uid, false);
         if !known.foreign_rules {
             let (capture, netns) = (pod.capture, pod.netns.clone());
-            // Rules go before listeners: without the rules nobody arrives at the listeners.
-            match tokio::task::spawn_blocking(move || capture.remove(&netns)).await {
+            // Connections that are captured already need the kernel to go on translating them.
+            let undo = move || if gone { capture.remove(&netns) } else { capture.retire(&netns) };
+            match tokio::task::spawn_blocking(undo).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) if !gone => warn!(pod = known.info.name, %error, "rules not removed"),
                 _ => {}
             }
         }
-        pod.stop.cancel();
-        if gone {
-            pod.gone.cancel();
-        }
         info!(namespace = known.info.namespace, name = known.info.name, gone, "pod left the mesh");
+        if gone {
+            pod.stop.cancel();
+            pod.gone.cancel();
+        } else {
+            // Peers may not have heard of it yet and still come by HBONE.
+            let stop = pod.stop.clone();
+            known.left.push(pod);
+            tokio::spawn(async move {
+                tokio::time::sleep(LINGER).await;
+                stop.cancel();
+            });
+        }
     }
 
     fn report(&self, uid: &str, enrolled: bool) {
@@ -345,6 +378,8 @@ impl Pods {
                     if let Some((_, probes)) = &known.enrolled {
                         let ports = probe_ports_of(&pod);
                         probes.send_if_modified(|old| std::mem::replace(old, ports.clone()) != ports);
+                        // The report of an earlier life of this pod may have come last.
+                        self.report(uid, true);
                     }
                     // Reported where it failed.
                     let _ = self.join(known).await;
@@ -403,12 +438,11 @@ async fn follow(store: Arc<Store>, uid: Str, views: watch::Sender<View>, gone: C
         generations.mark_unchanged();
         let snapshot = store.load();
         if snapshot.addresses_synced && snapshot.policies_synced {
-            let next = snapshot.workload(&uid).map_or_else(View::default, |workload| View {
-                workload: Some(workload.clone()),
-                policies: Arc::new(snapshot.policies_for(workload)),
-            });
+            // A workload that was known and has vanished is on its way out; policies apply to it all the same.
+            let workload = snapshot.workload(&uid).cloned().or_else(|| views.borrow().workload.clone());
+            let policies = workload.as_ref().map(|w| Arc::new(snapshot.policies_for(w))).unwrap_or_default();
+            let next = View { workload, policies };
             views.send_if_modified(|view| {
-                // A workload that was known and has vanished keeps its last view: it is on its way out.
                 let changed = next.workload.is_some() && *view != next;
                 if changed {
                     *view = next;

@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::rc::Rc;
 
-use ambit_net::relay::{BatchSize, Moved, reset};
+use ambit_net::relay::{BatchSize, HalfClosed, Moved, reset};
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
@@ -102,15 +102,43 @@ pub(crate) async fn carry(
     let mut app = Application { stream: app, finished: false };
     let result = {
         let (mut from_app, mut to_app) = app.stream.split();
-        let out = outwards(&mut from_app, &mut send, moved, bulk);
-        let back = inwards(&mut recv, &mut to_app, moved, bulk);
-        tokio::try_join!(out, back).map(|_| ())
+        let half = HalfClosed::default();
+        let out = async { outwards(&mut from_app, &mut send, moved, bulk).await.map(|()| half.set()) };
+        let back = async { inwards(&mut recv, &mut to_app, moved, bulk).await.map(|()| half.set()) };
+        tokio::select! {
+            both = both(out, back) => both,
+            error = half.abandoned(moved) => Err(CarryError::Application(error)),
+        }
     };
     match &result {
         Ok(()) => app.finished = true,
-        Err(_) => send.send_reset(Reason::CANCEL),
+        // The application will read no more, but what it had said was passed on: dropping the stream resets it after
+        // that has been sent.
+        Err(CarryError::Application(_)) => {}
+        Err(CarryError::Tunnel(_)) => send.send_reset(Reason::CANCEL),
     }
     result
+}
+
+/// Runs both directions. One that fails ends the other only if that has nothing more to deliver: an application that
+/// reads no more may have answered, and a peer that reads no more may have sent.
+async fn both(
+    out: impl Future<Output = Result<(), CarryError>>,
+    back: impl Future<Output = Result<(), CarryError>>,
+) -> Result<(), CarryError> {
+    tokio::pin!(out, back);
+    tokio::select! {
+        sent = &mut out => match sent {
+            Ok(()) => back.await,
+            Err(error @ CarryError::Application(_)) => Err(error),
+            Err(error) => back.await.and(Err(error)),
+        },
+        received = &mut back => match received {
+            Ok(()) => out.await,
+            Err(error @ CarryError::Tunnel(_)) => Err(error),
+            Err(error) => out.await.and(Err(error)),
+        },
+    }
 }
 
 async fn outwards(
@@ -183,13 +211,15 @@ async fn inwards(
         frames.push(first.map_err(CarryError::Tunnel)?);
         while frames.len() < GATHER {
             match futures::FutureExt::now_or_never(recv.data()) {
-                Some(Some(frame)) => frames.push(frame.map_err(CarryError::Tunnel)?),
+                Some(Some(Ok(frame))) => frames.push(frame),
+                // An error is told again after what came before it has been delivered.
                 _ => break,
             }
         }
         let total = frames.iter().map(Bytes::len).sum::<usize>();
-        write_all(app, &mut frames).await.map_err(CarryError::Application)?;
+        // Before the write: a reader that hangs is just what others are to be kept away from.
         bulk.saw(total);
+        write_all(app, &mut frames).await.map_err(CarryError::Application)?;
         moved.add_received(total);
         recv.flow_control().release_capacity(total).map_err(CarryError::Tunnel)?;
     }

@@ -99,6 +99,11 @@ impl Tunnel {
         self.bulk.get()
     }
 
+    /// Streams that the peer lets us open at a time.
+    pub fn peer_limit(&self) -> usize {
+        self.request.current_max_send_streams()
+    }
+
     /// Whether a stream can still be opened.
     pub fn usable(&self, now: SystemTime) -> bool {
         !self.closed.get() && now < self.not_after

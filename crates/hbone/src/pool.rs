@@ -58,13 +58,15 @@ struct Load {
     usable: bool,
     streams: usize,
     bulk: usize,
+    /// Streams that both sides allow.
+    limit: usize,
 }
 
 /// Chooses: the fullest tunnel without bulk that is below half of the limit (so that small messages share packets),
 /// else another one while there may be more, else the least loaded.
 fn choose(loads: &[Load], settings: &Settings) -> Choice {
-    let fitting = loads.iter().enumerate().filter(|(_, l)| l.usable && l.streams < settings.streams_per_tunnel);
-    let calm = fitting.clone().filter(|(_, l)| l.bulk == 0 && l.streams < settings.streams_per_tunnel.div_ceil(2));
+    let fitting = loads.iter().enumerate().filter(|(_, l)| l.usable && l.streams < l.limit);
+    let calm = fitting.clone().filter(|(_, l)| l.bulk == 0 && l.streams < l.limit.div_ceil(2));
     if let Some((index, _)) = calm.max_by_key(|(_, l)| l.streams) {
         return Choice::Use(index);
     }
@@ -102,7 +104,10 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
                 let loads: Vec<Load> = entry
                     .tunnels
                     .iter()
-                    .map(|(t, _)| Load { usable: true, streams: t.streams(), bulk: t.bulk_streams() })
+                    .map(|(t, _)| {
+                        let limit = self.settings.streams_per_tunnel.min(t.peer_limit());
+                        Load { usable: true, streams: t.streams(), bulk: t.bulk_streams(), limit }
+                    })
                     .collect();
                 match choose(&loads, &self.settings) {
                     Choice::Use(index) | Choice::Crowded(index) => {
@@ -123,13 +128,24 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
             match waiting.wait_for(Option::is_some).await {
                 Ok(outcome) => {
                     if let Some(Err(error)) = &*outcome {
-                        return Err(error.clone());
+                        // One more was wanted; what is there may still have room.
+                        return self.crowded(key).ok_or_else(|| error.clone());
                     }
                 }
                 Err(_) => return Err(ConnectLost.into()),
             }
         }
         Err(ConnectLost.into())
+    }
+
+    /// A place in any tunnel that has one left.
+    fn crowded(&self, key: &K) -> Option<Place> {
+        let entries = self.entries.borrow();
+        let now = SystemTime::now();
+        let room =
+            |t: &&Rc<Tunnel>| t.usable(now) && t.streams() < self.settings.streams_per_tunnel.min(t.peer_limit());
+        let tunnels = entries.get(key)?.tunnels.iter().map(|(t, _)| t);
+        tunnels.filter(room).min_by_key(|t| (t.bulk_streams(), t.streams())).map(Tunnel::place)
     }
 
     fn connect(
@@ -187,7 +203,7 @@ mod tests {
     use super::*;
 
     fn load(streams: usize, bulk: usize) -> Load {
-        Load { usable: true, streams, bulk }
+        Load { usable: true, streams, bulk, limit: 10 }
     }
 
     #[test]

@@ -10,8 +10,8 @@ pub struct Settings {
     /// Bytes that one stream may have under way. Too small limits a long path; too large lets a bulk stream queue
     /// megabytes in front of a small request.
     pub stream_window: u32,
-    /// Bytes that all streams of a tunnel may have under way. Never equal to the window of one stream: a stream
-    /// whose reader is slow would hold the whole tunnel.
+    /// Bytes that all streams of a tunnel may have under way. Many times the window of one stream: streams
+    /// whose readers are slow hold what they were sent, and must not hold the whole tunnel.
     pub connection_window: u32,
     /// Largest frame accepted. A batch read from a socket travels as one frame.
     pub max_frame: u32,
@@ -38,10 +38,10 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            stream_window: 1024 * 1024,
-            connection_window: 2 * 1024 * 1024,
+            stream_window: 512 * 1024,
+            connection_window: 8 * 1024 * 1024,
             max_frame: 1024 * 1024,
-            send_buffer: 512 * 1024,
+            send_buffer: 256 * 1024,
             max_streams: 200,
             streams_per_tunnel: 100,
             tunnels_per_peer: 8,

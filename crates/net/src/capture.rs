@@ -70,6 +70,20 @@ impl Capture {
         Ok(found.is_some_and(|(tag, rules)| tag == self.tag() && rules == expected))
     }
 
+    /// Captures nothing new, but lets what is captured go on: the kernel translates redirected connections only while
+    /// the chains are there, and answers to a client's own address find their way only by the marks.
+    pub fn retire(&self, netns: &Netns) -> io::Result<()> {
+        let chains: Vec<Chain> = self
+            .chains()
+            .into_iter()
+            .map(|c| match c.kind {
+                ChainKind::Nat => Chain { rules: Vec::new(), ..c },
+                _ => c,
+            })
+            .collect();
+        netns.run(|| nft::replace_table(TABLE, "retired", &chains))?
+    }
+
     /// Takes the rules away.
     pub fn remove(&self, netns: &Netns) -> io::Result<()> {
         netns.run(|| {

@@ -34,6 +34,8 @@ pub async fn tcp(
                     set_ipv6_transparent(&socket)?;
                 }
             }
+            // The port is chosen at connect, by the whole 4-tuple: a port taken at bind would be taken from the pod too.
+            nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
         Ok(socket)

@@ -3,7 +3,8 @@
 //! Owns buffers for as long as bytes move. Never looks at them.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -44,9 +45,13 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
     let result = {
         let (mut a_read, mut a_write) = a.split();
         let (mut b_read, mut b_write) = b.split();
-        let there = one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n));
-        let back = one_way(&mut b_read, &mut a_write, |n| moved.add_received(n));
-        tokio::try_join!(there, back).map(|_| ())
+        let half = HalfClosed::default();
+        let there = async { one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n)).await.map(|()| half.set()) };
+        let back = async { one_way(&mut b_read, &mut a_write, |n| moved.add_received(n)).await.map(|()| half.set()) };
+        tokio::select! {
+            both = async { tokio::try_join!(there, back) } => both.map(|_| ()),
+            error = half.abandoned(moved) => Err(error),
+        }
     };
     if result.is_err() {
         reset(&a);
@@ -55,10 +60,39 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
     result
 }
 
+/// How long a half-closed connection may be silent. Its other end may have gone without a word.
+const HALF_CLOSED: Duration = Duration::from_secs(15 * 60);
+const LOOK: Duration = Duration::from_secs(60);
+
+/// Watches a connection of which one direction has ended.
+#[derive(Debug, Default)]
+pub struct HalfClosed(AtomicBool);
+
+impl HalfClosed {
+    /// A direction has ended.
+    pub fn set(&self) {
+        self.0.store(true, Relaxed);
+    }
+
+    /// Completes when one direction has ended and the other has been silent for too long.
+    pub async fn abandoned(&self, moved: &Moved) -> io::Error {
+        let (mut last, mut silent) = (0, Duration::ZERO);
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let now = moved.sent() + moved.received();
+            silent = if self.0.load(Relaxed) && now == last { silent + LOOK } else { Duration::ZERO };
+            last = now;
+            if silent >= HALF_CLOSED {
+                return io::Error::new(io::ErrorKind::TimedOut, format!("half-closed and silent for {HALF_CLOSED:?}"));
+            }
+        }
+    }
+}
+
 /// Makes closing the socket send a reset instead of an orderly end.
 pub fn reset(stream: &TcpStream) {
     // A socket that is gone already needs no reset.
-    let _ = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO));
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 const SMALL: usize = 4 * 1024;
@@ -153,6 +187,17 @@ mod tests {
         assert_eq!(answer, big);
         let moved = relaying.await.expect("join").expect("relay");
         assert_eq!((moved.sent(), moved.received()), (8, 3_000_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_half_is_given_up_and_a_whole_one_is_not() {
+        let (half, moved) = (HalfClosed::default(), Moved::default());
+        let day = Duration::from_secs(24 * 3600);
+        assert!(tokio::time::timeout(day, half.abandoned(&moved)).await.is_err(), "idle, but open both ways");
+        half.set();
+        let start = tokio::time::Instant::now();
+        assert_eq!(half.abandoned(&moved).await.kind(), io::ErrorKind::TimedOut);
+        assert!(start.elapsed() <= HALF_CLOSED + LOOK * 2);
     }
 
     #[tokio::test]

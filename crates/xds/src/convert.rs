@@ -2,8 +2,6 @@
 //!
 //! Owns strictness: what cannot be represented is an error that names the field, never silently narrowed or dropped.
 
-use std::collections::HashMap;
-
 use ambit_model::address::{InvalidAddress, ip_from_bytes, ip_to_bytes};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use ambit_model::service::{AppProtocol, BalanceMode, IpFamilies, LoadBalancing, Scope, Service, ServicePort};
@@ -171,7 +169,7 @@ pub fn to_workload(w: &Workload) -> wl::Workload {
                 };
                 (key.to_string(), wl::PortList { ports: ports.iter().map(port).collect() })
             })
-            .collect::<HashMap<_, _>>(),
+            .collect(),
         application_tunnel: None,
         locality: has_locality.then(|| wl::Locality {
             region: locality.region.to_string(),

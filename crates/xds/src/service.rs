@@ -21,8 +21,10 @@ use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const CREATE: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
-/// Largest message that is accepted; a mesh of 100,000 pods fits.
+/// Largest message of a stream; what is held of a mesh of 100,000 pods fits. Read only after its sender is known.
 const MAX_MESSAGE: usize = 200 << 20;
+/// Largest request for a certificate; it is read before its sender is known.
+const MAX_REQUEST: usize = 64 << 10;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// The responses of one delta ADS stream.
@@ -82,7 +84,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 macro_rules! server {
-    ($(#[$doc:meta])* $server:ident, $service:ident, $name:literal, $adapter:ident, $path:ident, $call:ident) => {
+    ($(#[$doc:meta])* $server:ident, $service:ident, $name:literal, $adapter:ident, $path:ident, $call:ident, $limit:ident) => {
         $(#[$doc])*
         #[derive(Debug)]
         pub struct $server<T>(Arc<T>);
@@ -119,8 +121,7 @@ macro_rules! server {
                     if request.uri().path() != $path {
                         return Ok(Status::unimplemented("no such method").into_http());
                     }
-                    let mut grpc =
-                        tonic::server::Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_MESSAGE);
+                    let mut grpc = tonic::server::Grpc::new(ProstCodec::default()).max_decoding_message_size($limit);
                     Ok(grpc.$call($adapter(inner), request).await)
                 })
             }
@@ -153,9 +154,9 @@ impl<T: Certificates> tonic::server::UnaryService<CertificateRequest> for Create
 
 server!(
     /// The delta ADS server.
-    AdsServer, DeltaAds, "envoy.service.discovery.v3.AggregatedDiscoveryService", DeltaAdapter, DELTA, streaming
+    AdsServer, DeltaAds, "envoy.service.discovery.v3.AggregatedDiscoveryService", DeltaAdapter, DELTA, streaming, MAX_MESSAGE
 );
 server!(
     /// The certificate server.
-    CertificateServer, Certificates, "istio.v1.auth.IstioCertificateService", CreateAdapter, CREATE, unary
+    CertificateServer, Certificates, "istio.v1.auth.IstioCertificateService", CreateAdapter, CREATE, unary, MAX_REQUEST
 );

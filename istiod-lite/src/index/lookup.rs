@@ -108,7 +108,11 @@ impl<'a> World<'a> {
             return false;
         }
         let selectors = &self.config.discovery_selectors;
-        if key.namespace.is_empty() || selectors.is_empty() || key.namespace == self.settings.namespace {
+        if key.namespace.is_empty()
+            || selectors.is_empty()
+            || key.namespace == self.settings.namespace
+            || key.namespace == self.config.root_namespace
+        {
             return true;
         }
         let namespace = self.namespaces.get(&*key.namespace);

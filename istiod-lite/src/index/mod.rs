@@ -13,7 +13,7 @@ pub mod services;
 pub mod status;
 pub mod waypoints;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 use ambit_model::policy::Policy;
 use ambit_model::{NamespacedHostname, Service, Str, Workload};
@@ -60,8 +60,11 @@ pub struct Mesh {
     pub config: MeshConfig,
 }
 
-/// Makes the mesh. `enrolled` holds the Kubernetes uids of pods whose nodes have reported them as enrolled.
-pub fn build(objects: &Objects, enrolled: &HashSet<String>, settings: &Settings) -> Mesh {
+/// Kubernetes uids of the pods that each node has reported as enrolled.
+pub type Enrolled = BTreeMap<String, BTreeSet<String>>;
+
+/// Makes the mesh.
+pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mesh {
     let config_key = Key { kind: "ConfigMap", namespace: settings.namespace.clone(), name: "istio".into() };
     let config = match objects.get(&config_key).map(|o| &o.object) {
         Some(Object::MeshConfig(config)) => config.clone(),

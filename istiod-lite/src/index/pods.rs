@@ -1,6 +1,6 @@
 //! Pods: which are in the mesh, what their nodes are told of them, and the workloads they are.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ambit_model::workload::{Health, Protocol, Workload, WorkloadType};
@@ -9,14 +9,14 @@ use ambit_xds::proto::ambit::NodePod;
 
 use super::lookup::{Entry, World};
 use super::policies::Authentication;
-use super::{Mesh, services, waypoints};
+use super::{Enrolled, Mesh, services, waypoints};
 use crate::objects::{Meta, core};
 
 /// Label by which namespaces and pods opt in and out.
 const MODE: &str = "istio.io/dataplane-mode";
 
 /// Adds all pods.
-pub fn build(world: &World<'_>, enrolled: &HashSet<String>, authentication: &Authentication<'_>, mesh: &mut Mesh) {
+pub fn build(world: &World<'_>, enrolled: &Enrolled, authentication: &Authentication<'_>, mesh: &mut Mesh) {
     let selecting = services::by_namespace(world);
     for pod in &world.pods {
         let spec = &pod.object.spec;
@@ -72,7 +72,7 @@ fn addresses(status: &core::PodStatus) -> Vec<IpAddr> {
 fn workload(
     world: &World<'_>,
     pod: &Entry<'_, core::Pod>,
-    enrolled: &HashSet<String>,
+    enrolled: &Enrolled,
     selecting: &BTreeMap<&str, Vec<Entry<'_, core::Service>>>,
     authentication: &Authentication<'_>,
     mesh: &Mesh,
@@ -85,7 +85,11 @@ fn workload(
     let ready = status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True");
     let native = meta.label("networking.istio.io/tunnel") == Some("http");
     // Only what its node has verified, or what another mesh's agent says by its annotation, is reached by HBONE.
-    let verified = enrolled.contains(&meta.uid) || meta.annotation("ambient.istio.io/redirection") == Some("enabled");
+    // A node speaks for its own pods, and only of those that are to be in the mesh: one that opts out is plain before
+    // its node has let go of it.
+    let reported = enrolled.get(&spec.node_name).is_some_and(|uids| uids.contains(&meta.uid));
+    let verified =
+        (reported && wanted(world, pod)) || meta.annotation("ambient.istio.io/redirection") == Some("enabled");
     let hbone = native || (verified && !spec.host_network);
     let namespace: &str = &pod.key.namespace;
     let mut ports = BTreeMap::new();

@@ -133,8 +133,20 @@ fn rule(path: &str, rule: &PolicyRule, action: Action, notes: &mut Vec<String>) 
         || rule.when.iter().any(|w| !l4_key(&w.key));
     let from = rule.from.iter().enumerate().map(|(n, f)| source(&format!("{path}.from[{n}].source"), &f.source));
     let from = from.collect::<Result<Vec<_>, _>>()?;
+    // An entry without any attribute would match everybody, which nobody writes on purpose.
+    let nothing = |list: &str, n: usize| invalid(&format!("{path}.{list}[{n}]"), "", "at least one attribute");
+    if let Some((n, _)) =
+        rule.from.iter().enumerate().find(|(n, f)| from[*n] == Match::default() && !l7_source(&f.source))
+    {
+        return Err(nothing("from", n));
+    }
     let to = rule.to.iter().enumerate().map(|(n, t)| operation(&format!("{path}.to[{n}].operation"), &t.operation));
     let to = to.collect::<Result<Vec<_>, _>>()?;
+    if let Some((n, _)) =
+        rule.to.iter().enumerate().find(|(n, t)| to[*n] == Match::default() && !l7_operation(&t.operation))
+    {
+        return Err(nothing("to", n));
+    }
     let mut when = Vec::new();
     for (n, w) in rule.when.iter().enumerate() {
         when.extend(condition(&format!("{path}.when[{n}]"), w)?);
@@ -174,8 +186,8 @@ fn rule(path: &str, rule: &PolicyRule, action: Action, notes: &mut Vec<String>) 
 
 fn source(path: &str, s: &Source) -> Result<Match, Invalid> {
     Ok(Match {
-        principals: strings(&format!("{path}.principals"), &s.principals)?,
-        not_principals: strings(&format!("{path}.notPrincipals"), &s.not_principals)?,
+        principals: principals(&format!("{path}.principals"), &s.principals)?,
+        not_principals: principals(&format!("{path}.notPrincipals"), &s.not_principals)?,
         namespaces: strings(&format!("{path}.namespaces"), &s.namespaces)?,
         not_namespaces: strings(&format!("{path}.notNamespaces"), &s.not_namespaces)?,
         service_accounts: accounts(&format!("{path}.serviceAccounts"), &s.service_accounts)?,
@@ -207,7 +219,7 @@ fn condition(path: &str, w: &When) -> Result<Option<Match>, Invalid> {
             (m.namespaces, m.not_namespaces) = (strings(&yes, &w.values)?, strings(&no, &w.not_values)?)
         }
         "source.principal" => {
-            (m.principals, m.not_principals) = (strings(&yes, &w.values)?, strings(&no, &w.not_values)?)
+            (m.principals, m.not_principals) = (principals(&yes, &w.values)?, principals(&no, &w.not_values)?)
         }
         "source.serviceAccount" => {
             (m.service_accounts, m.not_service_accounts) = (accounts(&yes, &w.values)?, accounts(&no, &w.not_values)?);
@@ -258,15 +270,19 @@ fn ports(path: &str, list: &[String]) -> Result<Vec<u16>, Invalid> {
     each(path, list, "a port, 1 to 65535", |s| s.parse().ok().filter(|p| *p != 0))
 }
 
+/// Principals: as identities without their scheme, whichever way they are written.
+fn principals(path: &str, list: &[String]) -> Result<Vec<StringMatch>, Invalid> {
+    let plain: Vec<String> = list.iter().map(|p| p.strip_prefix("spiffe://").unwrap_or(p).to_owned()).collect();
+    strings(path, &plain)
+}
+
 fn strings(path: &str, list: &[String]) -> Result<Vec<StringMatch>, Invalid> {
     each(path, list, "a name, with * at one end at most", |s| match (s, s.strip_prefix('*'), s.strip_suffix('*')) {
         ("", ..) => None,
         ("*", ..) => Some(StringMatch::Presence),
         (_, Some(rest), _) if !rest.contains('*') => Some(StringMatch::Suffix(rest.into())),
         (_, _, Some(rest)) if !rest.contains('*') => Some(StringMatch::Prefix(rest.into())),
-        (s, None, None) if !s.contains('*') => {
-            Some(StringMatch::Exact(s.strip_prefix("spiffe://").unwrap_or(s).into()))
-        }
+        (s, None, None) if !s.contains('*') => Some(StringMatch::Exact(s.into())),
         _ => None,
     })
 }

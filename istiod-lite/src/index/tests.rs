@@ -29,7 +29,8 @@ fn settings() -> Settings {
 }
 
 fn mesh_with(yaml: &str, enrolled: &[&str]) -> Mesh {
-    build(&objects(yaml), &enrolled.iter().map(|s| (*s).to_owned()).collect(), &settings())
+    let uids = enrolled.iter().map(|s| (*s).to_owned()).collect();
+    build(&objects(yaml), &[("n1".to_owned(), uids)].into(), &settings())
 }
 
 fn mesh(yaml: &str) -> Mesh {
@@ -93,6 +94,11 @@ fn hbone_only_after_the_node_has_verified() {
     let yaml = [namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", "", "")].concat();
     assert_eq!(workload(&mesh(&yaml), "ns", "a").protocol, Protocol::Tcp);
     assert_eq!(workload(&mesh_with(&yaml, &["uid-a"]), "ns", "a").protocol, Protocol::Hbone);
+    let opted_out = pod("a", "ns", ", labels: {istio.io/dataplane-mode: none}", "", "");
+    let opted_out = mesh_with(&[namespace("ns", "istio.io/dataplane-mode: ambient"), opted_out].concat(), &["uid-a"]);
+    assert_eq!(workload(&opted_out, "ns", "a").protocol, Protocol::Tcp, "plain before its node has let go");
+    let elsewhere = build(&objects(&yaml), &[("n2".to_owned(), ["uid-a".to_owned()].into())].into(), &settings());
+    assert_eq!(workload(&elsewhere, "ns", "a").protocol, Protocol::Tcp, "another node has no say");
     let foreign = pod("a", "ns", ", annotations: {ambient.istio.io/redirection: enabled}", "", "");
     assert_eq!(workload(&mesh(&foreign), "ns", "a").protocol, Protocol::Hbone);
     let native =
@@ -298,6 +304,10 @@ fn policies_at_layer_four_and_what_layer_seven_becomes() {
             "{action: DENY, rules: [{from: [{source: {principals: [\"cluster.local/ns/front/*\"]}}]}]}",
             [true, true, false],
         ),
+        (
+            "{action: DENY, rules: [{from: [{source: {principals: [\"spiffe://cluster.local/ns/front/*\"]}}]}]}",
+            [true, true, false],
+        ),
         ("{action: DENY, rules: [{from: [{source: {notNamespaces: [front]}}]}]}", [false, false, true]),
         ("{action: DENY, rules: [{from: [{source: {serviceAccounts: [front/web]}}]}]}", [true, true, false]),
         ("{action: DENY, rules: [{from: [{source: {ipBlocks: [10.0.0.0/8]}}]}]}", [true, true, true]),
@@ -359,6 +369,18 @@ fn what_layer_four_cannot_do_is_said_in_the_status() {
     assert!(message.contains("no effect"), "{message}");
     let (status, reason, _) = said("{action: CUSTOM, rules: [{}]}");
     assert!(!status && reason == "UnsupportedValue");
+}
+
+#[test]
+fn entries_without_an_attribute_are_refused() {
+    for (spec, place) in [
+        ("{rules: [{from: [{source: {principals: []}}]}]}", "spec.rules[0].from[0]"),
+        ("{rules: [{from: [{source: {namespaces: [a]}}, {source: {}}]}]}", "spec.rules[0].from[1]"),
+        ("{rules: [{to: [{operation: {ports: []}}]}]}", "spec.rules[0].to[0]"),
+    ] {
+        let parsed = parse::parse(authorization("ns", spec).trim_end_matches("---\n")).expect("well-formed");
+        assert_eq!(validate(&parsed.object).expect_err(spec).path, place);
+    }
 }
 
 #[test]

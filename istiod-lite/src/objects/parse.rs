@@ -29,6 +29,8 @@ pub struct ParseError {
     pub reason: String,
     /// The object that it would have been, where that can be told.
     pub key: Option<Key>,
+    /// Its namespace and name, where these can be told and the kind cannot.
+    pub named: Option<(String, String)>,
 }
 
 #[derive(Deserialize, Default)]
@@ -42,7 +44,7 @@ struct Header {
 
 /// Reads an object from the text of one document.
 pub fn parse(text: &str) -> Result<Parsed, ParseError> {
-    let error = |line, reason, key| ParseError { line, reason, key };
+    let error = |line, reason, key| ParseError { line, reason, key, named: None };
     let from_yaml = |e: serde_yaml::Error, key| {
         let line = e.location().map(|l| l.line());
         error(line, e.to_string(), key)
@@ -55,7 +57,11 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
         }
     })
     .map_err(|e| from_yaml(e, None))?;
-    let (kind, key) = identify(&header).map_err(|reason| error(None, reason, None))?;
+    let (kind, key) = identify(&header).map_err(|reason| {
+        let namespace = if header.metadata.namespace.is_empty() { "default" } else { &header.metadata.namespace };
+        let named = Some((namespace.to_owned(), header.metadata.name.clone()));
+        ParseError { named, ..error(None, reason, None) }
+    })?;
     unknown.retain(|path| !kind.may_have(path));
     let object = {
         let reader = Reader { text, kind, unknown: &mut unknown };
@@ -72,7 +78,7 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
 
 /// Reads an object from a document that has been put together; its parts have been checked.
 pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
-    let failed = |reason: String| ParseError { line: None, reason, key: None };
+    let failed = |reason: String| ParseError { line: None, reason, key: None, named: None };
     let text = serde_yaml::to_string(&value).map_err(|e| failed(e.to_string()))?;
     parse(&text)
 }

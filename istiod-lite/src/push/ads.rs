@@ -17,8 +17,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use super::Resources;
 use super::clients::{Clients, Registration};
+use super::{Encoded, Kind, Resources};
 use crate::auth::{Caller, Role, TokenVerifier, authenticate};
 
 /// Responses under way to a client.
@@ -99,8 +99,10 @@ struct Wanted {
     fresh: bool,
     /// What it said it holds when it connected, until it was answered.
     holds: BTreeMap<String, String>,
-    /// Resources of its own node that it was sent; other types need no such list.
+    /// What it holds of a type of which it does not see everything; for the others no such list is needed.
     own: BTreeSet<String>,
+    /// Removals that wait until all else of a change has been sent.
+    removals: BTreeSet<String>,
     /// Nonces that await an answer, with their generation.
     pending: BTreeMap<String, u64>,
 }
@@ -171,16 +173,19 @@ impl Client {
                 let wildcard = (subscribe.is_empty() || subscribe.contains("*")) && !unsubscribe.contains("*");
                 let mut names = subscribe;
                 names.retain(|n| n != "*");
+                // What an on-demand client still holds, it still wants.
+                names.extend(request.initial_resource_versions.keys().cloned());
                 let wanted = Wanted {
                     names: (!wildcard).then_some(names),
                     sent: 0,
                     fresh: true,
                     holds: request.initial_resource_versions.into_iter().collect(),
                     own: BTreeSet::new(),
+                    removals: BTreeSet::new(),
                     pending: BTreeMap::new(),
                 };
                 self.wanted.insert(type_url.clone(), wanted);
-                self.send(&type_url, Part::Both).await
+                self.first(&type_url).await
             }
             Some(wanted) => {
                 let Some(names) = &mut wanted.names else { return Ok(()) };
@@ -218,6 +223,7 @@ impl Client {
                 fresh: false,
                 holds: BTreeMap::new(),
                 own: BTreeSet::new(),
+                removals: BTreeSet::new(),
                 pending: BTreeMap::new(),
             };
             self.wanted.insert(ENROLMENT.to_owned(), wanted);
@@ -233,86 +239,59 @@ impl Client {
         self.service.reports.send(report).await.map_err(|_| Status::unavailable("the controller is ending"))
     }
 
+    /// The first answer of a type. Policies that are gone are told only after the workloads have been, so that none
+    /// names a policy that its node has been told to forget.
+    async fn first(&mut self, type_url: &str) -> Result<(), Status> {
+        let resources = self.resources.borrow().clone();
+        match type_url {
+            AUTHORIZATION if !self.wanted.contains_key(ADDRESS) => self.send(&resources, type_url, Part::Added).await,
+            ADDRESS => {
+                self.send(&resources, type_url, Part::Both).await?;
+                self.send(&resources, AUTHORIZATION, Part::Removed).await
+            }
+            _ => self.send(&resources, type_url, Part::Both).await,
+        }
+    }
+
     /// Something changed: what is added goes first, policies before all, and what is removed last, policies after all.
+    /// All parts are of one state: a change that comes meanwhile is the next one.
     async fn push(&mut self) -> Result<(), Status> {
+        let resources = self.resources.borrow_and_update().clone();
         for (type_url, part) in [
             (AUTHORIZATION, Part::Added),
             (NODE_POD, Part::Both),
             (ADDRESS, Part::Both),
             (AUTHORIZATION, Part::Removed),
         ] {
-            self.send(type_url, part).await?;
+            self.send(&resources, type_url, part).await?;
         }
         Ok(())
     }
 
     /// Sends what this client has not been told of a type.
-    async fn send(&mut self, type_url: &str, part: Part) -> Result<(), Status> {
-        let resources = self.resources.borrow().clone();
+    async fn send(&mut self, resources: &Resources, type_url: &str, part: Part) -> Result<(), Status> {
         let (Some(wanted), Some(kind)) = (self.wanted.get_mut(type_url), resources.kind(type_url)) else {
             return Ok(());
         };
         // Before the source has been read, an answer would say that there is nothing.
-        if !resources.ready || (!wanted.fresh && kind.changed() <= wanted.sent) {
+        if !resources.ready {
             return Ok(());
         }
-        let own = type_url == NODE_POD;
-        let visible = |name: &str, wanted: &Wanted| {
-            let node = &self.node;
-            let found = kind.get(name).filter(|e| e.node.as_ref().is_none_or(|n| n == node));
-            found.filter(|e| {
-                wanted
-                    .names
-                    .as_ref()
-                    .is_none_or(|names| names.contains(name) || e.resource.aliases.iter().any(|a| names.contains(a)))
-            })
-        };
-        let mut added: Vec<Resource> = Vec::new();
-        let mut removed: Vec<String> = Vec::new();
-        let changes = if wanted.fresh { None } else { kind.changes_since(wanted.sent) };
-        match changes {
-            Some(names) => {
-                for name in names {
-                    match visible(name, wanted) {
-                        Some(encoded) => added.push(encoded.resource.clone()),
-                        None if own && !wanted.own.contains(name) => {}
-                        None if wanted.names.as_ref().is_some_and(|n| !n.contains(name)) => {}
-                        None => removed.push(name.to_owned()),
-                    }
-                }
-            }
-            None => {
-                let known = |name: &String, e: &super::Encoded| wanted.holds.get(name) == Some(&e.resource.version);
-                for (name, encoded) in kind.iter() {
-                    if visible(name, wanted).is_some() && !known(name, encoded) {
-                        added.push(encoded.resource.clone());
-                    }
-                }
-                let gone = wanted.holds.keys().chain(&wanted.own).filter(|n| visible(n, wanted).is_none());
-                removed.extend(gone.cloned());
-                if let Some(names) = &wanted.names {
-                    // A name that does not exist is told as removed, so that nobody waits for it.
-                    let all: BTreeSet<&String> =
-                        kind.iter().flat_map(|(n, e)| std::iter::once(n).chain(&e.resource.aliases)).collect();
-                    removed.extend(names.iter().filter(|n| !all.contains(n)).cloned());
-                }
-            }
-        }
-        let first = wanted.fresh;
-        match part {
-            Part::Added => removed.clear(),
-            Part::Removed => added.clear(),
-            Part::Both => {}
-        }
-        if part != Part::Added {
+        let first = wanted.fresh && part != Part::Removed;
+        let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
+        if part != Part::Removed && (wanted.fresh || kind.changed() > wanted.sent) {
+            (added, removed) = difference(kind, wanted, type_url, &self.node)?;
             wanted.sent = resources.generation;
             wanted.fresh = false;
             wanted.holds.clear();
         }
-        if own {
-            wanted.own.extend(added.iter().map(|r| r.name.clone()));
-            wanted.own.retain(|n| !removed.contains(n));
-        }
+        wanted.removals.extend(removed);
+        // What is there again is no removal.
+        wanted.removals.retain(|name| !added.iter().any(|r: &Resource| r.name == *name));
+        let removed: Vec<String> = match part {
+            Part::Added => Vec::new(),
+            Part::Removed | Part::Both => std::mem::take(&mut wanted.removals).into_iter().collect(),
+        };
         if added.is_empty() && removed.is_empty() && !first {
             return Ok(());
         }
@@ -322,30 +301,35 @@ impl Client {
     /// Answers names that were asked for just now; a service brings its endpoints along.
     async fn send_named(&mut self, type_url: &str, names: &[String]) -> Result<(), Status> {
         let resources = self.resources.borrow().clone();
-        let Some(kind) = resources.kind(type_url) else { return Ok(()) };
-        let asked: BTreeSet<&String> = names.iter().collect();
+        let (Some(kind), true) = (resources.kind(type_url), resources.ready) else {
+            // The first answer will hold them.
+            return Ok(());
+        };
+        let Some(wanted) = self.wanted.get_mut(type_url) else { return Ok(()) };
+        let asked: BTreeSet<&str> = names.iter().map(String::as_str).collect();
+        let mine = |e: &Encoded| e.node.as_ref().is_none_or(|n| *n == self.node);
         let (mut added, mut found) = (Vec::new(), BTreeSet::new());
-        for (name, encoded) in kind.iter() {
-            let by = std::iter::once(name).chain(&encoded.resource.aliases).find(|n| asked.contains(n));
-            if let Some(by) = by {
-                found.insert(by.clone());
+        let mut services: BTreeSet<&str> = BTreeSet::new();
+        for (name, encoded) in kind.iter().filter(|(_, e)| mine(e)) {
+            let names = std::iter::once(name).chain(&encoded.resource.aliases).map(String::as_str);
+            let by: Vec<&str> = names.filter(|n| asked.contains(n)).collect();
+            if !by.is_empty() {
+                found.extend(by);
+                services.insert(name);
                 added.push(encoded.resource.clone());
             }
         }
-        // The workloads of the services found, which are subscribed to from now on.
-        let services: BTreeSet<&str> = added.iter().map(|r| r.name.as_str()).collect();
-        let endpoints: Vec<Resource> = kind
-            .iter()
-            .filter(|(name, e)| {
-                !services.contains(name.as_str()) && e.services.iter().any(|s| services.contains(s.as_str()))
-            })
-            .map(|(_, e)| e.resource.clone())
-            .collect();
-        if let Some(all) = self.wanted.get_mut(type_url).and_then(|w| w.names.as_mut()) {
-            all.extend(endpoints.iter().map(|r| r.name.clone()));
+        // The workloads of the services found; new ones are told as they come.
+        let endpoints = kind.iter().filter(|(name, e)| {
+            !services.contains(name.as_str()) && mine(e) && e.services.iter().any(|s| services.contains(s.as_str()))
+        });
+        added.extend(endpoints.map(|(_, e)| e.resource.clone()));
+        let removed = asked.iter().filter(|n| !found.contains(*n)).map(|n| (*n).to_owned()).collect();
+        // By their own names from now on, so that their end is told as well.
+        wanted.own.extend(added.iter().map(|r| r.name.clone()));
+        if let Some(all) = &mut wanted.names {
+            all.extend(services.iter().map(|s| (*s).to_owned()));
         }
-        added.extend(endpoints);
-        let removed = names.iter().filter(|n| !found.contains(*n)).cloned().collect();
         self.respond(type_url, resources.generation, added, removed).await
     }
 
@@ -376,4 +360,63 @@ impl Client {
         };
         self.responses.send(Ok(response)).await.map_err(|_| Status::cancelled("the client is gone"))
     }
+}
+
+/// What a client has not been told of a type: resources that are new or changed, and names that are gone.
+fn difference(
+    kind: &Kind,
+    wanted: &mut Wanted,
+    type_url: &str,
+    node: &str,
+) -> Result<(Vec<Resource>, BTreeSet<String>), Status> {
+    let visible = |encoded: &Encoded, name: &str, names: Option<&BTreeSet<String>>| {
+        encoded.node.as_ref().is_none_or(|n| n == node)
+            && names.is_none_or(|names| {
+                names.contains(name)
+                    || encoded.resource.aliases.iter().any(|a| names.contains(a))
+                    || encoded.services.iter().any(|s| names.contains(s))
+            })
+    };
+    let partial = type_url == NODE_POD || wanted.names.is_some();
+    let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
+    if wanted.fresh {
+        for (name, encoded) in kind.iter().filter(|(n, e)| visible(e, n, wanted.names.as_ref())) {
+            if wanted.holds.get(name) != Some(&encoded.resource.version) {
+                added.push(encoded.resource.clone());
+            }
+            if partial {
+                wanted.own.insert(name.clone());
+            }
+        }
+        let there = |name: &String| kind.get(name).is_some_and(|e| visible(e, name, wanted.names.as_ref()));
+        removed.extend(wanted.holds.keys().filter(|n| !there(n)).cloned());
+        if let Some(names) = &wanted.names {
+            // A name that does not exist is told as removed, so that nobody waits for it.
+            let all: BTreeSet<&String> =
+                kind.iter().flat_map(|(n, e)| std::iter::once(n).chain(&e.resource.aliases)).collect();
+            removed.extend(names.iter().filter(|n| !all.contains(n)).cloned());
+        }
+        return Ok((added, removed));
+    }
+    let Some(changes) = kind.changes_since(wanted.sent) else {
+        // What it holds is not known here; it says so when it comes back.
+        return Err(Status::aborted("too far behind; come back and resume"));
+    };
+    for name in changes {
+        match kind.get(name).filter(|e| visible(e, name, wanted.names.as_ref())) {
+            Some(encoded) => {
+                added.push(encoded.resource.clone());
+                if partial {
+                    wanted.own.insert(name.to_owned());
+                }
+            }
+            None if partial => {
+                if wanted.own.remove(name) {
+                    removed.insert(name.to_owned());
+                }
+            }
+            None => drop(removed.insert(name.to_owned())),
+        }
+    }
+    Ok((added, removed))
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use serde_yaml::Value;
 
@@ -27,6 +28,8 @@ mod tests;
 
 /// Largest file that is read.
 const MAX_FILE: u64 = 256 << 20;
+/// A file that was written in place this long ago is taken for whole.
+const SETTLED: Duration = Duration::from_millis(50);
 
 /// What identifies the content of a file without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +58,7 @@ pub struct Directory {
     objects: Objects,
     merged: BTreeMap<Key, (u64, Arc<Loaded>)>,
     ready: bool,
+    unsettled: bool,
 }
 
 /// The order in which layers are laid; the user's comes first.
@@ -68,11 +72,25 @@ enum Layer {
 impl Directory {
     /// Nothing has been read yet.
     pub fn new(root: PathBuf, overlay: PathBuf) -> Self {
-        Self { root, overlay, files: BTreeMap::new(), objects: Objects::new(), merged: BTreeMap::new(), ready: false }
+        Self {
+            root,
+            overlay,
+            files: BTreeMap::new(),
+            objects: Objects::new(),
+            merged: BTreeMap::new(),
+            ready: false,
+            unsettled: false,
+        }
+    }
+
+    /// Whether the last scan left a file alone because it was being written: to be read again soon.
+    pub fn unsettled(&self) -> bool {
+        self.unsettled
     }
 
     /// Reads what has changed and puts everything together again.
     pub fn scan(&mut self) -> SourceState {
+        self.unsettled = false;
         let mut problems = Vec::new();
         let mut seen = HashSet::new();
         let mut vanished = false;
@@ -87,7 +105,7 @@ impl Directory {
                 // The overlay comes into being with its first file.
                 Err(e) if layer != Layer::User && e.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    vanished |= layer == Layer::User;
+                    vanished = true;
                     let reason = format!("cannot be read: {error}; expected a directory");
                     problems.push(Problem { place: dir.display().to_string(), key: None, reason, kept: true });
                 }
@@ -111,7 +129,15 @@ impl Directory {
         let Ok(meta) = fs::metadata(path) else { return };
         let stamp = Stamp { modified: (meta.mtime(), meta.mtime_nsec()), len: meta.len(), inode: meta.ino() };
         let key = (layer, path.to_owned());
-        if self.files.get(&key).is_some_and(|f| f.stamp == stamp && f.unreadable.is_none()) {
+        let old = self.files.get(&key);
+        if old.is_some_and(|f| f.stamp == stamp && f.unreadable.is_none()) {
+            return;
+        }
+        // A file that is being written in place, not replaced, is left until it has been quiet for a moment.
+        let age =
+            SystemTime::now().duration_since(meta.modified().unwrap_or(SystemTime::UNIX_EPOCH)).unwrap_or_default();
+        if old.is_some_and(|f| f.stamp.inode == stamp.inode) && age < SETTLED {
+            self.unsettled = true;
             return;
         }
         let text = if meta.len() > MAX_FILE {
@@ -122,7 +148,11 @@ impl Directory {
                 .and_then(|bytes| String::from_utf8(bytes).map_err(|e| format!("is not UTF-8: {e}")))
         };
         let file = match text {
-            Err(reason) => File { stamp, documents: Vec::new(), unreadable: Some(reason) },
+            // What was read of it before stays.
+            Err(reason) => {
+                let documents = self.files.remove(&key).map(|f| f.documents).unwrap_or_default();
+                File { stamp, documents, unreadable: Some(reason) }
+            }
             Ok(text) => {
                 let document = |d: Document<'_>| {
                     let place = Place { file: name.clone(), line: d.line };
@@ -133,7 +163,16 @@ impl Directory {
                     };
                     (place, Arc::from(d.text), parsed.map(Arc::new))
                 };
-                File { stamp, documents: split(&text).into_iter().map(document).collect(), unreadable: None }
+                let documents: Vec<Read> = split(&text).into_iter().map(document).collect();
+                let broken = layer == Layer::Patches && documents.iter().any(|(_, _, parsed)| parsed.is_err());
+                match self.files.remove(&key) {
+                    // A part of an object that is broken must not take the rest of the object with it.
+                    Some(old) if broken => {
+                        let reason = "is broken; what was read of it before stays".to_owned();
+                        File { stamp, documents: old.documents, unreadable: Some(reason) }
+                    }
+                    _ => File { stamp, documents, unreadable: None },
+                }
             }
         };
         self.files.insert(key, file);
@@ -147,7 +186,6 @@ impl Directory {
         for ((layer, path), file) in &self.files {
             if let Some(reason) = &file.unreadable {
                 let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-                keep_files.insert(name.clone());
                 problems.push(Problem { place: name, key: None, reason: reason.clone(), kept: true });
             }
             for (place, text, parsed) in &file.documents {
@@ -169,6 +207,19 @@ impl Directory {
                             Some(key) => {
                                 keep_keys.insert(key.clone());
                                 self.objects.contains_key(key)
+                            }
+                            // A kind that is not known: it may be a mistake in what was an object of this name.
+                            None if error.named.is_some() => {
+                                let named = error.named.as_ref();
+                                let old = self.objects.iter().filter(|(k, o)| {
+                                    o.place.file == place.file
+                                        && named.is_some_and(|(ns, n)| {
+                                            k.name == *n && (k.namespace.is_empty() || k.namespace == *ns)
+                                        })
+                                });
+                                let before = keep_keys.len();
+                                keep_keys.extend(old.map(|(k, _)| k.clone()));
+                                keep_keys.len() > before
                             }
                             None => {
                                 keep_files.insert(place.file.clone());
@@ -233,15 +284,19 @@ fn validated(text: &str, parsed: Parsed) -> Result<Parsed, ParseError> {
         Err(wrong) => {
             let line = text.lines().position(|l| !wrong.value.is_empty() && l.contains(&wrong.value));
             let reason = format!("{}: {:?}: expected {}", wrong.path, wrong.value, wrong.expected);
-            Err(ParseError { line: line.map(|l| l + 1), reason, key: Some(parsed.key) })
+            Err(ParseError { line: line.map(|l| l + 1), reason, key: Some(parsed.key), named: None })
         }
     }
 }
 
 /// A part of an object: only which one it belongs to.
 fn parse_header(text: &str) -> Result<Parsed, ParseError> {
-    let value: Value =
-        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None })?;
+    let value: Value = serde_yaml::from_str(text).map_err(|e| ParseError {
+        line: None,
+        reason: e.to_string(),
+        key: None,
+        named: None,
+    })?;
     let mut header = serde_yaml::Mapping::new();
     for field in ["apiVersion", "kind", "metadata"] {
         if let Some(value) = value.get(field) {
@@ -256,7 +311,7 @@ fn merge(text: &str, patches: &[Arc<str>], parsed: &Arc<Parsed>) -> Result<Parse
         return Ok(Parsed::clone(parsed));
     }
     let read = |text: &str| -> Result<Value, ParseError> {
-        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None })
+        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None, named: None })
     };
     let mut value = read(text)?;
     for patch in patches {
@@ -292,8 +347,11 @@ fn list(dir: &Path, found: &mut Vec<PathBuf>, depth: usize) -> io::Result<()> {
             continue;
         }
         if path.is_dir() {
-            // One that goes away while it is listed has nothing to list.
-            let _ = list(&path, found, depth + 1);
+            match list(&path, found, depth + 1) {
+                // One that goes away while it is listed has nothing to list.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         } else if matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json")) {
             found.push(path);
         }

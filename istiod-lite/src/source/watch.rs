@@ -69,7 +69,8 @@ pub async fn run(root: PathBuf, overlay: PathBuf, states: watch::Sender<Arc<Sour
         if !same {
             states.send_replace(Arc::new(state));
         }
-        if timeout(RESCAN, changes.recv()).await.is_ok() {
+        let pause = if directory.unsettled() { QUIET } else { RESCAN };
+        if timeout(pause, changes.recv()).await.is_ok() {
             for _ in 0..PATIENCE {
                 if timeout(QUIET, changes.recv()).await.is_err() {
                     break;

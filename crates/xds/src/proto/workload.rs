@@ -1,7 +1,7 @@
 //! `istio.workload`: workloads and services.
 #![allow(missing_docs, reason = "field names are Istio's")]
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::Any;
 
@@ -62,8 +62,9 @@ pub struct Workload {
     pub uid: String,
     #[prost(string, tag = "21")]
     pub hostname: String,
-    #[prost(map = "string, message", tag = "22")]
-    pub services: HashMap<String, PortList>,
+    /// In order, so that the same workload always has the same bytes: its version is their hash.
+    #[prost(btree_map = "string, message", tag = "22")]
+    pub services: BTreeMap<String, PortList>,
     #[prost(message, optional, tag = "23")]
     pub application_tunnel: Option<ApplicationTunnel>,
     #[prost(message, optional, tag = "24")]

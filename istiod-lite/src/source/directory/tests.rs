@@ -111,6 +111,8 @@ fn wrong_types_unknown_fields_and_kinds_are_told_with_their_place() {
         assert_eq!(problems.len(), 1, "{text}: {problems:?}");
         assert!(problems[0].contains(expected), "expected {expected:?} in {}", problems[0]);
     }
+    dirs.remove("user/f.yaml");
+    dirs.scan();
     fs::write(dirs.base.join("user/f.yaml"), [0xff, 0xfe, 0x00]).expect("write");
     assert!(dirs.scan().1[0].contains("is not UTF-8"));
 }
@@ -156,6 +158,50 @@ fn the_overlay_adds_objects_and_patches() {
     let Object::Pod(pod) = &loaded.object else { panic!("not a pod") };
     assert_eq!((&*pod.spec.node_name, &*pod.spec.service_account_name), ("n1", "web"));
     assert_eq!((&*pod.status.pod_ip, &*loaded.meta.uid), ("10.0.0.1", "u1"));
+}
+
+#[test]
+fn an_unsupported_kind_does_not_keep_its_neighbours() {
+    let mut dirs = Dirs::new("unsupported");
+    let role = "apiVersion: rbac.authorization.k8s.io/v1\nkind: Role\nmetadata:\n  name: r\n";
+    dirs.write("user/a.yaml", &[namespace("one"), namespace("two"), role.into()].join("---\n"));
+    assert_eq!(dirs.scan().0, ["Namespace one", "Namespace two"]);
+    dirs.write("user/a.yaml", &[namespace("one"), role.into()].join("---\n"));
+    assert_eq!(dirs.scan().0, ["Namespace one"]);
+    // But a mistake in the kind itself keeps the object that it was.
+    dirs.write("user/a.yaml", &namespace("one").replace("Namespace", "Namespaec"));
+    assert_eq!(dirs.scan().0, ["Namespace one"]);
+}
+
+#[test]
+fn a_file_written_in_place_is_read_when_it_is_quiet() {
+    let mut dirs = Dirs::new("inplace");
+    dirs.write("user/a.yaml", &[namespace("one"), namespace("two")].join("---\n"));
+    dirs.scan();
+    fs::write(dirs.base.join("user/a.yaml"), namespace("one")).expect("write");
+    assert_eq!(dirs.scan().0, ["Namespace one", "Namespace two"], "it may be half written");
+    assert!(dirs.source.unsettled());
+    let quiet = SystemTime::now() - Duration::from_secs(1);
+    fs::File::options()
+        .append(true)
+        .open(dirs.base.join("user/a.yaml"))
+        .and_then(|f| f.set_modified(quiet))
+        .expect("age");
+    assert_eq!(dirs.scan().0, ["Namespace one"]);
+    assert!(!dirs.source.unsettled());
+}
+
+#[test]
+fn a_broken_patch_keeps_the_object_whole() {
+    let mut dirs = Dirs::new("patch");
+    dirs.write("user/p.yaml", "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n");
+    let patch = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\nstatus:\n  podIP: 10.0.0.1\n";
+    dirs.write("overlay/patches/p.yaml", patch);
+    dirs.scan();
+    dirs.write("overlay/patches/p.yaml", "kind: [");
+    let state = dirs.source.scan();
+    let Object::Pod(pod) = &state.objects.values().next().expect("p").object else { panic!("not a pod") };
+    assert_eq!((&*pod.status.pod_ip, state.problems.len()), ("10.0.0.1", 1));
 }
 
 #[test]
