@@ -199,7 +199,7 @@ fn slices_of_services_without_a_selector() {
     let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: ext-1, namespace: ns, \
                  labels: {kubernetes.io/service-name: ext}}\naddressType: IPv4\nports: [{port: 5432}]\n\
                  endpoints: [{addresses: [192.0.2.1]}, {addresses: [10.0.0.97], targetRef: {kind: Pod, name: a, namespace: ns}}]\n---\n";
-    let m = mesh(&[svc.clone(), pod("a", "ns", "", "", ""), slice.to_owned()].concat());
+    let m = mesh(&[svc, pod("a", "ns", "", "", ""), slice.to_owned()].concat());
     let key = NamespacedHostname::new("ns", "ext.ns.svc.cluster.local");
     assert_eq!(workload(&m, "ns", "a").services[&key], [(80, 5432)].into());
     let opaque = &m.workloads["Kubernetes/discovery.k8s.io/EndpointSlice/ns/ext-1/192.0.2.1"];

@@ -27,10 +27,27 @@ pub struct ParseError {
     pub line: Option<usize>,
     /// What is wrong and what was expected.
     pub reason: String,
-    /// The object that it would have been, where that can be told.
-    pub key: Option<Key>,
-    /// Its namespace and name, where these can be told and the kind cannot.
-    pub named: Option<(String, String)>,
+    /// What it would have been.
+    pub of: Box<Suspect>,
+}
+
+/// The object that a broken document would have been.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Suspect {
+    /// That cannot be told.
+    #[default]
+    Unknown,
+    /// One of this namespace and name; the kind cannot be told.
+    Named(String, String),
+    /// This one.
+    Key(Key),
+}
+
+impl ParseError {
+    /// An error in a document of which nothing else can be told.
+    pub fn unknown(reason: String) -> Self {
+        Self { line: None, reason, of: Box::default() }
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -44,7 +61,10 @@ struct Header {
 
 /// Reads an object from the text of one document.
 pub fn parse(text: &str) -> Result<Parsed, ParseError> {
-    let error = |line, reason, key| ParseError { line, reason, key, named: None };
+    let error = |line, reason, key: Option<Key>| {
+        let of = Box::new(key.map_or(Suspect::Unknown, Suspect::Key));
+        ParseError { line, reason, of }
+    };
     let from_yaml = |e: serde_yaml::Error, key| {
         let line = e.location().map(|l| l.line());
         error(line, e.to_string(), key)
@@ -59,8 +79,8 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
     .map_err(|e| from_yaml(e, None))?;
     let (kind, key) = identify(&header).map_err(|reason| {
         let namespace = if header.metadata.namespace.is_empty() { "default" } else { &header.metadata.namespace };
-        let named = Some((namespace.to_owned(), header.metadata.name.clone()));
-        ParseError { named, ..error(None, reason, None) }
+        let of = Box::new(Suspect::Named(namespace.to_owned(), header.metadata.name.clone()));
+        ParseError { line: None, reason, of }
     })?;
     unknown.retain(|path| !kind.may_have(path));
     let object = {
@@ -78,8 +98,7 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
 
 /// Reads an object from a document that has been put together; its parts have been checked.
 pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
-    let failed = |reason: String| ParseError { line: None, reason, key: None, named: None };
-    let text = serde_yaml::to_string(&value).map_err(|e| failed(e.to_string()))?;
+    let text = serde_yaml::to_string(&value).map_err(|e| ParseError::unknown(e.to_string()))?;
     parse(&text)
 }
 

@@ -19,7 +19,7 @@ use serde_yaml::Value;
 
 use super::{Problem, SourceState};
 use crate::index;
-use crate::objects::parse::{self, ParseError, Parsed};
+use crate::objects::parse::{self, ParseError, Parsed, Suspect};
 use crate::objects::{Key, Loaded, Objects, Place};
 use ambit_runtime::yaml::{Document, split};
 
@@ -203,32 +203,28 @@ impl Directory {
                         }
                     }
                     Err(error) => {
-                        let kept = match &error.key {
-                            Some(key) => {
+                        let (key, kept) = match &*error.of {
+                            Suspect::Key(key) => {
                                 keep_keys.insert(key.clone());
-                                self.objects.contains_key(key)
+                                (Some(key.clone()), self.objects.contains_key(key))
                             }
                             // A kind that is not known: it may be a mistake in what was an object of this name.
-                            None if error.named.is_some() => {
-                                let named = error.named.as_ref();
-                                let old = self.objects.iter().filter(|(k, o)| {
-                                    o.place.file == place.file
-                                        && named.is_some_and(|(ns, n)| {
-                                            k.name == *n && (k.namespace.is_empty() || k.namespace == *ns)
-                                        })
-                                });
+                            Suspect::Named(namespace, name) => {
+                                let same =
+                                    |k: &Key| k.name == *name && (k.namespace.is_empty() || k.namespace == *namespace);
+                                let old = self.objects.iter().filter(|(k, o)| o.place.file == place.file && same(k));
                                 let before = keep_keys.len();
                                 keep_keys.extend(old.map(|(k, _)| k.clone()));
-                                keep_keys.len() > before
+                                (None, keep_keys.len() > before)
                             }
-                            None => {
+                            Suspect::Unknown => {
                                 keep_files.insert(place.file.clone());
-                                self.objects.values().any(|o| o.place.file == place.file)
+                                (None, self.objects.values().any(|o| o.place.file == place.file))
                             }
                         };
                         let line = place.line + error.line.map_or(0, |l| l.saturating_sub(1));
                         let place = Place { file: place.file.clone(), line }.to_string();
-                        problems.push(Problem { place, key: error.key.clone(), reason: error.reason.clone(), kept });
+                        problems.push(Problem { place, key, reason: error.reason.clone(), kept });
                     }
                 }
             }
@@ -284,19 +280,14 @@ fn validated(text: &str, parsed: Parsed) -> Result<Parsed, ParseError> {
         Err(wrong) => {
             let line = text.lines().position(|l| !wrong.value.is_empty() && l.contains(&wrong.value));
             let reason = format!("{}: {:?}: expected {}", wrong.path, wrong.value, wrong.expected);
-            Err(ParseError { line: line.map(|l| l + 1), reason, key: Some(parsed.key), named: None })
+            Err(ParseError { line: line.map(|l| l + 1), reason, of: Box::new(Suspect::Key(parsed.key)) })
         }
     }
 }
 
 /// A part of an object: only which one it belongs to.
 fn parse_header(text: &str) -> Result<Parsed, ParseError> {
-    let value: Value = serde_yaml::from_str(text).map_err(|e| ParseError {
-        line: None,
-        reason: e.to_string(),
-        key: None,
-        named: None,
-    })?;
+    let value: Value = serde_yaml::from_str(text).map_err(|e| ParseError::unknown(e.to_string()))?;
     let mut header = serde_yaml::Mapping::new();
     for field in ["apiVersion", "kind", "metadata"] {
         if let Some(value) = value.get(field) {
@@ -311,7 +302,7 @@ fn merge(text: &str, patches: &[Arc<str>], parsed: &Arc<Parsed>) -> Result<Parse
         return Ok(Parsed::clone(parsed));
     }
     let read = |text: &str| -> Result<Value, ParseError> {
-        serde_yaml::from_str(text).map_err(|e| ParseError { line: None, reason: e.to_string(), key: None, named: None })
+        serde_yaml::from_str(text).map_err(|e| ParseError::unknown(e.to_string()))
     };
     let mut value = read(text)?;
     for patch in patches {
