@@ -1,8 +1,9 @@
 //! The main job: bytes between pods, by name, over both families, with ends and resets as the applications made them.
 
 use ambit_e2e::{CLIENT, OUTSIDER, WEB, expect, shop};
-use ambit_testing::mesh::{Mesh, Options};
-use ambit_testing::{Failure, sandbox};
+use ambit_net::route;
+use ambit_testing::mesh::{Mesh, Options, start_in};
+use ambit_testing::{Doing, Failure, sandbox, topology};
 
 #[test]
 fn by_name_across_nodes_and_within_one() {
@@ -165,6 +166,28 @@ async fn wait_for_vip_of(mesh: &Mesh, name: &str) -> Result<(), Failure> {
         })
     })
     .await
+}
+
+#[test]
+fn endpoints_that_have_only_a_name() {
+    sandbox::test("endpoints_that_have_only_a_name", || async {
+        let mesh = shop(Options::default()).await?;
+        // Somebody outside, at the address that the upstream name server gives for `outside.test`.
+        let ip: std::net::IpAddr = "192.0.2.7".parse().doing("address")?;
+        let control = &mesh.control;
+        control.netns.run(|| route::add_address("eth0", ip, 32)).doing("enter")?.doing("address")?;
+        route::add_route(ip, 32, &topology::link_name(control.number), Some(control.ip)).doing("route")?;
+        let serve: Vec<String> =
+            ["ambit-app", "serve", "--port", "8090", "--name", "outside"].map(str::to_owned).into();
+        let null = std::process::Stdio::null;
+        let _outside = start_in(&control.netns, mesh.files.join("resolv.conf"), &serve, null(), null())?;
+        let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: ext, namespace: shop}\n\
+                     spec: {hosts: [outside.test], resolution: DNS, ports: [{number: 80, name: http, targetPort: 8090}]}\n";
+        mesh.apply("entry.yaml", entry)?;
+        wait_for_vip_of(&mesh, "ext").await?;
+        expect(&mesh.exec(CLIENT, &["ambit-app", "resolve", "outside.test"]).await?, true, "240.240.")?;
+        expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://outside.test/"]).await?, true, "hello from outside")
+    });
 }
 
 #[test]

@@ -18,6 +18,7 @@ use ambit_tls::{HandshakeError, handshake};
 use tokio::net::TcpStream;
 
 use crate::authorize;
+use crate::dns;
 use crate::observe::{Facts, Failure, Flag, Reporter};
 use crate::pods::Pod;
 use crate::route::{Hop, Route, route};
@@ -127,6 +128,17 @@ async fn reach(
                     Err(failure) => (failure, workload.uid.clone()),
                 }
             }
+            Route::Named { host, port, workload, service } => {
+                facts.service = service;
+                facts.dst_workload = Some(workload.clone());
+                match named(context, pod, &host, port, to.is_ipv4()).await {
+                    Ok((ready, addr)) => {
+                        facts.dst = addr;
+                        return Ok(ready);
+                    }
+                    Err(failure) => (failure, workload.uid.clone()),
+                }
+            }
             Route::Hbone(hop) => {
                 facts.dst = hop.peer;
                 facts.hbone = Some(hop.authority.to_string());
@@ -156,6 +168,30 @@ async fn reach(
 async fn plain(context: &Context, pod: &Pod, to: SocketAddr) -> Result<Ready, Failure> {
     let connected = connect::tcp(&pod.netns, None, to, context.shared.config.connect_timeout).await;
     connected.map(Ready::Plain).map_err(|e| Failure::new(Flag::Connect, format!("connect to {to}: {e}")))
+}
+
+/// Addresses of a name that are tried for one connection.
+const ANSWERS: usize = 4;
+
+/// Connects to a name: its addresses one after the other, those of the family addressed first.
+async fn named(
+    context: &Context,
+    pod: &Pod,
+    host: &str,
+    port: u16,
+    ipv4: bool,
+) -> Result<(Ready, SocketAddr), Failure> {
+    let mut ips = dns::lookup(pod, host).await.map_err(|e| Failure::new(Flag::Connect, format!("{host}: {e}")))?;
+    ips.sort_by_key(|ip| ip.is_ipv4() != ipv4);
+    let mut last = Failure::new(Flag::Connect, format!("{host} has no address"));
+    for ip in ips.into_iter().take(ANSWERS) {
+        let addr = SocketAddr::new(ip, port);
+        match plain(context, pod, addr).await {
+            Ok(ready) => return Ok((ready, addr)),
+            Err(failure) => last = failure,
+        }
+    }
+    Err(last)
 }
 
 /// Opens a stream. The flag of an error says whether the peer has given an answer.

@@ -33,6 +33,17 @@ pub enum Route {
         /// Through which service.
         service: Option<Arc<Service>>,
     },
+    /// To a workload outside the mesh that has only a name, to be resolved when it is used.
+    Named {
+        /// Its name.
+        host: Str,
+        /// Its port.
+        port: u16,
+        /// Who it is.
+        workload: Arc<Workload>,
+        /// Through which service.
+        service: Option<Arc<Service>>,
+    },
     /// Through a tunnel.
     Hbone(Hop),
     /// Nowhere.
@@ -194,6 +205,10 @@ fn direct(
         return Route::Refuse(Refusal::OtherNetwork(workload.uid.clone(), workload.network.clone()));
     }
     let Some(ip) = address(&workload, to.ip()) else {
+        // Only plain: an identity behind a name that anybody may answer is not expected here.
+        if workload.protocol == Protocol::Tcp && !workload.hostname.is_empty() {
+            return Route::Named { host: workload.hostname.clone(), port, workload, service };
+        }
         return Route::Refuse(Refusal::NoAddress(workload.uid.clone()));
     };
     match workload.protocol {

@@ -49,7 +49,7 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
         let there = async { one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n)).await.map(|()| half.set()) };
         let back = async { one_way(&mut b_read, &mut a_write, |n| moved.add_received(n)).await.map(|()| half.set()) };
         tokio::select! {
-            both = async { tokio::try_join!(there, back) } => both.map(|_| ()),
+            result = both(there, back) => result,
             error = half.abandoned(moved) => Err(error),
         }
     };
@@ -58,6 +58,50 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
         reset(&b);
     }
     result
+}
+
+/// Runs both directions. One that cannot write any more lets the other deliver what it has: who reads no more may have
+/// answered. One that cannot read any more ends both.
+async fn both(
+    there: impl Future<Output = Result<(), Broken>>,
+    back: impl Future<Output = Result<(), Broken>>,
+) -> io::Result<()> {
+    tokio::pin!(there, back);
+    let (first, rest) = tokio::select! {
+        first = &mut there => (first, Either::Back(back)),
+        first = &mut back => (first, Either::There(there)),
+    };
+    let rest = async {
+        match rest {
+            Either::There(rest) => rest.await,
+            Either::Back(rest) => rest.await,
+        }
+    };
+    match first {
+        Ok(()) => rest.await.map_err(Broken::into_inner),
+        Err(Broken::Read(error)) => Err(error),
+        Err(Broken::Write(error)) => rest.await.map_err(Broken::into_inner).and(Err(error)),
+    }
+}
+
+/// What is left when one direction has ended.
+enum Either<A, B> {
+    There(A),
+    Back(B),
+}
+
+/// Which side of a direction failed.
+enum Broken {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+impl Broken {
+    fn into_inner(self) -> io::Error {
+        match self {
+            Self::Read(error) | Self::Write(error) => error,
+        }
+    }
 }
 
 /// How long a half-closed connection may be silent. Its other end may have gone without a word.
@@ -124,10 +168,10 @@ impl BatchSize {
     }
 }
 
-async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn(usize)) -> io::Result<()> {
+async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn(usize)) -> Result<(), Broken> {
     let mut batch = BatchSize::default();
     loop {
-        from.readable().await?;
+        from.readable().await.map_err(Broken::Read)?;
         // Only now is there something to hold: an idle connection has no buffer.
         let mut buf = Vec::with_capacity(batch.get());
         loop {
@@ -139,7 +183,7 @@ async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn
                     return Ok(());
                 }
                 Ok(n) => {
-                    to.write_all(&buf).await?;
+                    to.write_all(&buf).await.map_err(Broken::Write)?;
                     count(n);
                     batch.saw(n);
                     if n < buf.capacity() {
@@ -147,7 +191,7 @@ async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
+                Err(error) => return Err(Broken::Read(error)),
             }
         }
     }
@@ -198,6 +242,24 @@ mod tests {
         let start = tokio::time::Instant::now();
         assert_eq!(half.abandoned(&moved).await.kind(), io::ErrorKind::TimedOut);
         assert!(start.elapsed() <= HALF_CLOSED + LOOK * 2);
+    }
+
+    #[tokio::test]
+    async fn an_early_answer_arrives_though_the_question_was_not_read() {
+        let (mut client, a) = pair().await;
+        let (b, mut server) = pair().await;
+        let relaying = tokio::spawn(async move { relay(a, b, &Moved::default()).await });
+        client.write_all(&[1; 1000]).await.expect("write");
+        server.readable().await.expect("readable");
+        server.write_all(b"too long").await.expect("answer");
+        // Closed with unread input: a reset.
+        drop(server);
+        let _ = client.write_all(&[1; 1000]).await;
+        let mut answer = [0; 8];
+        client.read_exact(&mut answer).await.expect("the answer");
+        assert_eq!(&answer, b"too long");
+        drop(client);
+        let _ = relaying.await.expect("join");
     }
 
     #[tokio::test]

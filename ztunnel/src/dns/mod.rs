@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_net::listen;
-use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{Name, RecordType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -116,8 +117,35 @@ async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option
     }
 }
 
+/// Addresses of a name outside the mesh, asked of the pod's own upstreams.
+pub async fn lookup(pod: &Pod, host: &str) -> std::io::Result<Vec<IpAddr>> {
+    let name = Name::from_ascii(format!("{}.", host.trim_end_matches('.'))).map_err(std::io::Error::other)?;
+    let (mut ips, mut last) = (Vec::new(), std::io::Error::other("no name server is known"));
+    for server in &pod.info.dns.nameservers {
+        for kind in [RecordType::A, RecordType::AAAA] {
+            let mut query = Message::new(fastrand::u16(..), MessageType::Query, OpCode::Query);
+            query.metadata.recursion_desired = true;
+            query.add_query(Query::query(name.clone(), kind));
+            let bytes = query.to_vec().map_err(std::io::Error::other)?;
+            let server = SocketAddr::new(*server, 53);
+            match tokio::time::timeout(UPSTREAM, forward(pod, server, &bytes, false)).await {
+                Ok(Ok(answer)) => {
+                    let answer = Message::from_vec(&answer).map_err(std::io::Error::other)?;
+                    ips.extend(answer.answers.iter().filter_map(|r| r.data.ip_addr()));
+                }
+                Ok(Err(error)) => last = error,
+                Err(_) => last = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer from {server}")),
+            }
+        }
+        if !ips.is_empty() {
+            return Ok(ips);
+        }
+    }
+    Err(last)
+}
+
 fn error(id: u16, code: ResponseCode) -> Option<Vec<u8>> {
-    Message::error_msg(id, hickory_proto::op::OpCode::Query, code).to_vec().ok()
+    Message::error_msg(id, OpCode::Query, code).to_vec().ok()
 }
 
 /// Asks an upstream from inside the pod's namespace; the answer must be to this very query.

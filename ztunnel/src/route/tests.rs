@@ -120,6 +120,9 @@ fn passthrough_services_other_networks_and_no_address() {
     let far = Workload { network: "n2".into(), ..in_service(workload("a", "10.0.0.2", Protocol::Hbone), "web", &[]) };
     let refused = decide(vec![add(far), add_service(service("web", "10.96.0.1"))], "10.96.0.1:80", &[]);
     assert!(matches!(refused, Route::Refuse(Refusal::OtherNetwork(..))), "{refused:?}");
+    let named = Workload { hostname: "db.test".into(), ..in_service(workload("a", "", Protocol::Tcp), "web", &[]) };
+    let to_name = decide(vec![add(named), add_service(service("web", "10.96.0.1"))], "10.96.0.1:80", &[]);
+    assert!(matches!(&to_name, Route::Named { host, port: 8080, .. } if &**host == "db.test"), "{to_name:?}");
     let named = in_service(workload("a", "", Protocol::Tcp), "web", &[]);
     let refused = decide(vec![add(named), add_service(service("web", "10.96.0.1"))], "10.96.0.1:80", &[]);
     assert!(matches!(refused, Route::Refuse(Refusal::NoAddress(_))), "{refused:?}");
