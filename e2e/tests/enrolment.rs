@@ -124,6 +124,46 @@ fn the_controller_away_at_the_start_in_the_middle_and_back() {
 }
 
 #[test]
+fn the_controller_back_with_a_different_root() {
+    sandbox::test("the_controller_back_with_a_different_root", || async {
+        let ttl = std::time::Duration::from_secs(8);
+        let mut mesh = shop(Options { certificate_ttl: ttl, ..Options::default() }).await?;
+        expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")?;
+        mesh.kill_istiod();
+        std::fs::remove_dir_all(mesh.files.join("state/ca")).doing("lose the root")?;
+        let old = std::fs::read_to_string(mesh.files.join("state/root-cert.pem")).doing("read the root")?;
+        mesh.start_istiod()?;
+        mesh.wait("another root", |m| {
+            std::fs::read_to_string(m.files.join("state/root-cert.pem")).is_ok_and(|new| new != old)
+        })
+        .await?;
+        // Tunnels find the new root where the old one was, and take new certificates at their time. Until both have,
+        // two that trust different roots refuse each other; nobody falls back to plaintext.
+        let serials = |m: &Mesh| -> Vec<String> {
+            let of = |n: usize| m.dump(n).map(|d| d["certificates"][0]["certChain"][0]["serialNumber"].to_string());
+            (0..2).filter_map(|n| of(n).ok()).collect()
+        };
+        let before = serials(&mesh);
+        mesh.wait("both certificates to be new", |m| {
+            let now = serials(m);
+            now.len() == 2 && now.iter().zip(&before).all(|(a, b)| a != b)
+        })
+        .await?;
+        eventually(&mesh, "hello from web", "http://web.shop/").await?;
+        let plain = |l: &serde_json::Value| {
+            l["direction"] == "inbound"
+                && l.get("src.identity").is_none()
+                && l["policy"] != "kubelet probe"
+                && l["message"] == "connection complete"
+        };
+        match mesh.access_log(1).into_iter().find(plain) {
+            Some(line) => Err(Failure(format!("plaintext: {line}"))),
+            None => Ok(()),
+        }
+    });
+}
+
+#[test]
 fn the_first_packet_of_a_new_pod_is_in_the_mesh() {
     sandbox::test("the_first_packet_of_a_new_pod_is_in_the_mesh", || async {
         let mesh = shop(Options::default()).await?;
