@@ -11,6 +11,7 @@ use rustls_pki_types::{IpAddr as PkiIp, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use crate::buffered::Buffered;
 use crate::certificate::LeafFacts;
 use crate::config::TlsConfig;
 
@@ -64,11 +65,11 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     config: &TlsConfig,
     stream: S,
     deadline: Duration,
-) -> Result<(tokio_rustls::server::TlsStream<S>, Peer), HandshakeError> {
+) -> Result<(tokio_rustls::server::TlsStream<Buffered<S>>, Peer), HandshakeError> {
     if config.expired(SystemTime::now()) {
         return Err(HandshakeError::OwnExpired(config.identity.clone()));
     }
-    let accepting = TlsAcceptor::from(config.server.clone()).accept(stream);
+    let accepting = TlsAcceptor::from(config.server.clone()).accept(Buffered::new(stream));
     let tls = tokio::time::timeout(deadline, accepting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
     let (_, connection) = tls.get_ref();
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), None)?;
@@ -86,12 +87,12 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     address: std::net::IpAddr,
     expected: &[Arc<str>],
     deadline: Duration,
-) -> Result<(tokio_rustls::client::TlsStream<S>, Peer), HandshakeError> {
+) -> Result<(tokio_rustls::client::TlsStream<Buffered<S>>, Peer), HandshakeError> {
     if config.expired(SystemTime::now()) {
         return Err(HandshakeError::OwnExpired(config.identity.clone()));
     }
     let name = ServerName::IpAddress(PkiIp::from(address));
-    let connecting = TlsConnector::from(config.client.clone()).connect(name, stream);
+    let connecting = TlsConnector::from(config.client.clone()).connect(name, Buffered::new(stream));
     let tls = tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
     let (_, connection) = tls.get_ref();
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;

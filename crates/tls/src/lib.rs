@@ -7,8 +7,10 @@
 //! - [`certificate`]: a workload's certificate and its key; [`csr`]: asking for one; [`renew`]: when.
 //! - [`config`]: the rustls configurations of one certificate.
 //! - [`handshake`]: accepting and connecting with a deadline, and who the peer is.
+//! - [`buffered`]: large reads below rustls.
 //! - [`control`]: server-authenticated TLS to the controller.
 
+pub mod buffered;
 pub mod certificate;
 pub mod config;
 pub mod control;
