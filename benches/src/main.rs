@@ -1,7 +1,7 @@
 //! Measurements of the mesh beside a peer and the bare network, interleaved in one run.
 //!
 //! ```text
-//! cargo bench-mesh [--peer PROGRAM] [--rounds N] [--seconds S]
+//! cargo bench-mesh [--peer PROGRAM] [--rounds N] [--seconds S] [--columns direct,ours,peer] [--only PART-OF-A-ROW]
 //! ```
 //! Each round starts each column anew, in namespaces of its own: `direct` (pods outside the mesh), `ours`, and `peer`
 //! where the program of another mesh's node tunnel is given. Printed are medians, ratios to the peer, and CPU seconds of
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 const COLUMN: &str = "AMBIT_BENCH_COLUMN";
 const PEER: &str = "AMBIT_BENCH_PEER";
 const SECONDS: &str = "AMBIT_BENCH_SECONDS";
+const ONLY: &str = "AMBIT_BENCH_ONLY";
 const CLIENT: &str = "bench/client";
 
 /// A row: its name, the load's kind and connections.
@@ -58,13 +59,17 @@ fn outside() -> Result<(), Failure> {
         Some(path) => return Err(Failure(format!("--peer {}: there is no such program", path.display()))),
         None => eprintln!("no --peer PROGRAM: the peer's column is left out"),
     }
+    if let Some(wanted) = option("--columns") {
+        columns.retain(|c| wanted.split(',').any(|w| w == *c));
+    }
+    let only = option("--only").unwrap_or_default();
     let me = std::env::current_exe().doing("find this program")?;
     let mut all: BTreeMap<(String, String), Vec<Value>> = BTreeMap::new();
     for round in 1..=rounds {
         for column in &columns {
             eprintln!("round {round} of {rounds}: {column}");
             let mut command = sandbox::command(&me)?;
-            command.env(COLUMN, column).env(SECONDS, &seconds);
+            command.env(COLUMN, column).env(SECONDS, &seconds).env(ONLY, &only);
             if let Some(peer) = &peer {
                 command.env(PEER, std::fs::canonicalize(peer).doing("peer")?);
             }
@@ -166,11 +171,15 @@ async fn column() -> Result<(), Failure> {
     let target = format!("{server}:9000");
     // One of each first, so that tunnels are there and caches warm.
     load(&mesh, "rr", &target, 1, 0.3).await?;
-    for (row, kind, conns) in ROWS {
+    let only = std::env::var(ONLY).unwrap_or_default();
+    for (row, kind, conns) in ROWS.iter().filter(|(row, ..)| row.contains(&only)) {
         let cpu = cpu(&mesh);
         let result = load(&mesh, kind, &target, *conns, seconds).await?;
         let spent = self::cpu(&mesh) - cpu;
         print(&line(row, kind, &result, (column != "direct").then_some(spent)));
+    }
+    if !BESIDE.contains(&only) {
+        return Ok(());
     }
     let words = ["ambit-load", "bulk", &target, "4", &format!("{}", seconds + 1.5)];
     let bulk = mesh.exec_start(CLIENT, &words)?;

@@ -7,8 +7,10 @@ use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::rc::Rc;
+use std::task::{Context, Poll, ready};
 
-use ambit_net::relay::{BatchSize, HalfClosed, Moved, reset};
+use ambit_net::relay::{BatchSize, HalfClosed, Moved, poll_read_batch, reset};
+use ambit_net::turn::Turn;
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
@@ -40,8 +42,10 @@ impl CarryError {
 
 /// From this size of a batch on a stream counts as bulk.
 const BULK: usize = 64 * 1024;
-/// Frames handed to the application in one call.
+/// Frames handed to the application in one call...
 const GATHER: usize = 8;
+/// ...and bytes, from which on no further frame is taken.
+const GATHERED: usize = 128 * 1024;
 
 /// Counts the bulk streams of a tunnel; each stream holds one mark.
 #[derive(Debug, Default)]
@@ -147,35 +151,39 @@ async fn outwards(
     moved: &Moved,
     bulk: &BulkMark,
 ) -> Result<(), CarryError> {
-    let mut batch = BatchSize::default();
+    let (mut batch, mut turn) = (BatchSize::default(), Turn::default());
     loop {
-        tokio::select! {
-            ready = app.readable() => ready.map_err(CarryError::Application)?,
+        let heard = poll_fn(|cx| {
             // The peer does not want more, or is gone: the application hears of it without having to write.
-            reason = poll_fn(|cx| send.poll_reset(cx)) => {
-                let reason = reason.map_err(CarryError::Tunnel)?;
-                return match reason {
-                    Reason::NO_ERROR => Ok(()),
-                    reason => Err(CarryError::Tunnel(reason.into())),
-                };
+            if let Poll::Ready(reason) = send.poll_reset(cx) {
+                return Poll::Ready(Heard::Reset(reason));
             }
-        }
-        let mut buf = BytesMut::with_capacity(batch.get());
-        match app.try_read_buf(&mut buf) {
-            Ok(0) => {
-                send.send_data(Bytes::new(), true).map_err(CarryError::Tunnel)?;
-                return Ok(());
+            ready!(turn.poll(cx));
+            poll_read_batch(app, cx, &mut batch).map(Heard::Bytes)
+        });
+        match heard.await {
+            Heard::Bytes(Ok(bytes)) if bytes.is_empty() => {
+                return send.send_data(Bytes::new(), true).map_err(CarryError::Tunnel);
             }
-            Ok(n) => {
-                batch.saw(n);
+            Heard::Bytes(Ok(bytes)) => {
+                let n = bytes.len();
                 bulk.saw(n);
-                send_all(send, buf.freeze()).await?;
+                turn.moved(n);
+                send_all(send, bytes.freeze()).await?;
                 moved.add_sent(n);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(CarryError::Application(error)),
+            Heard::Bytes(Err(error)) => return Err(CarryError::Application(error)),
+            Heard::Reset(Ok(Reason::NO_ERROR)) => return Ok(()),
+            Heard::Reset(Ok(reason)) => return Err(CarryError::Tunnel(reason.into())),
+            Heard::Reset(Err(error)) => return Err(CarryError::Tunnel(error)),
         }
     }
+}
+
+/// What came first.
+enum Heard {
+    Bytes(io::Result<BytesMut>),
+    Reset(Result<Reason, h2::Error>),
 }
 
 async fn send_all(send: &mut SendStream<Bytes>, mut data: Bytes) -> Result<(), CarryError> {
@@ -200,28 +208,46 @@ async fn inwards(
     moved: &Moved,
     bulk: &BulkMark,
 ) -> Result<(), CarryError> {
-    let mut frames: Vec<Bytes> = Vec::new();
+    let (mut frames, mut turn): (Vec<Bytes>, _) = (Vec::new(), Turn::default());
     loop {
-        let Some(first) = recv.data().await else {
+        turn.next().await;
+        frames.clear();
+        let Some(total) = poll_fn(|cx| poll_gather(recv, cx, &mut frames)).await.map_err(CarryError::Tunnel)? else {
             // The application may be gone already; then the other direction reports it.
             let _ = app.shutdown().await;
             return Ok(());
         };
-        frames.clear();
-        frames.push(first.map_err(CarryError::Tunnel)?);
-        while frames.len() < GATHER {
-            match futures::FutureExt::now_or_never(recv.data()) {
-                Some(Some(Ok(frame))) => frames.push(frame),
-                // An error is told again after what came before it has been delivered.
-                _ => break,
-            }
-        }
-        let total = frames.iter().map(Bytes::len).sum::<usize>();
+        turn.moved(total);
         // Before the write: a reader that hangs is just what others are to be kept away from.
         bulk.saw(total);
         write_all(app, &mut frames).await.map_err(CarryError::Application)?;
         moved.add_received(total);
         recv.flow_control().release_capacity(total).map_err(CarryError::Tunnel)?;
+    }
+}
+
+/// The frames that are there, at least one; their size, or `None` at the end of the stream.
+fn poll_gather(
+    recv: &mut RecvStream,
+    cx: &mut Context<'_>,
+    frames: &mut Vec<Bytes>,
+) -> Poll<Result<Option<usize>, h2::Error>> {
+    let mut total = 0;
+    loop {
+        match recv.poll_data(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                total += frame.len();
+                frames.push(frame);
+                if frames.len() == GATHER || total >= GATHERED {
+                    return Poll::Ready(Ok(Some(total)));
+                }
+            }
+            // An end or an error is told again after what came before it has been delivered.
+            _ if !frames.is_empty() => return Poll::Ready(Ok(Some(total))),
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
+            Poll::Ready(None) => return Poll::Ready(Ok(None)),
+            Poll::Pending => return Poll::Pending,
+        }
     }
 }
 

@@ -38,8 +38,8 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            stream_window: 512 * 1024,
-            connection_window: 8 * 1024 * 1024,
+            stream_window: 2 * 1024 * 1024,
+            connection_window: 16 * 1024 * 1024,
             max_frame: 1024 * 1024,
             send_buffer: 256 * 1024,
             max_streams: 200,

@@ -10,7 +10,7 @@
 //! - [`netlink`]: the message builder and socket below those.
 //! - [`sockdiag`]: does this namespace hold a socket with this 4-tuple?
 //! - [`fdpass`]: descriptors over unix sockets.
-//! - [`relay`]: bytes between two plain sockets.
+//! - [`relay`]: bytes between two plain sockets; [`turn`]: bulk gives way to small messages on its thread.
 
 pub mod capture;
 pub mod connect;
@@ -23,5 +23,6 @@ pub mod orig_dst;
 pub mod relay;
 pub mod route;
 pub mod sockdiag;
+pub mod turn;
 
 pub use netns::Netns;

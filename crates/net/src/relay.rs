@@ -2,13 +2,20 @@
 //!
 //! Owns buffers for as long as bytes move. Never looks at them.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio_util::io::poll_read_buf;
+
+use crate::turn::Turn;
 
 /// Bytes moved so far, seen from the first socket; may be read while they move.
 #[derive(Debug, Default)]
@@ -168,32 +175,36 @@ impl BatchSize {
     }
 }
 
+/// What a socket has, in a buffer made only now: an idle connection holds none. Empty at the end of the stream.
+pub fn poll_read_batch(
+    from: &mut ReadHalf<'_>,
+    cx: &mut Context<'_>,
+    batch: &mut BatchSize,
+) -> Poll<io::Result<BytesMut>> {
+    ready!(AsRef::<TcpStream>::as_ref(from).poll_read_ready(cx))?;
+    let mut buf = BytesMut::with_capacity(batch.get());
+    // A read that leaves room marks the socket as empty, which saves asking it again.
+    let n = ready!(poll_read_buf(Pin::new(from), cx, &mut buf))?;
+    batch.saw(n);
+    Poll::Ready(Ok(buf))
+}
+
 async fn one_way(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, count: impl Fn(usize)) -> Result<(), Broken> {
-    let mut batch = BatchSize::default();
+    let (mut batch, mut turn) = (BatchSize::default(), Turn::default());
     loop {
-        from.readable().await.map_err(Broken::Read)?;
-        // Only now is there something to hold: an idle connection has no buffer.
-        let mut buf = Vec::with_capacity(batch.get());
-        loop {
-            buf.clear();
-            match from.try_read_buf(&mut buf) {
-                Ok(0) => {
-                    // The peer may have gone already; then its own direction reports it.
-                    let _ = to.shutdown().await;
-                    return Ok(());
-                }
-                Ok(n) => {
-                    to.write_all(&buf).await.map_err(Broken::Write)?;
-                    count(n);
-                    batch.saw(n);
-                    if n < buf.capacity() {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(Broken::Read(error)),
-            }
+        let read = poll_fn(|cx| {
+            ready!(turn.poll(cx));
+            poll_read_batch(from, cx, &mut batch)
+        });
+        let bytes = read.await.map_err(Broken::Read)?;
+        if bytes.is_empty() {
+            // The peer may have gone already; then its own direction reports it.
+            let _ = to.shutdown().await;
+            return Ok(());
         }
+        to.write_all(&bytes).await.map_err(Broken::Write)?;
+        count(bytes.len());
+        turn.moved(bytes.len());
     }
 }
 

@@ -7,10 +7,15 @@ use std::future::Future;
 use std::pin::Pin;
 use std::thread::JoinHandle;
 
+use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::mpsc;
-use tokio::task::LocalSet;
 
 type Start = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+
+/// Tasks that run before sockets are looked at again. A task may move a quarter of a
+/// megabyte of bulk data; with
+/// tokio's 61 of them, a small message that has arrived would wait for milliseconds.
+const TASKS_BETWEEN_POLLS: u32 = 8;
 
 /// A handle to one worker.
 #[derive(Clone, Debug)]
@@ -43,17 +48,28 @@ impl Workers {
     pub fn start(name: &str, count: usize) -> std::io::Result<Self> {
         let (mut workers, mut threads) = (Vec::new(), Vec::new());
         for index in 0..count.max(1) {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             // Starts are rare (a pod, a process): the queue holds as many as there are pods.
             let (starts, mut receiver) = mpsc::unbounded_channel::<Start>();
+            // The runtime is made where it runs; whether that went well is told here.
+            let (made, outcome) = std::sync::mpsc::sync_channel(1);
             let thread = std::thread::Builder::new().name(format!("{name}-{index}")).spawn(move || {
-                let local = LocalSet::new();
-                runtime.block_on(local.run_until(async move {
+                let built = Builder::new_current_thread()
+                    .enable_all()
+                    .event_interval(TASKS_BETWEEN_POLLS)
+                    .build_local(LocalOptions::default());
+                let runtime = match built {
+                    Ok(runtime) => runtime,
+                    Err(error) => return drop(made.send(Err(error))),
+                };
+                let _ = made.send(Ok(()));
+                runtime.block_on(async move {
                     while let Some(start) = receiver.recv().await {
                         tokio::task::spawn_local(start());
                     }
-                }));
+                });
             })?;
+            // A thread that ended without a word has panicked, and said so itself.
+            outcome.recv().unwrap_or_else(|_| Err(std::io::Error::other("a worker ended before it began")))?;
             workers.push(Worker { index, starts });
             threads.push(thread);
         }

@@ -1,13 +1,14 @@
 //! Large reads of ciphertext below rustls, which by itself asks the socket for one record at a time.
 //!
 //! Owns a buffer for as long as it holds bytes that rustls has not taken; an idle connection has none. Writes go
-//! straight through.
+//! straight through. A tunnel that moves much takes [turns](ambit_net::turn) with others of its thread.
 
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use ambit_net::relay::BatchSize;
+use ambit_net::turn::Turn;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
@@ -18,12 +19,13 @@ pub struct Buffered<S> {
     batch: BatchSize,
     held: Vec<u8>,
     taken: usize,
+    turn: Turn,
 }
 
 impl<S> Buffered<S> {
     /// Wraps a stream.
     pub fn new(inner: S) -> Self {
-        Self { inner, batch: BatchSize::default(), held: Vec::new(), taken: 0 }
+        Self { inner, batch: BatchSize::default(), held: Vec::new(), taken: 0, turn: Turn::default() }
     }
 }
 
@@ -31,16 +33,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for Buffered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.taken == this.held.len() {
+            ready!(this.turn.poll(cx));
             let size = this.batch.get();
             if out.remaining() >= size {
                 let before = out.filled().len();
                 ready!(Pin::new(&mut this.inner).poll_read(cx, out))?;
-                this.batch.saw(out.filled().len() - before);
+                let n = out.filled().len() - before;
+                this.batch.saw(n);
+                this.turn.moved(n);
                 return Poll::Ready(Ok(()));
             }
             (this.held, this.taken) = (Vec::with_capacity(size), 0);
             match poll_read_buf(Pin::new(&mut this.inner), cx, &mut this.held) {
-                Poll::Ready(Ok(n)) => this.batch.saw(n),
+                Poll::Ready(Ok(n)) => {
+                    this.batch.saw(n);
+                    this.turn.moved(n);
+                }
                 other => {
                     this.held = Vec::new();
                     return other.map_ok(drop);
@@ -59,7 +67,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Buffered<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Buffered<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
+        ready!(self.turn.poll(cx));
+        let written = ready!(Pin::new(&mut self.inner).poll_write(cx, buf))?;
+        self.turn.moved(written);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_write_vectored(
@@ -67,7 +78,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Buffered<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+        ready!(self.turn.poll(cx));
+        let written = ready!(Pin::new(&mut self.inner).poll_write_vectored(cx, bufs))?;
+        self.turn.moved(written);
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {

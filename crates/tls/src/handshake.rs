@@ -15,6 +15,9 @@ use crate::buffered::Buffered;
 use crate::certificate::LeafFacts;
 use crate::config::TlsConfig;
 
+/// Ciphertext that one write may hand to the socket; rustls's own limit makes a full packet and a stub of each 64 KiB.
+const WRITE: usize = 128 * 1024;
+
 /// A verified peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
@@ -70,8 +73,9 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(HandshakeError::OwnExpired(config.identity.clone()));
     }
     let accepting = TlsAcceptor::from(config.server.clone()).accept(Buffered::new(stream));
-    let tls = tokio::time::timeout(deadline, accepting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
-    let (_, connection) = tls.get_ref();
+    let mut tls = tokio::time::timeout(deadline, accepting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let (_, connection) = tls.get_mut();
+    connection.set_buffer_limit(Some(WRITE));
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), None)?;
     if peer.identity.trust_domain != config.identity.trust_domain {
         let expected = config.identity.trust_domain.to_string();
@@ -93,8 +97,9 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let name = ServerName::IpAddress(PkiIp::from(address));
     let connecting = TlsConnector::from(config.client.clone()).connect(name, Buffered::new(stream));
-    let tls = tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
-    let (_, connection) = tls.get_ref();
+    let mut tls = tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let (_, connection) = tls.get_mut();
+    connection.set_buffer_limit(Some(WRITE));
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;
     Ok((tls, peer))
 }
