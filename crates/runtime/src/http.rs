@@ -33,7 +33,16 @@ pub fn json(value: &serde_json::Value) -> Page {
 
 /// Makes a page of a content type.
 pub fn page(status: StatusCode, content_type: &'static str, body: String) -> Page {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    whole(status, content_type, body.into())
+}
+
+/// Makes a page of bytes.
+pub fn bytes(content_type: &'static str, body: Vec<u8>) -> Page {
+    whole(StatusCode::OK, content_type, body.into())
+}
+
+fn whole(status: StatusCode, content_type: &'static str, body: Bytes) -> Page {
+    let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert("content-type", ::http::HeaderValue::from_static(content_type));
     response

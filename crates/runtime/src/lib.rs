@@ -5,12 +5,14 @@
 //! # Layout
 //! - [`workers`]: one single-threaded runtime a core. [`readiness`], [`signal`], [`logging`].
 //! - [`http`]: a small HTTP/1 server for admin, metrics and readiness.
+//! - [`profile`]: CPU profiles for the admin server.
 //! - [`yaml`]: the documents of a file.
 //! - [`config`]: values from a YAML file and the environment, every problem reported at once.
 
 pub mod config;
 pub mod http;
 pub mod logging;
+pub mod profile;
 pub mod readiness;
 pub mod signal;
 pub mod workers;

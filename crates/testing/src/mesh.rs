@@ -276,7 +276,7 @@ impl Mesh {
             if holds(self) {
                 return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
         Err(Failure(format!("waited in vain for {what}")))
     }
@@ -295,7 +295,7 @@ impl Mesh {
                     let events = found.map(|p| p.events).unwrap_or_default();
                     return Err(Failure(format!("pod {pod} does not become ready: {events:?}")));
                 }
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(2)).await;
             }
         }
         Ok(())
