@@ -39,16 +39,31 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
                        (or TERMINATION_GRACE_PERIOD_SECONDS minus 5) [5s]
   connectTimeout       CONNECT_TIMEOUT           TCP connect [10s]
   handshakeTimeout     HANDSHAKE_TIMEOUT         TLS and HTTP/2 with a peer, each [10s]
+  podConnections       POD_CONNECTIONS           connections of one pod in each direction, over all workers [65536]
   auditInterval        AUDIT_INTERVAL            enrolled pods are verified this often [30s]
   poolIdle             POOL_UNUSED_RELEASE_TIMEOUT       an idle tunnel is closed [5m]
   poolStreams          POOL_MAX_STREAMS_PER_CONNECTION   streams in one tunnel [100]
-  streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way [524288]
-  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes one tunnel may have under way [8388608]
+  streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way at first [1048576]
+  maxStreamWindow      HTTP2_MAX_STREAM_WINDOW_SIZE      the same, where the path holds more [16777216]
+  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes one tunnel may have under way at first [67108864]
   frameSize            HTTP2_FRAME_SIZE          largest frame [1048576]
   logLevel             RUST_LOG                  log level [info]
   logFormat            LOG_FORMAT                plain or json [plain]
   instanceIp, podName, podNamespace, serviceAccount      INSTANCE_IP, POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT
 ";
+
+const MAX_WINDOW: u32 = (1 << 31) - 1;
+
+/// What Istio's ztunnel can be told to do and ours cannot. Going on without would be weaker, or other, than was asked for.
+const REFUSED: &[(&str, &[&str], &str)] = &[
+    ("CRL_PATH", &[""], "revocation lists are not read; a short SECRET_TTL bounds how long a stolen key is of use"),
+    ("COMPLIANCE_POLICY", &[""], "key exchange is X25519 or P-256"),
+    ("TLS12_ENABLED", &["", "false"], "peers are spoken to in TLS 1.3 only"),
+    ("XDS_ON_DEMAND", &["", "false"], "the whole mesh is subscribed to"),
+    ("LOCAL_XDS_PATH", &[""], "the mesh comes from a controller; see AMBIT_DIRECTORY of istiod-lite"),
+    ("PROXY_MODE", &["", "shared"], "there is one tunnel a node"),
+    ("UNSTABLE_ENABLE_SOCKS5", &["", "false"], "SOCKS5 is not spoken"),
+];
 
 /// Validated configuration.
 #[derive(Clone, Debug)]
@@ -76,6 +91,7 @@ pub struct Config {
     pub drain_deadline: Duration,
     pub connect_timeout: Duration,
     pub audit_interval: Duration,
+    pub pod_connections: usize,
     pub hbone: Settings,
     pub log_level: String,
     pub log_format: Format,
@@ -137,6 +153,11 @@ impl Config {
             s.get("streamWindow", &["HTTP2_STREAM_WINDOW_SIZE"], "bytes").unwrap_or(defaults.stream_window);
         let connection_window =
             s.get("connectionWindow", &["HTTP2_CONNECTION_WINDOW_SIZE"], "bytes").unwrap_or(defaults.connection_window);
+        for (key, window) in [("streamWindow", stream_window), ("connectionWindow", connection_window)] {
+            if !(1..=MAX_WINDOW).contains(&window) {
+                s.problem(format!("{key} {window}: expected 1 to {MAX_WINDOW} (RFC 9113 section 6.9.1)"));
+            }
+        }
         if connection_window <= stream_window {
             s.problem(format!(
                 "connectionWindow {connection_window} must be larger than streamWindow {stream_window}: \
@@ -171,10 +192,18 @@ impl Config {
             readiness_port: s.get("readinessPort", &["READINESS_PORT"], "a port").unwrap_or(15021),
             drain_deadline: time(&mut s, "drainDeadline", &["CONNECTION_TERMINATION_DEADLINE"], grace),
             connect_timeout: time(&mut s, "connectTimeout", &["CONNECT_TIMEOUT"], Duration::from_secs(10)),
+            pod_connections: s
+                .get("podConnections", &["POD_CONNECTIONS"], "a number")
+                .unwrap_or(65536)
+                .clamp(1, tokio::sync::Semaphore::MAX_PERMITS),
             audit_interval: time(&mut s, "auditInterval", &["AUDIT_INTERVAL"], Duration::from_secs(30)),
             hbone: Settings {
                 handshake: time(&mut s, "handshakeTimeout", &["HANDSHAKE_TIMEOUT"], defaults.handshake),
                 stream_window,
+                max_stream_window: s
+                    .get("maxStreamWindow", &["HTTP2_MAX_STREAM_WINDOW_SIZE"], "bytes")
+                    .unwrap_or(defaults.max_stream_window)
+                    .min(MAX_WINDOW),
                 connection_window,
                 max_frame,
                 streams_per_tunnel: s
@@ -200,6 +229,12 @@ impl Config {
             xds_headers: s.with_prefix("XDS_HEADER_"),
             ca_headers: s.with_prefix("CA_HEADER_"),
         };
+        for (variable, harmless, meaning) in REFUSED {
+            let set = s.get::<String>(variable, &[variable], "text");
+            if let Some(set) = set.filter(|set| !harmless.contains(&set.as_str())) {
+                s.problem(format!("{variable} is {set:?}: {meaning}; expected it unset"));
+            }
+        }
         // Told by the chart, of no use here.
         let _ = s.get::<String>("serviceAccount", &["SERVICE_ACCOUNT"], "text");
         s.finish()?;
@@ -244,6 +279,18 @@ mod tests {
         assert_eq!(&*config.cluster_id, "c1");
         assert_eq!(config.drain_deadline, Duration::from_secs(25));
         assert_eq!(config.worker_threads, 3);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused() {
+        for (variable, harmless, _) in REFUSED {
+            let with = |value: &str| Config::read(Source::from_vars(&[("NODE_NAME", "n1"), (variable, value)]));
+            let error = with("/etc/something").expect_err(variable).to_string();
+            assert!(error.contains(&format!("{variable} is \"/etc/something\"")), "{error}");
+            for value in *harmless {
+                with(value).expect(variable);
+            }
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::Workload;
 use ambit_model::policy::Connection;
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
-use ambit_net::{connect, orig_dst, relay};
+use ambit_net::{connect, orig_dst, relay, unless};
 use ambit_tls::{Peer, handshake};
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -69,11 +69,13 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
     };
     let served = serve(tls, settings, drain, |incoming| {
         let (tunnel, gone) = (tunnel.clone(), pod.gone.clone());
+        let Ok(place) = pod.places(Reporter::Destination).clone().try_acquire_owned() else {
+            let limit = context.shared.config.pod_connections;
+            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, &format!("the pod has {limit} connections"));
+        };
         let work = context.shared.connections.track_future(async move {
-            tokio::select! {
-                () = tunnel.stream(incoming) => {}
-                () = gone.cancelled() => {}
-            }
+            let _place = place;
+            unless(tunnel.stream(incoming), gone.cancelled()).await;
         });
         tokio::task::spawn_local(work);
     });
@@ -105,14 +107,17 @@ impl Tunnel {
         let open = observer.open(facts);
         // Here the application is the first side: what it sends goes back to the client.
         let moved = relay::Moved::default();
-        let result = tokio::select! {
-            carried = incoming.accept(&answer, app, &moved) => carried.or_else(|e| {
-                if e.is_application_reset() { Ok(()) } else { Err(Failure::new(Flag::None, e)) }
-            }),
-            rejection = authorize::denied(self.pod.view.clone(), connection) => {
-                Err(Failure::new(Flag::Deny, format!("cut: {rejection}")))
-            }
+        let carried = async {
+            incoming
+                .accept(&answer, app, &moved)
+                .await
+                .or_else(|e| if e.is_application_reset() { Ok(()) } else { Err(Failure::new(Flag::None, e)) })
         };
+        let cut = async {
+            let rejection = authorize::denied(self.pod.view.clone(), connection).await;
+            Err(Failure::new(Flag::Deny, format!("cut: {rejection}")))
+        };
+        let result = unless(carried, cut).await;
         open.moved.add_sent(usize::try_from(moved.received()).unwrap_or(usize::MAX));
         open.moved.add_received(usize::try_from(moved.sent()).unwrap_or(usize::MAX));
         open.close(result);

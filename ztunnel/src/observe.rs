@@ -62,6 +62,7 @@ pub enum Flag {
     TlsFailure,
     H2HandshakeFailure,
     IdentityError,
+    Overflow,
 }
 
 impl Flag {
@@ -73,6 +74,7 @@ impl Flag {
             Self::TlsFailure => "TLS_FAILURE",
             Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
             Self::IdentityError => "IDENTITY_ERROR",
+            Self::Overflow => "OVERFLOW",
         }
     }
 }

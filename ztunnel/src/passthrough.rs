@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use ambit_model::policy::Connection;
-use ambit_net::{connect, orig_dst, relay, sockdiag};
+use ambit_net::{connect, orig_dst, relay, sockdiag, unless};
 use tokio::net::TcpStream;
 
 use crate::authorize;
@@ -28,18 +28,15 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
         Ok(app) => {
             let open = observer.open(facts);
             let cut = async {
-                match probe {
+                let rejection = match probe {
                     true => std::future::pending().await,
                     false => authorize::denied(pod.view.clone(), connection).await,
-                }
+                };
+                Err(Failure::new(Flag::Deny, format!("cut: {rejection}")))
             };
-            let result = tokio::select! {
-                relayed = relay::relay(stream, app, &open.moved) => {
-                    // A reset by either application is their affair, and has been passed on.
-                    relayed.or(Ok(()))
-                }
-                rejection = cut => Err(Failure::new(Flag::Deny, format!("cut: {rejection}"))),
-            };
+            // A reset by either application is their affair, and has been passed on.
+            let relayed = async { relay::relay(stream, app, &open.moved).await.or(Ok(())) };
+            let result = unless(relayed, cut).await;
             open.close(result);
         }
         Err(failure) => {

@@ -14,13 +14,14 @@ use ambit_net::Netns;
 use ambit_net::capture::Capture;
 use ambit_store::Store;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::certificates::{Certificates, Lease};
 use crate::config::Config;
 use crate::mesh::NodePods;
+use crate::observe::Reporter;
 use crate::worker::{Listeners, ServePod};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
@@ -88,6 +89,15 @@ pub struct Pod {
     pub gone: CancellationToken,
     /// The rules in its namespace.
     pub capture: Capture,
+    /// Connections that it may still have, outwards and inwards.
+    pub(crate) places: [Arc<Semaphore>; 2],
+}
+
+impl Pod {
+    /// Places for connections of one direction.
+    pub fn places(&self, reporter: Reporter) -> &Arc<Semaphore> {
+        &self.places[usize::from(reporter == Reporter::Destination)]
+    }
 }
 
 /// Who decides whether a pod is enrolled.
@@ -269,6 +279,7 @@ impl Pods {
             stop: CancellationToken::new(),
             gone: CancellationToken::new(),
             capture,
+            places: std::array::from_fn(|_| Arc::new(Semaphore::new(self.config.pod_connections))),
         });
         // From here on a failure must close what was opened.
         let (guard, gone_guard) = (pod.stop.clone().drop_guard(), pod.gone.clone().drop_guard());

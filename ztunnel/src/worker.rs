@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ambit_hbone::Pool;
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
-use ambit_net::{Netns, listen};
+use ambit_net::{Netns, listen, relay, unless};
 use ambit_runtime::Worker;
 use ambit_store::Store;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use crate::config::Config;
-use crate::observe::Observer;
+use crate::observe::{Facts, Failure, Flag, Observer, Reporter};
 use crate::outbound::{ConnectFailure, TunnelKey};
 use crate::pods::Pod;
 use crate::{dns, inbound, outbound, passthrough};
@@ -124,12 +124,18 @@ async fn sweep(context: Rc<Context>) {
 
 fn serve(context: &Rc<Context>, pod: &Arc<Pod>, listeners: Listeners) -> std::io::Result<()> {
     let Listeners { outbound, plaintext, hbone, dns_udp, dns_tcp } = listeners;
-    accept(context, pod, TcpListener::from_std(outbound)?, outbound::handle);
-    accept(context, pod, TcpListener::from_std(plaintext)?, passthrough::handle);
-    accept(context, pod, TcpListener::from_std(hbone)?, inbound::handle);
+    accept(context, pod, Reporter::Source, TcpListener::from_std(outbound)?, outbound::handle);
+    accept(context, pod, Reporter::Destination, TcpListener::from_std(plaintext)?, passthrough::handle);
+    accept(context, pod, Reporter::Destination, TcpListener::from_std(hbone)?, inbound::handle);
     for listener in dns_tcp {
-        accept(context, pod, TcpListener::from_std(listener)?, dns::handle_tcp);
+        accept(context, pod, Reporter::Source, TcpListener::from_std(listener)?, dns::handle_tcp);
     }
+    let (gone, netns, pool) = (pod.gone.clone(), pod.netns.id(), context.pool.clone());
+    tokio::task::spawn_local(async move {
+        gone.cancelled().await;
+        // Nobody can use its tunnels any more.
+        pool.sweep(|key| key.netns != netns);
+    });
     for socket in dns_udp {
         let socket = Rc::new(UdpSocket::from_std(socket)?);
         let (context, pod) = (context.clone(), pod.clone());
@@ -148,6 +154,7 @@ fn serve(context: &Rc<Context>, pod: &Arc<Pod>, listeners: Listeners) -> std::io
 fn accept<F>(
     context: &Rc<Context>,
     pod: &Arc<Pod>,
+    reporter: Reporter,
     listener: TcpListener,
     handle: impl Fn(Rc<Context>, Arc<Pod>, TcpStream, SocketAddr) -> F + 'static,
 ) where
@@ -166,13 +173,15 @@ fn accept<F>(
                     // Without these options the connection still works.
                     let _ = listen::prepare_stream(&stream);
                     let peer = ambit_net::orig_dst::canonical(peer);
+                    let Ok(place) = pod.places(reporter).clone().try_acquire_owned() else {
+                        refuse(&context, &pod, reporter, &stream, peer);
+                        continue;
+                    };
                     let gone = pod.gone.clone();
                     let work = handle(context.clone(), pod.clone(), stream, peer);
                     let tracked = context.shared.connections.track_future(async move {
-                        tokio::select! {
-                            () = work => {}
-                            () = gone.cancelled() => {}
-                        }
+                        let _place = place;
+                        unless(work, gone.cancelled()).await;
                     });
                     tokio::task::spawn_local(tracked);
                 }
@@ -184,4 +193,14 @@ fn accept<F>(
             }
         }
     });
+}
+
+/// One pod that leaks connections must not take those of the others.
+fn refuse(context: &Context, pod: &Pod, reporter: Reporter, stream: &TcpStream, peer: SocketAddr) {
+    let to = ambit_net::orig_dst::original_destination(stream).or_else(|_| stream.local_addr());
+    let facts = Facts::new(reporter, peer, to.unwrap_or(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)));
+    let limit = context.shared.config.pod_connections;
+    let reason = format!("pod {}/{} has {limit} connections (podConnections)", pod.info.namespace, pod.info.name);
+    context.shared.observer.refused(&facts, &Failure::new(Flag::Overflow, reason), "connection refused");
+    relay::reset(stream);
 }

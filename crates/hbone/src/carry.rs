@@ -11,11 +11,14 @@ use std::task::{Context, Poll, ready};
 
 use ambit_net::relay::{BatchSize, HalfClosed, Moved, poll_read_batch, reset};
 use ambit_net::turn::Turn;
+use ambit_net::unless;
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+use crate::pings::Traffic;
 
 /// Why carrying ended before both sides had finished.
 #[derive(Debug, thiserror::Error)]
@@ -47,36 +50,35 @@ const GATHER: usize = 8;
 /// ...and bytes, from which on no further frame is taken.
 const GATHERED: usize = 128 * 1024;
 
-/// Counts the bulk streams of a tunnel; each stream holds one mark.
+/// One stream's part in the traffic of its tunnel.
 #[derive(Debug, Default)]
 pub struct BulkMark {
-    tunnel: Rc<Cell<usize>>,
+    tunnel: Rc<Traffic>,
     marked: Cell<bool>,
 }
 
 impl BulkMark {
-    /// A mark in the count of a tunnel.
-    pub fn new(tunnel: Rc<Cell<usize>>) -> Self {
+    /// A part in the traffic of a tunnel.
+    pub fn new(tunnel: Rc<Traffic>) -> Self {
         Self { tunnel, marked: Cell::new(false) }
     }
 
     fn saw(&self, batch: usize) {
         // Once bulk, a stream stays so until it is done: it will be again.
         if batch >= BULK && !self.marked.replace(true) {
-            self.tunnel.set(self.tunnel.get() + 1);
+            self.tunnel.bulk.set(self.tunnel.bulk.get() + 1);
         }
     }
 
-    /// Whether the stream has been bulk.
-    pub fn marked(&self) -> bool {
-        self.marked.get()
+    fn received(&self, batch: usize) {
+        self.tunnel.received.set(self.tunnel.received.get() + batch as u64);
     }
 }
 
 impl Drop for BulkMark {
     fn drop(&mut self) {
         if self.marked.get() {
-            self.tunnel.set(self.tunnel.get() - 1);
+            self.tunnel.bulk.set(self.tunnel.bulk.get() - 1);
         }
     }
 }
@@ -109,10 +111,7 @@ pub(crate) async fn carry(
         let half = HalfClosed::default();
         let out = async { outwards(&mut from_app, &mut send, moved, bulk).await.map(|()| half.set()) };
         let back = async { inwards(&mut recv, &mut to_app, moved, bulk).await.map(|()| half.set()) };
-        tokio::select! {
-            both = both(out, back) => both,
-            error = half.abandoned(moved) => Err(CarryError::Application(error)),
-        }
+        unless(both(out, back), async { Err(CarryError::Application(half.abandoned(moved).await)) }).await
     };
     match &result {
         Ok(()) => app.finished = true,
@@ -218,6 +217,7 @@ async fn inwards(
             return Ok(());
         };
         turn.moved(total);
+        bulk.received(total);
         // Before the write: a reader that hangs is just what others are to be kept away from.
         bulk.saw(total);
         write_all(app, &mut frames).await.map_err(CarryError::Application)?;

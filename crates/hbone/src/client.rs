@@ -3,7 +3,10 @@
 //! Owns the driver task and the count of streams. Never connects and never chooses a tunnel; see [`crate::pool`].
 
 use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Poll, ready};
 use std::time::SystemTime;
 
 use ambit_net::relay::Moved;
@@ -17,6 +20,7 @@ use tracing::debug;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, reason};
+use crate::pings::{Event, Pings, Traffic};
 use crate::settings::Settings;
 
 /// Why a stream could not be opened.
@@ -46,7 +50,7 @@ pub enum OpenError {
 pub struct Tunnel {
     request: SendRequest<Bytes>,
     streams: Rc<Cell<usize>>,
-    bulk: Rc<Cell<usize>>,
+    traffic: Rc<Traffic>,
     closed: Rc<Cell<bool>>,
     /// No new stream after this.
     pub(crate) not_after: SystemTime,
@@ -71,22 +75,36 @@ impl Tunnel {
             .await
             .map_err(|_| OpenError::Http2(format!("not finished within {:?}", settings.handshake)))?
             .map_err(|e| OpenError::Http2(e.to_string()))?;
-        let closed = Rc::new(Cell::new(false));
-        let ping = connection.ping_pong();
-        let (every, timeout) = (settings.ping_every, settings.ping_timeout);
-        let flag = closed.clone();
+        let (closed, traffic) = (Rc::new(Cell::new(false)), Rc::new(Traffic::default()));
+        let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
+        let mut pings = Pings::new(ping, settings, traffic.clone());
+        let (flag, settings) = (closed.clone(), settings.clone());
         tokio::task::spawn_local(async move {
             // The driver ends with the connection, which ends when all handles are gone or the peer is.
-            let result = tokio::select! {
-                result = connection => result.map_err(|e| e.to_string()),
-                () = crate::server::keep_alive(ping, every, timeout) => Err(format!("no answer to a ping in {timeout:?}")),
-            };
+            let driven = poll_fn(|cx| {
+                loop {
+                    if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                        return Poll::Ready(result.map_err(|e| e.to_string()));
+                    }
+                    match ready!(pings.poll(cx)) {
+                        Event::Window(window) => {
+                            connection.set_target_window_size(settings.connection_window_for(window));
+                            // Refused while an earlier change awaits its answer; the next probe tries again.
+                            let _ = connection.set_initial_window_size(window);
+                        }
+                        Event::Dead => {
+                            return Poll::Ready(Err(format!("no answer to a ping in {:?}", settings.ping_timeout)));
+                        }
+                    }
+                }
+            });
+            let result = driven.await;
             flag.set(true);
             if let Err(error) = result {
                 debug!(error, "tunnel ended");
             }
         });
-        Ok(Self { request, streams: Rc::default(), bulk: Rc::default(), closed, not_after })
+        Ok(Self { request, streams: Rc::default(), traffic, closed, not_after })
     }
 
     /// Streams open now.
@@ -96,7 +114,7 @@ impl Tunnel {
 
     /// Of those, how many move bulk data.
     pub fn bulk_streams(&self) -> usize {
-        self.bulk.get()
+        self.traffic.bulk.get()
     }
 
     /// Streams that the peer lets us open at a time.
@@ -173,7 +191,7 @@ impl Place {
             return Err(OpenError::Refused { status: answer.status(), reason: reason(answer.headers()) });
         }
         let peer = ConnectHeaders::read(answer.headers());
-        let mark = BulkMark::new(self.tunnel.bulk.clone());
+        let mark = BulkMark::new(self.tunnel.traffic.clone());
         Ok(Stream { send, recv: answer.into_body(), peer, mark, _place: self })
     }
 }

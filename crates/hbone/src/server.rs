@@ -2,19 +2,22 @@
 //!
 //! Owns the connection's end: drain by GOAWAY, the certificate's end, pings. Never decides on a request.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use ambit_net::relay::Moved;
 use bytes::Bytes;
+use h2::RecvStream;
 use h2::server::SendResponse;
-use h2::{Ping, PingPong, RecvStream};
 use http::{HeaderValue, Method, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, REASON};
+use crate::pings::{Event, Pings, Traffic};
 use crate::settings::Settings;
 
 /// A CONNECT request that waits for its answer.
@@ -26,6 +29,7 @@ pub struct Incoming {
     pub headers: ConnectHeaders,
     respond: SendResponse<Bytes>,
     body: RecvStream,
+    mark: BulkMark,
 }
 
 impl Incoming {
@@ -46,7 +50,7 @@ impl Incoming {
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(CarryError::Tunnel)?;
         // Seen from the tunnel's user: what the destination sends goes into the tunnel.
-        carry(app, send, self.body, moved, &BulkMark::default()).await
+        carry(app, send, self.body, moved, &self.mark).await
     }
 }
 
@@ -87,23 +91,36 @@ where
         .await
         .map_err(|_| ServeError::Deadline(settings.handshake))??;
     let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
-    let pings = keep_alive(Some(ping), settings.ping_every, settings.ping_timeout);
-    tokio::pin!(pings, drain);
+    let traffic = Rc::new(Traffic::default());
+    let mut pings = Pings::new(ping, settings, traffic.clone());
+    tokio::pin!(drain);
     let mut draining = false;
     loop {
-        tokio::select! {
-            request = connection.accept() => match request {
-                Some(request) => {
-                    let (request, respond) = request?;
-                    take(request, respond, &mut handle);
-                }
-                None => return Ok(()),
-            },
-            () = &mut drain, if !draining => {
+        let step = poll_fn(|cx| {
+            if let Poll::Ready(request) = connection.poll_accept(cx) {
+                return Poll::Ready(Step::Request(request));
+            }
+            if !draining && drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Step::Drain);
+            }
+            pings.poll(cx).map(Step::Ping)
+        });
+        match step.await {
+            Step::Request(Some(request)) => {
+                let (request, respond) = request?;
+                take(request, respond, &traffic, &mut handle);
+            }
+            Step::Request(None) => return Ok(()),
+            Step::Drain => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            () = &mut pings => {
+            Step::Ping(Event::Window(window)) => {
+                connection.set_target_window_size(settings.connection_window_for(window));
+                // Refused while an earlier change awaits its answer; the next probe tries again.
+                let _ = connection.set_initial_window_size(window);
+            }
+            Step::Ping(Event::Dead) => {
                 connection.abrupt_shutdown(h2::Reason::NO_ERROR);
                 // One more poll to send the GOAWAY; the peer may be gone.
                 let _ = futures::FutureExt::now_or_never(connection.accept());
@@ -113,7 +130,19 @@ where
     }
 }
 
-fn take(request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>, handle: &mut impl FnMut(Incoming)) {
+/// What happened on a tunnel.
+enum Step {
+    Request(Option<Result<(http::Request<RecvStream>, SendResponse<Bytes>), h2::Error>>),
+    Drain,
+    Ping(Event),
+}
+
+fn take(
+    request: http::Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    traffic: &Rc<Traffic>,
+    handle: &mut impl FnMut(Incoming),
+) {
     let mut refuse = |status: StatusCode, why: &'static str| {
         let mut response = Response::new(());
         *response.status_mut() = status;
@@ -127,19 +156,6 @@ fn take(request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>, ha
         return refuse(StatusCode::BAD_REQUEST, "the authority is not ADDRESS:PORT or HOST:PORT");
     };
     let headers = ConnectHeaders::read(request.headers());
-    handle(Incoming { authority, headers, respond, body: request.into_body() });
-}
-
-/// Pings for ever; returns when an answer did not come in time.
-pub(crate) async fn keep_alive(ping: Option<PingPong>, every: Duration, timeout: Duration) {
-    let Some(mut ping) = ping else { return std::future::pending().await };
-    loop {
-        tokio::time::sleep(every).await;
-        match tokio::time::timeout(timeout, ping.ping(Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            // The connection has ended; its own future says how.
-            Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return,
-        }
-    }
+    let mark = BulkMark::new(traffic.clone());
+    handle(Incoming { authority, headers, respond, body: request.into_body(), mark });
 }

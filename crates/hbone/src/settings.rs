@@ -7,9 +7,11 @@ use std::time::Duration;
 /// Settings of both ends of a tunnel.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Bytes that one stream may have under way. Too small limits a long path; too large lets a bulk stream queue
-    /// megabytes in front of a small request.
+    /// Bytes that one stream may have under way at first. Too small limits a long path; too large lets a bulk stream
+    /// queue megabytes in front of a small request.
     pub stream_window: u32,
+    /// Up to which the window of a stream may grow where its [path](crate::path) holds more.
+    pub max_stream_window: u32,
     /// Bytes that all streams of a tunnel may have under way. Many times the window of one stream: streams
     /// whose readers are slow hold what they were sent, and must not hold the whole tunnel.
     pub connection_window: u32,
@@ -38,8 +40,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            stream_window: 2 * 1024 * 1024,
-            connection_window: 16 * 1024 * 1024,
+            stream_window: 1024 * 1024,
+            max_stream_window: 16 * 1024 * 1024,
+            connection_window: 64 * 1024 * 1024,
             max_frame: 1024 * 1024,
             send_buffer: 256 * 1024,
             max_streams: 200,
@@ -51,5 +54,15 @@ impl Default for Settings {
             ping_every: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
         }
+    }
+}
+
+impl Settings {
+    /// The window of the whole tunnel when its streams have this one.
+    pub(crate) fn connection_window_for(&self, stream_window: u32) -> u32 {
+        const STREAMS: u32 = 32;
+        // RFC 9113 section 6.9.1.
+        const MAX: u32 = (1 << 31) - 1;
+        self.connection_window.max(stream_window.saturating_mul(STREAMS)).min(MAX)
     }
 }

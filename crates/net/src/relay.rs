@@ -16,6 +16,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio_util::io::poll_read_buf;
 
 use crate::turn::Turn;
+use crate::unless;
 
 /// Bytes moved so far, seen from the first socket; may be read while they move.
 #[derive(Debug, Default)]
@@ -55,10 +56,7 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
         let half = HalfClosed::default();
         let there = async { one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n)).await.map(|()| half.set()) };
         let back = async { one_way(&mut b_read, &mut a_write, |n| moved.add_received(n)).await.map(|()| half.set()) };
-        tokio::select! {
-            result = both(there, back) => result,
-            error = half.abandoned(moved) => Err(error),
-        }
+        unless(both(there, back), async { Err(half.abandoned(moved).await) }).await
     };
     if result.is_err() {
         reset(&a);

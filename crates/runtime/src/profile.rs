@@ -21,7 +21,9 @@ static TAKING: Mutex<()> = Mutex::const_new(());
 pub async fn page(request: &Request<()>) -> Page {
     let number = |name: &str, default: u64| http::query(request, name).map_or(Ok(default), str::parse::<u64>);
     let (seconds, frequency) = match (number("seconds", 10), number("frequency", 100)) {
-        (Ok(s), Ok(f)) if SECONDS.contains(&s) && i32::try_from(f).is_ok_and(|f| FREQUENCY.contains(&f)) => (s, f as i32),
+        (Ok(s), Ok(f)) if SECONDS.contains(&s) && i32::try_from(f).is_ok_and(|f| FREQUENCY.contains(&f)) => {
+            (s, f as i32)
+        }
         _ => {
             let text = format!("expected seconds in {SECONDS:?} and frequency in {FREQUENCY:?}\n");
             return http::text(StatusCode::BAD_REQUEST, text);

@@ -97,7 +97,8 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let name = ServerName::IpAddress(PkiIp::from(address));
     let connecting = TlsConnector::from(config.client.clone()).connect(name, Buffered::new(stream));
-    let mut tls = tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let mut tls =
+        tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
     let (_, connection) = tls.get_mut();
     connection.set_buffer_limit(Some(WRITE));
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;

@@ -15,9 +15,9 @@ use super::SourceState;
 use super::directory::Directory;
 
 /// Quiet time after which a change is read...
-const QUIET: Duration = Duration::from_millis(15);
+const QUIET: Duration = Duration::from_millis(5);
 /// ...but at the latest after this many quiet times.
-const PATIENCE: usize = 10;
+const PATIENCE: usize = 20;
 const RESCAN: Duration = Duration::from_secs(1);
 
 /// Reads the directories for ever.
