@@ -28,10 +28,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tracing::{debug, error, info, warn};
 
+use crate::auth::review::ReviewVerifier;
 use crate::auth::{KeySetVerifier, TokenVerifier};
 use crate::authority::{Authority, AuthorityError, Current};
 use crate::certificates::CertificateService;
-use crate::config::Config;
+use crate::cluster::{self, ClusterError};
+use crate::config::{Config, SourceKind};
 use crate::debug::Pages;
 use crate::index::{self, Enrolled, Mesh, Settings};
 use crate::objects::Objects;
@@ -52,6 +54,9 @@ pub enum RunError {
     /// The certificate authority cannot be used.
     #[error("certificate authority: {0}")]
     Authority(#[from] AuthorityError),
+    /// The cluster does not give what is needed.
+    #[error("{0}")]
+    Cluster(#[from] ClusterError),
     /// TLS or gRPC cannot start.
     #[error("{0}")]
     Serve(String),
@@ -77,10 +82,26 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let registry = Registry::default();
     let readiness = Readiness::default();
     readiness.pending("source", "the directory has not been read");
-    for dir in [config.overlay.join("objects"), config.overlay.join("patches"), config.state_directory.clone()] {
+    let mut directories = vec![config.state_directory.clone()];
+    if config.source == SourceKind::Dir {
+        directories.extend([config.overlay.join("objects"), config.overlay.join("patches")]);
+    }
+    for dir in directories {
         std::fs::create_dir_all(&dir).map_err(|e| RunError::Io(dir.display().to_string(), e))?;
     }
-    let authority = load_authority(&config)?;
+    let client = match config.source {
+        SourceKind::Dir => None,
+        SourceKind::Kube => {
+            let client = kube::Client::try_default().await;
+            Some(client.map_err(|e| RunError::Serve(format!("API server: {e}")))?)
+        }
+    };
+    let authority = match &client {
+        Some(client) if config.cacerts.is_none() => {
+            cluster::own_authority(client, &config.namespace, &config.state_directory, config.certificate_ttl).await?
+        }
+        _ => load_authority(&config)?,
+    };
     publish_roots(&config.state_directory, authority.roots())?;
     let authority: Current = Arc::new(ArcSwap::from_pointee(authority));
 
@@ -88,7 +109,18 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let (mesh, mesh_seen) = watch::channel(Arc::new(Mesh::default()));
     let (resources, resources_seen) = watch::channel(Arc::new(Resources::default()));
     let (reports, reports_seen) = mpsc::channel(64);
-    tokio::spawn(directory::run(config.directory.clone(), config.overlay.clone(), source));
+    let mut annotations = None;
+    match &client {
+        None => drop(tokio::spawn(directory::run(config.directory.clone(), config.overlay.clone(), source))),
+        Some(client) => {
+            tokio::spawn(crate::source::kube::run(client.clone(), config.namespace.clone(), source));
+            let roots = (client.clone(), config.namespace.clone(), authority.clone(), source_seen.clone());
+            tokio::spawn(cluster::publish_roots(roots.0, roots.1, roots.2, roots.3));
+            let (sender, receiver) = mpsc::channel(256);
+            tokio::spawn(cluster::annotate(client.clone(), source_seen.clone(), receiver));
+            annotations = Some(sender);
+        }
+    }
     let pipeline = Pipeline {
         settings: Settings {
             cluster_id: config.cluster_id.as_str().into(),
@@ -96,18 +128,18 @@ async fn serve(config: Config) -> Result<(), RunError> {
             namespace: config.namespace.clone(),
         },
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
-        overlay: config.overlay.clone(),
+        overlay: client.is_none().then(|| config.overlay.clone()),
+        annotations,
         readiness: readiness.clone(),
         problems: registry.gauge("ambit_objects_refused", "Documents that are not used as they stand.", &[]),
     };
     tokio::spawn(pipeline.run(source_seen.clone(), reports_seen, mesh, resources));
 
-    let verifier: Arc<dyn TokenVerifier> = Arc::new(KeySetVerifier::new(
-        config.jwks.clone(),
-        config.token_issuer.clone(),
-        config.token_audiences.clone(),
-        config.node_accounts.clone(),
-    ));
+    let (audiences, nodes) = (config.token_audiences.clone(), config.node_accounts.clone());
+    let verifier: Arc<dyn TokenVerifier> = match client {
+        Some(client) => Arc::new(ReviewVerifier::new(client, audiences, nodes)),
+        None => Arc::new(KeySetVerifier::new(config.jwks.clone(), config.token_issuer.clone(), audiences, nodes)),
+    };
     let clients = Clients::default();
     let ads = Ads {
         verifier: verifier.clone(),
@@ -231,7 +263,10 @@ impl Enrolments {
 struct Pipeline {
     settings: Settings,
     enrolments: Enrolments,
-    overlay: PathBuf,
+    /// Where addresses of hosts are kept; a cluster keeps them otherwise.
+    overlay: Option<PathBuf>,
+    /// Who writes reports on pods, in a cluster.
+    annotations: Option<mpsc::Sender<Report>>,
     readiness: Readiness,
     problems: Arc<ambit_telemetry::CounterVec>,
 }
@@ -248,13 +283,13 @@ impl Pipeline {
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
                 report = reports.recv() => match report {
-                    Some(report) => self.enrolments.apply(report),
+                    Some(report) => self.report(report).await,
                     None => return,
                 },
             }
             // Reports that wait are taken together: one build for all.
             while let Ok(report) = reports.try_recv() {
-                self.enrolments.apply(report);
+                self.report(report).await;
             }
             let state = source.borrow_and_update().clone();
             if state.ready {
@@ -273,8 +308,17 @@ impl Pipeline {
         }
     }
 
+    async fn report(&mut self, report: Report) {
+        if let Some(annotations) = &self.annotations {
+            // The queue is long; where it is full the API server is slow, and nodes may wait as well.
+            let _ = annotations.send(report.clone()).await;
+        }
+        self.enrolments.apply(report);
+    }
+
     /// Keeps addresses that were given to hosts, as status of their entries in the overlay.
     fn write_allocations(&self, mesh: &Mesh) {
+        let Some(overlay) = &self.overlay else { return };
         for (key, addresses) in &mesh.allocated {
             let mut text = format!(
                 "apiVersion: networking.istio.io/v1\nkind: {}\nmetadata:\n  name: {}\n  namespace: {}\nstatus:\n  addresses:\n",
@@ -283,7 +327,7 @@ impl Pipeline {
             for (host, ip) in addresses {
                 text.push_str(&format!("  - value: {:?}\n    host: {host:?}\n", ip.to_string()));
             }
-            let path = self.overlay.join("patches").join(format!("serviceentry-{}-{}.yaml", key.namespace, key.name));
+            let path = overlay.join("patches").join(format!("serviceentry-{}-{}.yaml", key.namespace, key.name));
             if let Err(error) = write_atomically(&path, &text) {
                 warn!(file = %path.display(), %error, "addresses not kept");
             }

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
+pub mod review;
 #[cfg(test)]
 mod tests;
 

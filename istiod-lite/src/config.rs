@@ -12,12 +12,14 @@ pub const HELP: &str = "\
 istiod-lite [--config FILE]
 
 FILE is YAML, one key a line; each may be set by its environment variable, which wins.
-  directory        AMBIT_DIRECTORY        directory of Kubernetes YAML, watched (required)
-  overlay          AMBIT_OVERLAY          directory laid over it: what a cluster would write [DIRECTORY/../overlay]
-  stateDirectory   AMBIT_STATE            the mesh's root and its key are kept here (required)
+  source           AMBIT_SOURCE           dir or kube: where objects come from [dir]
+  directory        AMBIT_DIRECTORY        dir: directory of Kubernetes YAML, watched (required)
+  overlay          AMBIT_OVERLAY          dir: directory laid over it: what a cluster would write [DIRECTORY/../overlay]
+  stateDirectory   AMBIT_STATE            dir: the mesh's root and its key are kept here; kube: a copy of what is in
+                                          Secret ambit-ca, so let it be in memory (required)
   cacerts          AMBIT_CACERTS          directory with ca-cert.pem, ca-key.pem, root-cert.pem, cert-chain.pem,
                                           in place of a root of our own []
-  jwks             AMBIT_JWKS             key set by which service-account tokens are verified (required)
+  jwks             AMBIT_JWKS             dir: key set by which service-account tokens are verified (required)
   tokenIssuer      AMBIT_TOKEN_ISSUER     issuer that tokens must have [any]
   tokenAudiences   AMBIT_TOKEN_AUDIENCES  audiences accepted, comma-separated [istio-ca,ambit]
   nodeAccounts     CA_TRUSTED_NODE_ACCOUNTS  accounts of node tunnels, comma-separated [istio-system/ztunnel]
@@ -32,10 +34,20 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   logFormat        LOG_FORMAT             plain or json [plain]
 ";
 
+/// Where objects come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceKind {
+    /// A directory of YAML.
+    Dir,
+    /// The API server of the cluster that this process runs in, or that `KUBECONFIG` names.
+    Kube,
+}
+
 /// Validated configuration.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "described in HELP")]
 pub struct Config {
+    pub source: SourceKind,
     pub directory: PathBuf,
     pub overlay: PathBuf,
     pub state_directory: PathBuf,
@@ -71,9 +83,15 @@ impl Config {
             s.get(key, &[var], "text").unwrap_or_else(|| default.to_owned())
         };
         let list = |text: String| -> Vec<String> { text.split(',').map(|t| t.trim().to_owned()).collect() };
+        let kind = s.get_with("source", &["AMBIT_SOURCE"], "dir or kube", |v| match v {
+            "dir" => Ok(SourceKind::Dir),
+            "kube" => Ok(SourceKind::Kube),
+            _ => Err("unknown source".to_owned()),
+        });
+        let kind = kind.unwrap_or(SourceKind::Dir);
         let mut required = |key: &str, var: &str, what: &str| {
             let value = s.get::<PathBuf>(key, &[var], what);
-            if value.is_none() {
+            if value.is_none() && (kind == SourceKind::Dir || key == "stateDirectory") {
                 s.problem(format!("{key} ({var}) is not set; expected {what}"));
             }
             value.unwrap_or_default()
@@ -98,6 +116,7 @@ impl Config {
             s.problem(format!("certificateTtl {certificate_ttl:?}: expected 2s to 90d"));
         }
         let config = Self {
+            source: kind,
             directory,
             overlay,
             state_directory,

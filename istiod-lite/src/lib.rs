@@ -13,6 +13,7 @@ pub mod app;
 pub mod auth;
 pub mod authority;
 pub mod certificates;
+pub mod cluster;
 pub mod config;
 pub mod debug;
 pub mod index;

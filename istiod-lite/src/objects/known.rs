@@ -196,6 +196,16 @@ impl Kind {
         Err(format!("kind {kind} of {api_version:?} is not supported: {instead}"))
     }
 
+    /// A kind by its name alone.
+    pub fn named(kind: &str) -> Option<&'static Self> {
+        KINDS.iter().find(|k| k.kind == kind)
+    }
+
+    /// Whether it is Kubernetes' own, with every object checked by its API server.
+    pub fn is_kubernetes(&self) -> bool {
+        matches!(self.group, "" | "apps" | "discovery.k8s.io")
+    }
+
     /// Whether a field that nobody read may be there. `path` is as `spec.containers.0.image`.
     pub fn may_have(&self, path: &str) -> bool {
         let plain: Vec<&str> = path.split('.').filter(|p| p.parse::<usize>().is_err() && *p != "?").collect();

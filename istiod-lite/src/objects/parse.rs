@@ -84,7 +84,7 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
     })?;
     unknown.retain(|path| !kind.may_have(path));
     let object = {
-        let reader = Reader { text, kind, unknown: &mut unknown };
+        let reader = Reader { input: Yaml(text), kind, unknown: &mut unknown };
         reader.object(&header.metadata).map_err(|e| from_yaml(e, Some(key.clone())))?
     };
     if let Some(path) = unknown.first() {
@@ -94,6 +94,21 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
         return Err(error(line.map(|l| l + 1), reason, Some(key)));
     }
     Ok(Parsed { key, meta: header.metadata, object })
+}
+
+/// Reads an object of a kind as an API server sends it. What Kubernetes itself has checked may have fields that are
+/// newer than our lists.
+pub fn from_api(kind: &'static Kind, object: &serde_json::Value) -> Result<Parsed, ParseError> {
+    let meta = Meta::deserialize(&object["metadata"]).map_err(|e| ParseError::unknown(format!("metadata: {e}")))?;
+    let key = Key { kind: kind.kind, namespace: meta.namespace.clone(), name: meta.name.clone() };
+    let error = |reason| ParseError { line: None, reason, of: Box::new(Suspect::Key(key.clone())) };
+    let mut unknown = Vec::new();
+    let reader = Reader { input: Json(object), kind, unknown: &mut unknown };
+    let object = reader.object(&meta).map_err(|e| error(e.to_string()))?;
+    match unknown.first() {
+        Some(path) if !kind.is_kubernetes() => Err(error(format!("{path}: unknown field of a {}", kind.kind))),
+        _ => Ok(Parsed { key, meta, object }),
+    }
 }
 
 /// Reads an object from a document that has been put together; its parts have been checked.
@@ -128,14 +143,41 @@ fn is_name(s: &str) -> bool {
     !s.is_empty() && s.len() <= 253 && s.bytes().all(inner) && !s.starts_with(['-', '.']) && !s.ends_with(['-', '.'])
 }
 
-struct Reader<'a> {
-    text: &'a str,
+struct Reader<'a, I> {
+    input: I,
     kind: &'static Kind,
     unknown: &'a mut Vec<String>,
 }
 
-impl Reader<'_> {
-    fn object(self, meta: &Meta) -> Result<Object, serde_yaml::Error> {
+/// What an object is read from.
+trait Input: Copy {
+    type Error: serde::de::Error;
+    /// Reads, telling each field that the type does not have.
+    fn read<T: DeserializeOwned>(self, unread: impl FnMut(serde_ignored::Path<'_>)) -> Result<T, Self::Error>;
+}
+
+#[derive(Clone, Copy)]
+struct Yaml<'a>(&'a str);
+
+#[derive(Clone, Copy)]
+struct Json<'a>(&'a serde_json::Value);
+
+impl Input for Yaml<'_> {
+    type Error = serde_yaml::Error;
+    fn read<T: DeserializeOwned>(self, mut unread: impl FnMut(serde_ignored::Path<'_>)) -> Result<T, Self::Error> {
+        serde_ignored::deserialize(serde_yaml::Deserializer::from_str(self.0), &mut unread)
+    }
+}
+
+impl Input for Json<'_> {
+    type Error = serde_json::Error;
+    fn read<T: DeserializeOwned>(self, mut unread: impl FnMut(serde_ignored::Path<'_>)) -> Result<T, Self::Error> {
+        serde_ignored::deserialize(self.0, &mut unread)
+    }
+}
+
+impl<I: Input> Reader<'_, I> {
+    fn object(self, meta: &Meta) -> Result<Object, I::Error> {
         Ok(match self.kind.kind {
             "Namespace" => Object::Namespace(self.read()?),
             "Node" => Object::Node(self.read()?),
@@ -153,19 +195,18 @@ impl Reader<'_> {
                 struct Data {
                     data: std::collections::BTreeMap<String, String>,
                 }
-                let data: Data = serde_yaml::from_str(self.text)?;
+                let data: Data = self.input.read(|_| {})?;
                 let mesh = data.data.get("mesh").map_or("{}", String::as_str);
-                Object::MeshConfig(serde_yaml::from_str(mesh)?)
+                Object::MeshConfig(serde_yaml::from_str(mesh).map_err(|e| serde::de::Error::custom(e))?)
             }
             _ => Object::Other,
         })
     }
 
-    fn read<T: DeserializeOwned>(self) -> Result<T, serde_yaml::Error> {
+    fn read<T: DeserializeOwned>(self) -> Result<T, I::Error> {
         let kind = self.kind;
         let unknown = self.unknown;
-        let text = serde_yaml::Deserializer::from_str(self.text);
-        serde_ignored::deserialize(text, |path| {
+        self.input.read(|path| {
             let path = path.to_string();
             // Metadata has been read by itself, for every kind alike.
             if !path.starts_with("metadata") && !kind.may_have(&path) {

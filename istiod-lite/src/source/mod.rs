@@ -1,6 +1,8 @@
-//! Where objects come from. Today a directory of YAML; the rest of the controller sees only [`SourceState`].
+//! Where objects come from: a [`directory`] of YAML, or a cluster's API server ([`kube`]). The rest of the controller
+//! sees only [`SourceState`].
 
 pub mod directory;
+pub mod kube;
 pub mod watch;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,286 @@
+//! Objects of a cluster, watched at its API server.
+//!
+//! Owns the watches and what is kept when an object cannot be read: its last good state. A watch that ends is begun
+//! anew with growing pauses; meanwhile what was read stays. A kind that the cluster does not have (yet) counts as read
+//! and empty. Never writes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use kube::api::{ApiResource, DynamicObject};
+use kube::core::GroupVersionKind;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client};
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+
+use super::{Problem, SourceState};
+use crate::index;
+use crate::objects::known::Kind;
+use crate::objects::parse::{self, Parsed};
+use crate::objects::{Key, Loaded, Objects, Place};
+
+/// A kind that is watched.
+struct Watched {
+    kind: &'static str,
+    version: &'static str,
+    plural: &'static str,
+}
+
+const fn watched(kind: &'static str, version: &'static str, plural: &'static str) -> Watched {
+    Watched { kind, version, plural }
+}
+
+const WATCHED: &[Watched] = &[
+    watched("Namespace", "v1", "namespaces"),
+    watched("Node", "v1", "nodes"),
+    watched("Pod", "v1", "pods"),
+    watched("Service", "v1", "services"),
+    watched("EndpointSlice", "v1", "endpointslices"),
+    watched("ConfigMap", "v1", "configmaps"),
+    watched("ServiceEntry", "v1", "serviceentries"),
+    watched("WorkloadEntry", "v1", "workloadentries"),
+    watched("AuthorizationPolicy", "v1", "authorizationpolicies"),
+    watched("PeerAuthentication", "v1", "peerauthentications"),
+    watched("Gateway", "v1", "gateways"),
+];
+
+/// A kind that the cluster does not have is looked for again after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// Changes that come within this time are published together.
+const TOGETHER: Duration = Duration::from_millis(3);
+/// Changes under way from the watches; a watch that is ahead waits.
+const QUEUE: usize = 1024;
+
+/// A change of one kind.
+enum Change {
+    /// All objects of it.
+    All(Vec<Value>),
+    Apply(Value),
+    Delete(Value),
+}
+
+/// Watches for ever. `namespace` is that of the installation, where the mesh configuration is.
+pub async fn run(client: Client, namespace: String, states: watch::Sender<Arc<SourceState>>) {
+    let (sender, mut changes) = mpsc::channel(QUEUE);
+    for watched in WATCHED {
+        tokio::spawn(follow(client.clone(), watched, namespace.clone(), sender.clone()));
+    }
+    drop(sender);
+    let mut cluster = Cluster::default();
+    while let Some((kind, change)) = changes.recv().await {
+        cluster.apply(kind, change);
+        let end = tokio::time::sleep(TOGETHER);
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                more = changes.recv() => match more {
+                    Some((kind, change)) => cluster.apply(kind, change),
+                    None => return,
+                },
+            }
+        }
+        states.send_replace(Arc::new(cluster.state()));
+    }
+}
+
+async fn follow(
+    client: Client,
+    watched: &'static Watched,
+    namespace: String,
+    changes: mpsc::Sender<(&'static Kind, Change)>,
+) {
+    let Some(kind) = Kind::named(watched.kind) else { unreachable!("all watched kinds are known") };
+    let gvk = GroupVersionKind::gvk(kind.group, watched.version, watched.kind);
+    let resource = ApiResource::from_gvk_with_plural(&gvk, watched.plural);
+    // The one configuration object; nothing else of this kind may be read.
+    let (api, config): (Api<DynamicObject>, _) = match watched.kind {
+        "ConfigMap" => (
+            Api::namespaced_with(client, &namespace, &resource),
+            watcher::Config::default().fields("metadata.name=istio"),
+        ),
+        _ => (Api::all_with(client, &resource), watcher::Config::default()),
+    };
+    let mut missing = false;
+    loop {
+        let mut events = std::pin::pin!(watcher::watcher(api.clone(), config.clone()));
+        let mut listed = Vec::new();
+        let mut failures = 0_u32;
+        loop {
+            let change = match events.try_next().await {
+                Ok(Some(Event::Init)) => {
+                    listed.clear();
+                    continue;
+                }
+                Ok(Some(Event::InitApply(object))) => {
+                    listed.push(value(object));
+                    continue;
+                }
+                Ok(Some(Event::InitDone)) => {
+                    (failures, missing) = (0, false);
+                    Change::All(std::mem::take(&mut listed))
+                }
+                Ok(Some(Event::Apply(object))) => Change::Apply(value(object)),
+                Ok(Some(Event::Delete(object))) => Change::Delete(value(object)),
+                Ok(None) => break,
+                Err(error) if is_missing(&error) => {
+                    if !std::mem::replace(&mut missing, true) {
+                        info!(kind = watched.kind, "the cluster does not have this kind; waiting for it");
+                        if changes.send((kind, Change::All(Vec::new()))).await.is_err() {
+                            return;
+                        }
+                    }
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    break;
+                }
+                Err(error) => {
+                    failures += 1;
+                    let pause = Duration::from_millis(200 * 2_u64.pow(failures.min(7))).min(Duration::from_secs(20));
+                    let pause = pause.mul_f64(0.5 + fastrand::f64());
+                    if failures > 2 {
+                        warn!(kind = watched.kind, %error, ?pause, "watch");
+                    } else {
+                        debug!(kind = watched.kind, %error, ?pause, "watch");
+                    }
+                    tokio::time::sleep(pause).await;
+                    continue;
+                }
+            };
+            if changes.send((kind, change)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn is_missing(error: &watcher::Error) -> bool {
+    let of = |e: &kube::Error| matches!(e, kube::Error::Api(status) if status.code == 404);
+    match error {
+        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) | watcher::Error::WatchFailed(e) => {
+            of(e)
+        }
+        watcher::Error::WatchError(status) => status.code == 404,
+        watcher::Error::NoResourceVersion => false,
+    }
+}
+
+fn value(object: DynamicObject) -> Value {
+    let mut value = object.data;
+    // What came as JSON goes back to it.
+    value["metadata"] = serde_json::to_value(object.metadata).unwrap_or_default();
+    value
+}
+
+/// What the watches have brought.
+#[derive(Default)]
+struct Cluster {
+    objects: Objects,
+    problems: BTreeMap<Key, Problem>,
+    /// Kinds that have been read.
+    read: HashMap<&'static str, ()>,
+}
+
+impl Cluster {
+    fn apply(&mut self, kind: &'static Kind, change: Change) {
+        match change {
+            Change::All(objects) => {
+                let there: std::collections::HashSet<Key> = objects.iter().map(|o| key(kind, o)).collect();
+                self.objects.retain(|k, _| k.kind != kind.kind || there.contains(k));
+                self.problems.retain(|k, _| k.kind != kind.kind || there.contains(k));
+                objects.iter().for_each(|o| self.one(kind, o));
+                self.read.insert(kind.kind, ());
+            }
+            Change::Apply(object) => self.one(kind, &object),
+            Change::Delete(object) => {
+                let key = key(kind, &object);
+                self.objects.remove(&key);
+                self.problems.remove(&key);
+            }
+        }
+    }
+
+    fn one(&mut self, kind: &'static Kind, object: &Value) {
+        let key = key(kind, object);
+        let place = Place { file: key.to_string(), line: 1 };
+        let read = parse::from_api(kind, object).map_err(|e| e.reason).and_then(|parsed| {
+            let wrong = |w: index::policies::Invalid| format!("{}: {:?}: expected {}", w.path, w.value, w.expected);
+            index::validate(&parsed.object).map_err(wrong).map(|()| parsed)
+        });
+        match read {
+            Ok(Parsed { object, meta, .. }) => {
+                self.problems.remove(&key);
+                self.objects.insert(key, Arc::new(Loaded { object, meta, place }));
+            }
+            Err(reason) => {
+                let kept = self.objects.contains_key(&key);
+                warn!(object = %key, reason, kept, "object refused");
+                let problem = Problem { place: key.to_string(), key: Some(key.clone()), reason, kept };
+                self.problems.insert(key, problem);
+            }
+        }
+    }
+
+    fn state(&self) -> SourceState {
+        SourceState {
+            objects: self.objects.clone(),
+            problems: self.problems.values().map(|p| (format!("{} {}", p.place, p.reason), p.clone())).collect(),
+            ready: self.read.len() == WATCHED.len(),
+        }
+    }
+}
+
+fn key(kind: &'static Kind, object: &Value) -> Key {
+    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+    Key { kind: kind.kind, namespace: text("namespace"), name: text("name") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn policy(name: &str, spec: &Value) -> Value {
+        json!({ "metadata": { "name": name, "namespace": "ns", "uid": "1", "managedFields": [] }, "spec": spec })
+    }
+
+    #[test]
+    fn the_last_good_state_of_an_object_stays() {
+        let kind = Kind::named("AuthorizationPolicy").expect("known");
+        let mut cluster = Cluster::default();
+        let good = policy("p", &json!({ "action": "DENY", "rules": [{}] }));
+        let other = policy("q", &json!({ "rules": [{ "from": [{ "source": { "namespaces": ["a"] } }] }] }));
+        cluster.apply(kind, Change::All(vec![good, other]));
+        assert_eq!(cluster.state().objects.len(), 2);
+        for (wrong, expected) in [
+            (json!({ "action": "DENY", "rulez": [{}] }), "spec.rulez: unknown field"),
+            (json!({ "rules": [{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/99"] } }] }] }), "10.0.0.0/99"),
+        ] {
+            cluster.apply(kind, Change::Apply(policy("p", &wrong)));
+            let state = cluster.state();
+            assert_eq!(state.objects.len(), 2, "the last good state stays");
+            let problem = state.problems.values().next().expect("a problem");
+            assert!(problem.kept && problem.reason.contains(expected), "{problem:?}");
+        }
+        cluster.apply(kind, Change::Apply(policy("p", &json!({ "rules": [{}] }))));
+        assert!(cluster.state().problems.is_empty(), "mended");
+        cluster.apply(kind, Change::Delete(policy("p", &json!({}))));
+        cluster.apply(kind, Change::All(Vec::new()));
+        assert!(cluster.state().objects.is_empty());
+    }
+
+    #[test]
+    fn newer_fields_of_kubernetes_own_kinds_are_no_mistake() {
+        let kind = Kind::named("Pod").expect("known");
+        let pod = json!({ "metadata": { "name": "p", "namespace": "ns", "uid": "1" },
+            "spec": { "nodeName": "n", "somethingNew": { "a": 1 }, "containers": [{ "name": "c", "newer": true }] },
+            "status": { "phase": "Running", "podIP": "10.0.0.1", "podIPs": [{ "ip": "10.0.0.1" }] } });
+        let mut cluster = Cluster::default();
+        cluster.apply(kind, Change::Apply(pod));
+        assert_eq!(cluster.state().objects.len(), 1, "{:?}", cluster.state().problems);
+        assert!(!cluster.state().ready, "other kinds have not been read");
+    }
+}
