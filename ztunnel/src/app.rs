@@ -28,7 +28,7 @@ use crate::mesh::MeshHandler;
 use crate::observe::Observer;
 use crate::pods::Pods;
 use crate::worker::{self, Shared};
-use crate::{agent, zds};
+use crate::{agent, discover, zds};
 
 /// Why the process cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -82,11 +82,12 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let readiness = Readiness::default();
     let store = Arc::new(Store::default());
     let drain = CancellationToken::new();
+    let node_netns = Netns::open(&config.node_netns).map_err(|e| RunError::Io("the node's network namespace", e))?;
     let shared = Arc::new(Shared {
         config: config.clone(),
         store: store.clone(),
         observer: Observer::new(&registry, log),
-        node: Netns::own().map_err(|e| RunError::Io("own network namespace", e))?,
+        node: node_netns.clone(),
         drain: drain.clone(),
         connections: TaskTracker::new(),
     });
@@ -94,8 +95,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let (enrolled, enrolled_seen) = watch::channel(Default::default());
     let certificates = Certificates::new(CaClient::new(ca(&config), config.secret_ttl)?);
     let serving = workers.iter().map(|w| worker::start(w, shared.clone())).collect();
-    let pods =
-        Arc::new(Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled));
+    let told = node_pods_seen.clone();
+    let pods = Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled);
+    let pods = Arc::new(pods);
 
     let quit = CancellationToken::new();
     let admin = Admin {
@@ -119,6 +121,10 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
             tokio::spawn(async move { zds::run(&path, pods, readiness).await });
         }
         None => {
+            if let Some(proc) = &config.proc {
+                let found = discover::run(proc.clone(), node_netns.id(), pods.clone(), told, config.audit_interval);
+                tokio::spawn(found);
+            }
             let (path, pods) = (config.agent_socket.clone(), pods.clone());
             tokio::spawn(async move {
                 if let Err(error) = agent::serve(&path, pods).await {

@@ -31,6 +31,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   secretTtl            SECRET_TTL                lifetime to ask for [24h]
   zdsSocket            INPOD_UDS                 socket of a foreign node agent; then our own agent is off []
   agentSocket          AMBIT_AGENT_SOCKET        socket of our own agent [/var/run/ambit/agent.sock]
+  nodeNetns            AMBIT_NODE_NETNS          network namespace of the node, where the kubelet is [/proc/self/ns/net]
+  proc                 AMBIT_PROC                the node's /proc, to find pods that run already []
   workerThreads        ZTUNNEL_WORKER_THREADS    threads, 0 = all cores, or N% [max(2, cores/4)]
   adminPort            ADMIN_PORT                admin pages, localhost only [15000]
   statsPort            STATS_PORT                metrics [15020]
@@ -84,6 +86,8 @@ pub struct Config {
     pub secret_ttl: Duration,
     pub zds_socket: Option<PathBuf>,
     pub agent_socket: PathBuf,
+    pub node_netns: PathBuf,
+    pub proc: Option<PathBuf>,
     pub worker_threads: usize,
     pub admin_port: u16,
     pub stats_port: u16,
@@ -184,6 +188,8 @@ impl Config {
             secret_ttl: time(&mut s, "secretTtl", &["SECRET_TTL"], Duration::from_secs(24 * 3600)),
             zds_socket: s.get("zdsSocket", &["INPOD_UDS"], "a path"),
             agent_socket: text(&mut s, "agentSocket", &["AMBIT_AGENT_SOCKET"], "/var/run/ambit/agent.sock").into(),
+            node_netns: text(&mut s, "nodeNetns", &["AMBIT_NODE_NETNS"], "/proc/self/ns/net").into(),
+            proc: s.get("proc", &["AMBIT_PROC"], "a directory"),
             worker_threads: s
                 .get_with("workerThreads", &["ZTUNNEL_WORKER_THREADS"], "a number, or a share such as 25%", threads)
                 .unwrap_or_else(workers::default_count),

@@ -17,6 +17,7 @@ pub mod app;
 pub mod authorize;
 pub mod certificates;
 pub mod config;
+pub mod discover;
 pub mod dns;
 pub mod inbound;
 pub mod mesh;

@@ -12,7 +12,9 @@ use ambit_model::policy::PolicySet;
 use ambit_model::{Identity, Str, Workload};
 use ambit_net::Netns;
 use ambit_net::capture::Capture;
+use ambit_net::netns::NetnsId;
 use ambit_store::Store;
+use ambit_xds::proto::ambit::NodePod;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -165,9 +167,15 @@ impl Pods {
     /// A pod starts, or is told again. Answers whether it is enrolled; an error means that it must not start.
     pub async fn add(&self, info: PodInfo, netns: Netns, decision: Decision) -> Result<bool, String> {
         let slot = self.slots().entry(info.uid.clone()).or_default().clone();
+        let mut info = info;
         let enrol = match decision {
             Decision::Agent => true,
-            Decision::Controller => self.decided(&info).await?,
+            Decision::Controller => {
+                let told = self.decided(&info).await?;
+                // A CNI plugin is not told of accounts.
+                info.service_account = told.service_account;
+                told.enrol
+            }
         };
         let mut known = slot.lock().await;
         if !self.slots().get(&info.uid).is_some_and(|now| Arc::ptr_eq(now, &slot)) {
@@ -207,7 +215,7 @@ impl Pods {
     }
 
     /// What the controller says of a pod; waits for it to say something.
-    async fn decided(&self, info: &PodInfo) -> Result<bool, String> {
+    async fn decided(&self, info: &PodInfo) -> Result<NodePod, String> {
         let mut node_pods = self.node_pods.clone();
         let said = node_pods.wait_for(|pods| pods.as_ref().is_some_and(|p| p.contains_key(&info.uid)));
         let said = tokio::time::timeout(WAIT, said).await;
@@ -219,14 +227,22 @@ impl Pods {
             };
             return Err(format!("pod {}/{} ({}): {why}", info.namespace, info.name, info.uid));
         };
-        let Some(pod) = pods.as_ref().and_then(|p| p.get(&info.uid)) else { return Ok(false) };
-        if (&pod.namespace, &pod.service_account) != (&info.namespace, &info.service_account) {
+        let Some(pod) = pods.as_ref().and_then(|p| p.get(&info.uid)) else { return Err("unknown pod".into()) };
+        let same_account = info.service_account.is_empty() || pod.service_account == info.service_account;
+        if pod.namespace != info.namespace || !same_account {
             return Err(format!(
                 "pod {}: the agent says {}/{}, the controller {}/{}",
                 info.uid, info.namespace, info.service_account, pod.namespace, pod.service_account
             ));
         }
-        Ok(pod.enrol)
+        Ok(pod.clone())
+    }
+
+    /// The namespace in which a pod was last seen.
+    pub async fn netns(&self, uid: &str) -> Option<NetnsId> {
+        let slot = self.slots().get(uid).cloned()?;
+        let known = slot.lock().await;
+        known.netns.as_ref().map(Netns::id)
     }
 
     async fn join(&self, known: &mut Known) -> Result<(), String> {
@@ -438,7 +454,7 @@ impl Pods {
     }
 }
 
-fn probe_ports_of(pod: &ambit_xds::proto::ambit::NodePod) -> Vec<u16> {
+fn probe_ports_of(pod: &NodePod) -> Vec<u16> {
     pod.probe_ports.iter().filter_map(|p| u16::try_from(*p).ok()).collect()
 }
 
