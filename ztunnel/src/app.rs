@@ -23,6 +23,8 @@ use tracing::info;
 
 use crate::admin::Admin;
 use crate::certificates::Certificates;
+use crate::cni::install;
+use crate::cni::plugin::PluginConfig;
 use crate::config::Config;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
@@ -125,6 +127,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
                 let found = discover::run(proc.clone(), node_netns.id(), pods.clone(), told, config.audit_interval);
                 tokio::spawn(found);
             }
+            if let Some(places) = cni(&config) {
+                tokio::spawn(install::keep(places));
+            }
             let (path, pods) = (config.agent_socket.clone(), pods.clone());
             tokio::spawn(async move {
                 if let Err(error) = agent::serve(&path, pods).await {
@@ -148,6 +153,20 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
     }
     Ok(())
+}
+
+/// Where the CNI plugin goes, if it is to be installed.
+fn cni(config: &Config) -> Option<install::Places> {
+    let (programs, configs) = (config.cni_bin_dir.clone()?, config.cni_conf_dir.clone()?);
+    let mut exclude_namespaces = config.cni_exclude.clone();
+    exclude_namespaces.extend([config.pod_namespace.clone(), "kube-system".into()]);
+    let plugin = PluginConfig {
+        agent_socket: config.agent_socket.clone(),
+        exclude_namespaces,
+        outside_file: config.agent_socket.with_file_name("outside.json"),
+        ..PluginConfig::default()
+    };
+    Some(install::Places { programs, configs, source: config.cni_source.clone(), plugin })
 }
 
 async fn pages(config: &Config, admin: Admin) -> Result<(), RunError> {

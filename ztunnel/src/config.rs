@@ -32,6 +32,11 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   zdsSocket            INPOD_UDS                 socket of a foreign node agent; then our own agent is off []
   agentSocket          AMBIT_AGENT_SOCKET        socket of our own agent [/var/run/ambit/agent.sock]
   nodeNetns            AMBIT_NODE_NETNS          network namespace of the node, where the kubelet is [/proc/self/ns/net]
+  cniBinDir            AMBIT_CNI_BIN_DIR         the node's directory of CNI plugins; ours is installed where this is set []
+  cniConfDir           AMBIT_CNI_CONF_DIR        the node's directory of CNI configurations []
+  cniSource            AMBIT_CNI_SOURCE          the plugin's program [/ambit-cni]
+  cniExclude           AMBIT_CNI_EXCLUDE         namespaces whose pods start without asking, comma-separated, beside
+                                                 kube-system and our own []
   proc                 AMBIT_PROC                the node's /proc, to find pods that run already []
   workerThreads        ZTUNNEL_WORKER_THREADS    threads, 0 = all cores, or N% [max(2, cores/4)]
   adminPort            ADMIN_PORT                admin pages, localhost only [15000]
@@ -87,6 +92,10 @@ pub struct Config {
     pub zds_socket: Option<PathBuf>,
     pub agent_socket: PathBuf,
     pub node_netns: PathBuf,
+    pub cni_bin_dir: Option<PathBuf>,
+    pub cni_conf_dir: Option<PathBuf>,
+    pub cni_source: PathBuf,
+    pub cni_exclude: Vec<String>,
     pub proc: Option<PathBuf>,
     pub worker_threads: usize,
     pub admin_port: u16,
@@ -189,6 +198,14 @@ impl Config {
             zds_socket: s.get("zdsSocket", &["INPOD_UDS"], "a path"),
             agent_socket: text(&mut s, "agentSocket", &["AMBIT_AGENT_SOCKET"], "/var/run/ambit/agent.sock").into(),
             node_netns: text(&mut s, "nodeNetns", &["AMBIT_NODE_NETNS"], "/proc/self/ns/net").into(),
+            cni_bin_dir: s.get("cniBinDir", &["AMBIT_CNI_BIN_DIR"], "a directory"),
+            cni_conf_dir: s.get("cniConfDir", &["AMBIT_CNI_CONF_DIR"], "a directory"),
+            cni_source: text(&mut s, "cniSource", &["AMBIT_CNI_SOURCE"], "/ambit-cni").into(),
+            cni_exclude: text(&mut s, "cniExclude", &["AMBIT_CNI_EXCLUDE"], "")
+                .split(',')
+                .map(|n| n.trim().to_owned())
+                .filter(|n| !n.is_empty())
+                .collect(),
             proc: s.get("proc", &["AMBIT_PROC"], "a directory"),
             worker_threads: s
                 .get_with("workerThreads", &["ZTUNNEL_WORKER_THREADS"], "a number, or a share such as 25%", threads)

@@ -130,7 +130,9 @@ mod tests {
             (format!("12:memory:/kubepods/burstable/pod{uid}/0123abc\n"), Some(uid)),
             (format!("5:cpu:/ambit/a/kubepods/pod{uid}/0123abc\n"), Some(uid)),
             (
-                format!("0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-0.scope\n"),
+                format!(
+                    "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-0.scope\n"
+                ),
                 Some(uid),
             ),
             ("1:name=systemd:/\n0::/\n".into(), None),

@@ -16,6 +16,7 @@ pub mod agent;
 pub mod app;
 pub mod authorize;
 pub mod certificates;
+pub mod cni;
 pub mod config;
 pub mod discover;
 pub mod dns;

@@ -172,7 +172,20 @@ fn value(object: DynamicObject) -> Value {
     let mut value = object.data;
     // What came as JSON goes back to it.
     value["metadata"] = serde_json::to_value(object.metadata).unwrap_or_default();
+    drop_nulls(&mut value);
     value
+}
+
+/// Kubernetes writes `null` for a list or map that is not there.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, v| !v.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
 }
 
 /// What the watches have brought.
@@ -270,6 +283,13 @@ mod tests {
         cluster.apply(kind, Change::Delete(policy("p", &json!({}))));
         cluster.apply(kind, Change::All(Vec::new()));
         assert!(cluster.state().objects.is_empty());
+    }
+
+    #[test]
+    fn null_is_nothing() {
+        let mut slice = json!({ "endpoints": null, "ports": [{ "port": 80, "name": null }], "addressType": "IPv4" });
+        drop_nulls(&mut slice);
+        assert_eq!(slice, json!({ "ports": [{ "port": 80 }], "addressType": "IPv4" }));
     }
 
     #[test]

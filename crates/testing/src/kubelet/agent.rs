@@ -1,9 +1,6 @@
 //! Asking the node's agent, as a CNI plugin would.
 
-use std::io::Read;
-use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -35,18 +32,9 @@ pub(super) fn list(socket: &Path) -> Result<Vec<String>, Failure> {
 
 fn ask(socket: &Path, request: &Value, netns: Option<&Netns>) -> Result<Value, Failure> {
     let what = "node agent";
-    let mut stream = UnixStream::connect(socket).doing(what)?;
-    stream.set_read_timeout(Some(DEADLINE)).doing(what)?;
     let fds: Vec<_> = netns.iter().map(|n| n.as_fd()).collect();
-    let bytes = request.to_string();
-    let sent = fdpass::send(stream.as_fd(), bytes.as_bytes(), &fds).doing(what)?;
-    if sent < bytes.len() {
-        return Err(Failure::new("node agent: the request does not fit"));
-    }
-    stream.shutdown(Shutdown::Write).doing(what)?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).doing(what)?;
-    let answer: Value = serde_json::from_str(&text).doing(what)?;
+    let text = fdpass::ask(socket, request.to_string().as_bytes(), &fds, DEADLINE).doing(what)?;
+    let answer: Value = serde_json::from_slice(&text).doing(what)?;
     match answer["error"].as_str() {
         Some(error) => Err(Failure(error.to_owned())),
         None => Ok(answer),
