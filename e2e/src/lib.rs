@@ -4,6 +4,7 @@
 
 pub mod demo;
 pub mod exec;
+pub mod kubernetes;
 
 use ambit_testing::Failure;
 use ambit_testing::mesh::{Mesh, Options, Output};

@@ -28,6 +28,7 @@ use crate::cni::plugin::PluginConfig;
 use crate::config::Config;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
+use crate::outside::Outside;
 use crate::pods::Pods;
 use crate::worker::{self, Shared};
 use crate::{agent, discover, zds};
@@ -98,8 +99,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let certificates = Certificates::new(CaClient::new(ca(&config), config.secret_ttl)?);
     let serving = workers.iter().map(|w| worker::start(w, shared.clone())).collect();
     let told = node_pods_seen.clone();
+    let outside = Arc::new(Outside::load(config.agent_socket.with_file_name("outside.json")));
     let pods = Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled);
-    let pods = Arc::new(pods);
+    let pods = Arc::new(pods.with_outside(outside.clone()));
 
     let quit = CancellationToken::new();
     let admin = Admin {
@@ -112,7 +114,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         quit: quit.clone(),
     };
     pages(&config, admin).await?;
-    let handler = MeshHandler::new(store, node_pods, readiness.clone(), &registry);
+    let handler = MeshHandler::new(store, node_pods, outside, readiness.clone(), &registry);
     let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], enrolled_seen, handler);
     tokio::spawn(client.run());
     tokio::spawn(pods.clone().run());

@@ -24,6 +24,7 @@ pub mod inbound;
 pub mod mesh;
 pub mod observe;
 pub mod outbound;
+pub mod outside;
 pub mod passthrough;
 pub mod pods;
 pub mod route;

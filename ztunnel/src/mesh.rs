@@ -18,9 +18,11 @@ use ambit_xds::convert::{self, ConvertError};
 use ambit_xds::proto::ambit::NodePod;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::proto::{security, workload};
-use ambit_xds::{ADDRESS, AUTHORIZATION, NODE_POD};
+use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD};
 use prost::Message;
 use tokio::sync::watch;
+
+use crate::outside::Outside;
 
 /// Pods of this node by Kubernetes uid, as the controller knows them; `None` before its first answer.
 pub type NodePods = Option<Arc<HashMap<String, NodePod>>>;
@@ -30,6 +32,7 @@ pub type NodePods = Option<Arc<HashMap<String, NodePod>>>;
 pub struct MeshHandler {
     store: Arc<Store>,
     node_pods: watch::Sender<NodePods>,
+    outside: Arc<Outside>,
     /// The next answer about pods is the first of its stream, so it is the whole truth.
     node_pods_fresh: bool,
     readiness: Readiness,
@@ -42,6 +45,7 @@ impl MeshHandler {
     pub fn new(
         store: Arc<Store>,
         node_pods: watch::Sender<NodePods>,
+        outside: Arc<Outside>,
         readiness: Readiness,
         metrics: &Registry,
     ) -> Self {
@@ -50,6 +54,7 @@ impl MeshHandler {
         Self {
             store,
             node_pods,
+            outside,
             node_pods_fresh: true,
             readiness,
             messages: metrics.counter("istio_xds_message_total", "Messages from the controller.", &["url"]),
@@ -153,6 +158,7 @@ impl Handler for MeshHandler {
             ADDRESS => (address, Change::RemoveAddress, Change::AddressesSynced, "addresses"),
             AUTHORIZATION => (authorization, Change::RemovePolicy, Change::PoliciesSynced, "policies"),
             NODE_POD => return self.node_pods(&resources, &removed),
+            NAMESPACE_MODE => return self.outside.apply(&resources, &removed),
             // Our own reports need no answer.
             _ => return Vec::new(),
         };
@@ -176,6 +182,7 @@ impl Handler for MeshHandler {
     fn connected(&mut self, connected: bool, reason: &str) {
         if connected {
             self.node_pods_fresh = true;
+            self.outside.refresh();
         } else {
             let kind = if reason.contains("ended the stream") { "Complete" } else { "ConnectionError" };
             self.terminations.of(&[kind]).inc();
@@ -203,7 +210,8 @@ mod tests {
         let store = Arc::new(Store::default());
         let readiness = Readiness::default();
         let (node_pods, _keep) = watch::channel(None);
-        let mut handler = MeshHandler::new(store.clone(), node_pods, readiness.clone(), &Registry::default());
+        let mut handler =
+            MeshHandler::new(store.clone(), node_pods, Arc::default(), readiness.clone(), &Registry::default());
         assert!(readiness.status().is_err());
         let rejected = handler.apply(
             ADDRESS,

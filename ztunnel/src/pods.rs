@@ -24,6 +24,7 @@ use crate::certificates::{Certificates, Lease};
 use crate::config::Config;
 use crate::mesh::NodePods;
 use crate::observe::Reporter;
+use crate::outside::Outside;
 use crate::worker::{Listeners, ServePod};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
@@ -145,6 +146,7 @@ pub struct Pods {
     node_pods: watch::Receiver<NodePods>,
     enrolled: watch::Sender<BTreeSet<String>>,
     slots: Mutex<HashMap<String, Slot>>,
+    outside: Arc<Outside>,
 }
 
 impl Pods {
@@ -157,7 +159,21 @@ impl Pods {
         node_pods: watch::Receiver<NodePods>,
         enrolled: watch::Sender<BTreeSet<String>>,
     ) -> Self {
-        Self { config, store, certificates, workers, node_pods, enrolled, slots: Mutex::default() }
+        Self {
+            config,
+            store,
+            certificates,
+            workers,
+            node_pods,
+            enrolled,
+            slots: Mutex::default(),
+            outside: Arc::default(),
+        }
+    }
+
+    /// With the namespaces whose pods start though the controller is away.
+    pub fn with_outside(self, outside: Arc<Outside>) -> Self {
+        Self { outside, ..self }
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<String, Slot>> {
@@ -171,7 +187,16 @@ impl Pods {
         let enrol = match decision {
             Decision::Agent => true,
             Decision::Controller => {
-                let told = self.decided(&info).await?;
+                let told = match self.decided(&info).await {
+                    Ok(told) => told,
+                    // Should it be in the mesh after all, it is found when the controller is back.
+                    Err(why) if self.outside.contains(&info.namespace) => {
+                        info!(why, "starts outside the mesh, where its namespace was known to be");
+                        self.slots().remove(&info.uid);
+                        return Ok(false);
+                    }
+                    Err(why) => return Err(why),
+                };
                 // A CNI plugin is not told of accounts.
                 info.service_account = told.service_account;
                 told.enrol

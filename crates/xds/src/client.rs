@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use crate::channel::{ChannelError, ControlPlane};
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource};
 use crate::subscription::{Interest, Subscription};
-use crate::{CAPABILITY, CAPABILITY_METADATA, CAPABILITY_V1, ENROLMENT, NODE_POD, service};
+use crate::{CAPABILITY, CAPABILITY_METADATA, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, service};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(15);
@@ -117,8 +117,10 @@ impl<H: Handler> Client<H> {
             self.enrolled.mark_unchanged();
             let names = self.enrolled.borrow().clone();
             extra.push(Subscription::new(ENROLMENT, Interest::Names(names)));
-            if !self.subscriptions.iter().any(|s| s.type_url() == NODE_POD) {
-                extra.push(Subscription::new(NODE_POD, Interest::Wildcard));
+            for ours in [NAMESPACE_MODE, NODE_POD] {
+                if !self.subscriptions.iter().any(|s| s.type_url() == ours) {
+                    extra.push(Subscription::new(ours, Interest::Wildcard));
+                }
             }
             for subscription in &extra {
                 send(&requests, subscription.first_request(None)).await?;

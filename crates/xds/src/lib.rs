@@ -26,6 +26,8 @@ pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorizatio
 /// Type URL of the pods of a node, for its agent. Ours; only offered to clients that announce [`CAPABILITY`].
 pub const NODE_POD: &str = "type.googleapis.com/ambit.v1.NodePod";
 /// Type URL by which a node reports its verified enrolments: what it subscribes to is enrolled.
+pub const NAMESPACE_MODE: &str = "type.googleapis.com/ambit.v1.NamespaceMode";
+/// Pods that a node has enrolled and verified; reported by names.
 pub const ENROLMENT: &str = "type.googleapis.com/ambit.v1.Enrolment";
 /// Response header by which the controller says that it knows the `ambit.v1` types.
 pub const CAPABILITY: &str = "ambit-capabilities";

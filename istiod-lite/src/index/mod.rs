@@ -50,6 +50,8 @@ pub struct Mesh {
     pub policies: BTreeMap<Str, Policy>,
     /// Pods by node and Kubernetes uid.
     pub node_pods: BTreeMap<(String, String), NodePod>,
+    /// Namespaces, and whether each is wholly outside the mesh.
+    pub namespaces: BTreeMap<String, bool>,
     /// Which accounts run on which node: what a node may ask certificates for.
     pub accounts: BTreeSet<(String, String, String)>,
     /// What is to be said of objects.

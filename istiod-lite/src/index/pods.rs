@@ -18,6 +18,13 @@ const MODE: &str = "istio.io/dataplane-mode";
 /// Adds all pods.
 pub fn build(world: &World<'_>, enrolled: &Enrolled, authentication: &Authentication<'_>, mesh: &mut Mesh) {
     let selecting = services::by_namespace(world);
+    for (name, meta) in &world.namespaces {
+        mesh.namespaces.insert((*name).to_owned(), meta.label(MODE) != Some("ambient"));
+    }
+    // One pod that joins by its own label: the next may as well.
+    for pod in world.pods.iter().filter(|p| wanted(world, p)) {
+        mesh.namespaces.insert(pod.key.namespace.clone(), false);
+    }
     for pod in &world.pods {
         let spec = &pod.object.spec;
         if matches!(&*pod.object.status.phase, "Succeeded" | "Failed") {

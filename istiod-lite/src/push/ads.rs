@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ambit_xds::service::{DeltaAds, Responses};
-use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NODE_POD};
+use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -159,7 +159,7 @@ impl Client {
         if type_url == ENROLMENT {
             return self.report(request).await;
         }
-        if !matches!(type_url.as_str(), ADDRESS | AUTHORIZATION | NODE_POD) {
+        if !matches!(type_url.as_str(), ADDRESS | AUTHORIZATION | NAMESPACE_MODE | NODE_POD) {
             let reason = format!("type {type_url:?} is not served; expected {ADDRESS} or {AUTHORIZATION}");
             return Err(Status::invalid_argument(reason));
         }
@@ -259,6 +259,7 @@ impl Client {
         let resources = self.resources.borrow_and_update().clone();
         for (type_url, part) in [
             (AUTHORIZATION, Part::Added),
+            (NAMESPACE_MODE, Part::Both),
             (NODE_POD, Part::Both),
             (ADDRESS, Part::Both),
             (AUTHORIZATION, Part::Removed),

@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ambit_xds::proto::Any;
+use ambit_xds::proto::ambit::NamespaceMode;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::proto::workload::{self, AddressType};
-use ambit_xds::{ADDRESS, AUTHORIZATION, NODE_POD, convert};
+use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, convert};
 use prost::Message;
 use xxhash_rust::xxh64::xxh64;
 
@@ -119,6 +120,7 @@ pub struct Resources {
     addresses: Kind,
     authorization: Kind,
     node_pods: Kind,
+    namespaces: Kind,
 }
 
 impl Resources {
@@ -148,6 +150,11 @@ impl Resources {
             (name.to_string(), encoded)
         });
         self.authorization.update(self.generation, policies.collect());
+        let namespaces = mesh.namespaces.iter().map(|(name, outside)| {
+            let mode = NamespaceMode { name: name.clone(), outside: *outside };
+            (name.clone(), Encoded::new(NAMESPACE_MODE, name.clone(), &mode, Vec::new(), None))
+        });
+        self.namespaces.update(self.generation, namespaces.collect());
         let pods = mesh.node_pods.iter().map(|((node, uid), pod)| {
             (uid.clone(), Encoded::new(NODE_POD, uid.clone(), pod, Vec::new(), Some(node.clone())))
         });
@@ -160,6 +167,7 @@ impl Resources {
             ADDRESS => Some(&self.addresses),
             AUTHORIZATION => Some(&self.authorization),
             NODE_POD => Some(&self.node_pods),
+            NAMESPACE_MODE => Some(&self.namespaces),
             _ => None,
         }
     }

@@ -1,6 +1,17 @@
 //! `ambit.v1`: types of our own. New fields get new numbers; numbers are never used again.
 #![allow(missing_docs, reason = "documented on the message")]
 
+/// A namespace, sent to every node's agent, so that an outage of the controller stops no pod outside the mesh.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NamespaceMode {
+    /// The name of the resource as well.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Neither it nor a pod in it is to be in the mesh.
+    #[prost(bool, tag = "2")]
+    pub outside: bool,
+}
+
 /// A pod of a node, sent to the node's agent as soon as it is bound there, before it has an address.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodePod {

@@ -1,0 +1,37 @@
+//! Runs the checks on a real Kubernetes; see `e2e/kubernetes/run`.
+//!
+//! ```text
+//! KUBECTL=kubectl MANIFESTS=DIR APPS=FILE kubernetes [PART-OF-A-NAME]
+//! ```
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use ambit_e2e::kubernetes::Cluster;
+use ambit_e2e::kubernetes::checks::CHECKS;
+
+fn main() -> ExitCode {
+    let var = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let cluster = Cluster {
+        kubectl: var("KUBECTL", "kubectl"),
+        manifests: var("MANIFESTS", "manifests"),
+        apps: var("APPS", "e2e/kubernetes/apps.yaml"),
+    };
+    let only = std::env::args().nth(1).unwrap_or_default();
+    let (mut passed, mut failed) = (0, 0);
+    for (name, check) in CHECKS.iter().filter(|(name, _)| name.contains(&only)) {
+        let start = Instant::now();
+        match check(&cluster) {
+            Ok(evidence) => {
+                passed += 1;
+                println!("ok   {:5.1}s {name}: {evidence}", start.elapsed().as_secs_f64());
+            }
+            Err(failure) => {
+                failed += 1;
+                println!("FAIL {:5.1}s {name}: {failure}", start.elapsed().as_secs_f64());
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,307 @@
+//! The checks, in the order in which a user comes to them. Each leaves the cluster as the next expects it.
+
+use ambit_testing::Failure;
+
+use super::{Cluster, has, now};
+
+/// A check: what it shows, and how.
+pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
+
+/// All of them.
+pub const CHECKS: &[Check] = &[
+    ("kubectl apply -k installs the mesh", install),
+    ("two namespaces without the label talk as before", before),
+    ("labelling brings running pods in, without a restart", label),
+    ("both identities are named on both sides", identities),
+    ("the server sees the client's own address", address),
+    ("a client outside the mesh still reaches it", outside),
+    ("a policy refuses by identity, and says so", policy),
+    ("STRICT refuses plaintext and lets kubelet probes through", strict),
+    ("a masqueraded client from the node's address is refused under STRICT", masqueraded),
+    ("a new pod's first packet is in the mesh", first_packet),
+    ("the agent away: pods inside wait, pods outside start", agent_away),
+    ("a tunnel that is killed comes back, and nothing is plaintext meanwhile", killed),
+    ("kubectl logs, exec and port-forward work inside the mesh", tools),
+    ("the label off takes pods out, without a restart", unlabel),
+];
+
+const CLIENT: &str = "front/client";
+const OUTSIDER: &str = "outside/client";
+const URL: &str = "http://web.shop/";
+const HELLO: &str = "hello from web";
+
+fn install(c: &Cluster) -> Result<String, Failure> {
+    c.kubectl(&["apply", "-k", &c.manifests])?;
+    c.kubectl(&["-n", "istio-system", "rollout", "status", "deployment/istiod-lite", "--timeout=90s"])?;
+    c.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=90s"])?;
+    let difference = c.try_kubectl(&["diff", "-k", &c.manifests])?;
+    if !difference.status.success() {
+        return Err(Failure(format!("kubectl diff is not empty: {}", String::from_utf8_lossy(&difference.stdout))));
+    }
+    Ok("ready; kubectl diff is empty".into())
+}
+
+fn before(c: &Cluster) -> Result<String, Failure> {
+    c.kubectl(&["apply", "-f", &c.apps])?;
+    for pod in ["front", "outside"] {
+        c.kubectl(&["-n", pod, "wait", "--for=condition=Ready", "pod/client", "--timeout=60s"])?;
+    }
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/web", "--timeout=60s"])?;
+    let start = now();
+    c.wait("an answer", || has(&c.get(CLIENT, URL)?, HELLO))?;
+    match c.access_log(&start)?.len() {
+        0 => Ok("plain, and no tunnel saw it".into()),
+        n => Err(Failure(format!("{n} connections passed a tunnel"))),
+    }
+}
+
+/// Uids of pods, to see that none was restarted.
+fn uids(c: &Cluster) -> Result<String, Failure> {
+    let of = |ns: &str| c.field(&["-n", ns, "pods"], "{.items[*].metadata.uid}");
+    Ok(of("shop")? + &of("front")?)
+}
+
+fn label(c: &Cluster) -> Result<String, Failure> {
+    let before = uids(c)?;
+    c.kubectl(&["label", "namespace", "shop", "front", "istio.io/dataplane-mode=ambient", "--overwrite"])?;
+    enrolled(c, &["shop", "front"], "enabled")?;
+    if uids(c)? != before {
+        return Err(Failure::new("a pod was restarted"));
+    }
+    tunnelled(c, CLIENT)
+}
+
+/// Waits until all pods of namespaces are annotated so.
+fn enrolled(c: &Cluster, namespaces: &[&str], value: &str) -> Result<(), Failure> {
+    c.wait("the annotation on the pods", || {
+        for namespace in namespaces {
+            let path = "{range .items[*]}{.metadata.annotations.ambient\\.istio\\.io/redirection};{end}";
+            let values = c.field(&["-n", namespace, "pods"], path)?;
+            if !values.split_terminator(';').all(|v| v == value) {
+                return Err(Failure(format!("{namespace}: {values:?}")));
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A request that goes by HBONE: both tunnels have it in their logs.
+fn tunnelled(c: &Cluster, pod: &str) -> Result<String, Failure> {
+    c.wait("a request by HBONE", || {
+        let start = now();
+        has(&c.get(pod, URL)?, HELLO)?;
+        let lines = c.access_log(&start)?;
+        let hbone = lines.iter().filter(|l| l["dst.hbone_addr"].is_string()).count();
+        if hbone >= 2 { Ok(format!("{hbone} log lines with HBONE")) } else { Err(Failure(format!("{lines:?}"))) }
+    })
+}
+
+fn identities(c: &Cluster) -> Result<String, Failure> {
+    let start = now();
+    has(&c.get(CLIENT, URL)?, HELLO)?;
+    c.wait("both identities in both logs", || {
+        let lines = c.access_log(&start)?;
+        for direction in ["outbound", "inbound"] {
+            let named = lines.iter().any(|l| {
+                l["direction"] == direction
+                    && l["src.identity"] == "spiffe://cluster.local/ns/front/sa/client"
+                    && l["dst.identity"] == "spiffe://cluster.local/ns/shop/sa/web"
+            });
+            if !named {
+                return Err(Failure(format!("{direction}: {lines:?}")));
+            }
+        }
+        Ok("spiffe://cluster.local/ns/front/sa/client -> .../ns/shop/sa/web".into())
+    })
+}
+
+fn address(c: &Cluster) -> Result<String, Failure> {
+    let ip = c.field(&["-n", "front", "pod", "client"], "{.status.podIP}")?;
+    let answer = c.get(CLIENT, URL)?;
+    has(&answer, &format!("you are {ip}")).map(|()| ip)
+}
+
+fn outside(c: &Cluster) -> Result<String, Failure> {
+    has(&c.get(OUTSIDER, URL)?, HELLO).map(|()| "plaintext, PERMISSIVE".into())
+}
+
+/// A request that is refused; what the client saw.
+fn refused(c: &Cluster, pod: &str) -> Result<String, Failure> {
+    c.wait("a refusal", || match c.get(pod, URL) {
+        Ok(answer) => Err(Failure(format!("was answered: {answer}"))),
+        Err(failure) => Ok(failure.0),
+    })
+}
+
+fn policy(c: &Cluster) -> Result<String, Failure> {
+    c.apply(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-clients, namespace: shop}\n\
+         spec: {action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/front/sa/client]}}]}]}\n",
+    )?;
+    let start = now();
+    refused(c, CLIENT)?;
+    let named = c.wait("the policy's name in the log", || {
+        let lines = c.access_log(&start)?;
+        let line = lines.iter().find_map(|l| l["error"].as_str().filter(|e| e.contains("shop/no-clients")));
+        line.map(str::to_owned).ok_or_else(|| Failure(format!("{lines:?}")))
+    })?;
+    c.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "no-clients"])?;
+    c.wait("an answer after the policy is gone", || has(&c.get(CLIENT, URL)?, HELLO))?;
+    Ok(named)
+}
+
+fn strict(c: &Cluster) -> Result<String, Failure> {
+    c.apply(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\n\
+         spec: {mtls: {mode: STRICT}}\n",
+    )?;
+    refused(c, OUTSIDER)?;
+    has(&c.get(CLIENT, URL)?, HELLO)?;
+    // Probes run every second and three failures would restart it.
+    let restarts =
+        || c.field(&["-n", "shop", "pods", "-l", "app=web"], "{.items[*].status.containerStatuses[*].restartCount}");
+    let ready = || c.field(&["-n", "shop", "deployment", "web"], "{.status.readyReplicas}");
+    let start = now();
+    let before = restarts()?;
+    c.wait("probes under STRICT", || {
+        let probes = c.access_log(&start)?.iter().filter(|l| l["policy"] == "kubelet probe").count();
+        if probes >= 6 { Ok(()) } else { Err(Failure(format!("{probes} probes"))) }
+    })?;
+    match (restarts()? == before, ready()?.as_str()) {
+        (true, "1") => Ok("plaintext refused, mTLS goes on, probes pass".into()),
+        (same, ready) => Err(Failure(format!("no restart: {same}; ready replicas {ready:?}"))),
+    }
+}
+
+fn masqueraded(c: &Cluster) -> Result<String, Failure> {
+    let node = c.field(&["-n", "shop", "pods", "-l", "app=web"], "{.items[0].status.hostIP}")?;
+    let url = format!("http://{node}:30080/");
+    match c.get(OUTSIDER, &url) {
+        Ok(answer) => return Err(Failure(format!("a NodePort client was answered: {answer}"))),
+        Err(failure) => drop(failure),
+    }
+    c.kubectl(&["-n", "shop", "delete", "peerauthentication", "strict"])?;
+    // The same way works without STRICT: it was the policy that refused.
+    c.wait("the NodePort without STRICT", || has(&c.get(OUTSIDER, &url)?, HELLO))?;
+    Ok(format!("refused at {url}, admitted without STRICT"))
+}
+
+/// A pod that sends one request as the first thing it does, and never again.
+fn once(name: &str, namespace: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {{restartPolicy: Never, nodeName: node-a, terminationGracePeriodSeconds: 1, containers: [{{name: c, \
+         image: localhost/app:local, args: [get, \"{URL}\"]}}]}}\n"
+    )
+}
+
+fn phase(c: &Cluster, namespace: &str, name: &str) -> Result<String, Failure> {
+    c.field(&["-n", namespace, "pod", name], "{.status.phase}")
+}
+
+fn first_packet(c: &Cluster) -> Result<String, Failure> {
+    c.apply(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\n\
+         spec: {mtls: {mode: STRICT}}\n",
+    )?;
+    refused(c, OUTSIDER)?;
+    for n in 0..5 {
+        let name = format!("once-{n}");
+        c.apply(&once(&name, "front"))?;
+        c.wait("the pod to end", || match phase(c, "front", &name)?.as_str() {
+            "Succeeded" | "Failed" => Ok(()),
+            other => Err(Failure(other.to_owned())),
+        })?;
+        let log = c.kubectl(&["-n", "front", "logs", &name])?;
+        has(&log, HELLO).map_err(|f| Failure(format!("pod {n}: {f}")))?;
+        c.kubectl(&["-n", "front", "delete", "pod", &name, "--wait=false"])?;
+    }
+    c.kubectl(&["-n", "shop", "delete", "peerauthentication", "strict"])?;
+    Ok("5 pods, one request each at start, all by mutual TLS".into())
+}
+
+fn agent_away(c: &Cluster) -> Result<String, Failure> {
+    // The plugin stays; nobody answers it.
+    let absent = "{\"spec\":{\"template\":{\"spec\":{\"nodeSelector\":{\"ambit.dev/absent\":\"true\"}}}}}";
+    c.kubectl(&["-n", "istio-system", "patch", "daemonset", "ztunnel", "--type=merge", "-p", absent])?;
+    c.wait("the tunnels to be gone", || {
+        let left = c.field(&["-n", "istio-system", "pods", "-l", "app=ztunnel"], "{.items[*].metadata.name}")?;
+        if left.is_empty() { Ok(()) } else { Err(Failure(left)) }
+    })?;
+    c.apply(&once("outsider", "outside"))?;
+    c.apply(&once("insider", "front"))?;
+    c.wait("the pod outside to run", || match phase(c, "outside", "outsider")?.as_str() {
+        "Succeeded" | "Failed" => Ok(()),
+        other => Err(Failure(other.to_owned())),
+    })?;
+    let event = c.wait("an event that says why", || {
+        let events = c.kubectl(&["-n", "front", "get", "events", "--field-selector=involvedObject.name=insider"])?;
+        has(&events, "node agent does not answer").map(|()| "an event names the agent".to_owned())
+    })?;
+    if phase(c, "front", "insider")? != "Pending" {
+        return Err(Failure::new("a pod of the mesh started without it"));
+    }
+    let present = "{\"spec\":{\"template\":{\"spec\":{\"nodeSelector\":null}}}}";
+    c.kubectl(&["-n", "istio-system", "patch", "daemonset", "ztunnel", "--type=merge", "-p", present])?;
+    c.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=90s"])?;
+    c.wait("the pod inside to run", || match phase(c, "front", "insider")?.as_str() {
+        "Succeeded" => Ok(()),
+        other => Err(Failure(other.to_owned())),
+    })?;
+    c.kubectl(&["-n", "front", "delete", "pod", "insider", "--wait=false"])?;
+    c.kubectl(&["-n", "outside", "delete", "pod", "outsider", "--wait=false"])?;
+    Ok(event)
+}
+
+fn killed(c: &Cluster) -> Result<String, Failure> {
+    c.kubectl(&["-n", "istio-system", "delete", "pod", "-l", "app=ztunnel", "--grace-period=0", "--force"])?;
+    // Straight to the pod, past any name: what is not in the mesh would be answered.
+    let ip = c.field(&["-n", "shop", "pods", "-l", "app=web"], "{.items[0].status.podIP}")?;
+    let mut refusals = 0;
+    let start = now();
+    c.wait("the tunnels to be back", || match c.get(CLIENT, &format!("http://{ip}:8080/")) {
+        Ok(answer) => has(&answer, HELLO),
+        Err(failure) => {
+            refusals += 1;
+            Err(failure)
+        }
+    })?;
+    c.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=90s"])?;
+    let lines = c.wait("the log of the new tunnels", || {
+        let lines = c.access_log(&start)?;
+        let found = lines.iter().any(|l| l["direction"] == "inbound" && l["src.identity"].is_string());
+        if found { Ok(lines.len()) } else { Err(Failure(format!("{lines:?}"))) }
+    })?;
+    Ok(format!("{refusals} requests refused meanwhile, then by HBONE ({lines} log lines)"))
+}
+
+fn tools(c: &Cluster) -> Result<String, Failure> {
+    has(&c.kubectl(&["-n", "front", "exec", "client", "--", "/bin/echo", "hi"])?, "hi")?;
+    c.kubectl(&["-n", "shop", "logs", "deployment/web", "-c", "web"])?;
+    let mut forward = c.start(&["-n", "shop", "port-forward", "deployment/web", ":8080"])?;
+    let mut line = String::new();
+    if let Some(out) = forward.stdout.as_mut() {
+        let _ = std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line);
+    }
+    let _ = forward.kill();
+    let _ = forward.wait();
+    has(&line, "Forwarding from")?;
+    Ok(line.trim().to_owned())
+}
+
+fn unlabel(c: &Cluster) -> Result<String, Failure> {
+    let before = uids(c)?;
+    c.kubectl(&["label", "namespace", "shop", "front", "istio.io/dataplane-mode-"])?;
+    enrolled(c, &["shop", "front"], "")?;
+    if uids(c)? != before {
+        return Err(Failure::new("a pod was restarted"));
+    }
+    c.wait("plain requests", || {
+        let start = now();
+        has(&c.get(CLIENT, URL)?, HELLO)?;
+        match c.access_log(&start)?.iter().filter(|l| l["policy"] != "kubelet probe").count() {
+            0 => Ok("plain, and no tunnel saw it".into()),
+            n => Err(Failure(format!("{n} connections passed a tunnel"))),
+        }
+    })
+}
