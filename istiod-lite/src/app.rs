@@ -126,6 +126,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
             cluster_id: config.cluster_id.as_str().into(),
             cluster_domain: config.cluster_domain.clone(),
             namespace: config.namespace.clone(),
+            daemonset: client.as_ref().map(|_| crate::source::kube::DAEMONSET.to_owned()),
         },
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
         overlay: client.is_none().then(|| config.overlay.clone()),

@@ -114,6 +114,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         quit: quit.clone(),
     };
     pages(&config, admin).await?;
+    let removed = outside.clone();
     let handler = MeshHandler::new(store, node_pods, outside, readiness.clone(), &registry);
     let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], enrolled_seen, handler);
     tokio::spawn(client.run());
@@ -130,7 +131,8 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
                 tokio::spawn(found);
             }
             if let Some(places) = cni(&config) {
-                tokio::spawn(install::keep(places));
+                let ending = drain.clone();
+                tokio::spawn(async move { ending.run_until_cancelled(install::keep(places)).await });
             }
             let (path, pods) = (config.agent_socket.clone(), pods.clone());
             tokio::spawn(async move {
@@ -153,6 +155,15 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     match tokio::time::timeout(config.drain_deadline, shared.connections.wait()).await {
         Ok(()) => info!("all connections have finished"),
         Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
+    }
+    if removed.uninstalling(&config.pod_namespace) {
+        info!("being removed for good: nothing of ours stays on this node");
+        pods.uninstall().await;
+        if let Some(Err(error)) = cni(&config).map(|places| install::remove(&places)) {
+            tracing::warn!(%error, "CNI plugin not removed");
+        }
+        // Reports of the pods that left are on their way.
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
     Ok(())
 }

@@ -22,6 +22,8 @@ pub struct Outside {
 #[derive(Debug, Default)]
 struct Known {
     names: BTreeSet<String>,
+    /// Namespaces whose node tunnels are being removed for good.
+    uninstalling: BTreeSet<String>,
     /// The next answer is the first of its stream, so it is the whole truth.
     fresh: bool,
 }
@@ -30,13 +32,18 @@ impl Outside {
     /// Reads what an earlier life has kept.
     pub fn load(file: PathBuf) -> Self {
         let kept = std::fs::read_to_string(&file).ok().and_then(|text| serde_json::from_str(&text).ok());
-        let known = Known { names: kept.unwrap_or_default(), fresh: true };
+        let known = Known { names: kept.unwrap_or_default(), fresh: true, ..Known::default() };
         Self { file: Some(file), known: Mutex::new(known) }
     }
 
     /// Whether a namespace is on it.
     pub fn contains(&self, namespace: &str) -> bool {
         self.known().names.contains(namespace)
+    }
+
+    /// Whether the node tunnels of a namespace are being removed for good. What is not known is an upgrade.
+    pub fn uninstalling(&self, namespace: &str) -> bool {
+        self.known().uninstalling.contains(namespace)
     }
 
     /// A new stream begins.
@@ -50,16 +57,24 @@ impl Outside {
         let before = known.names.clone();
         if std::mem::take(&mut known.fresh) {
             known.names.clear();
+            known.uninstalling.clear();
         }
         let mut rejected = Vec::new();
         for name in removed.iter().chain(resources.iter().map(|r| &r.name)) {
             known.names.remove(name);
+            known.uninstalling.remove(name);
         }
         for resource in resources {
             let bytes = resource.resource.as_ref().map_or(&[][..], |any| &any.value);
             match NamespaceMode::decode(bytes) {
-                Ok(mode) if mode.outside => drop(known.names.insert(mode.name)),
-                Ok(_) => {}
+                Ok(mode) => {
+                    if mode.uninstalling {
+                        known.uninstalling.insert(mode.name.clone());
+                    }
+                    if mode.outside {
+                        known.names.insert(mode.name);
+                    }
+                }
                 Err(error) => rejected.push((resource.name.clone(), error.to_string())),
             }
         }
@@ -87,7 +102,7 @@ mod tests {
     use ambit_xds::proto::Any;
 
     fn mode(name: &str, outside: bool) -> Resource {
-        let value = NamespaceMode { name: name.into(), outside }.encode_to_vec().into();
+        let value = NamespaceMode { name: name.into(), outside, uninstalling: name == "going" }.encode_to_vec().into();
         let any = Any { type_url: ambit_xds::NAMESPACE_MODE.into(), value };
         Resource { name: name.into(), resource: Some(any), ..Resource::default() }
     }
@@ -101,9 +116,11 @@ mod tests {
         assert!(outside.contains("a") && !outside.contains("b") && !outside.contains("z"));
         outside.apply(&[mode("a", false)], &["c".into()]);
         assert!(!outside.contains("a") && !outside.contains("c"));
-        outside.apply(&[mode("d", true)], &[]);
+        outside.apply(&[mode("d", true), mode("going", false)], &[]);
+        assert!(outside.uninstalling("going") && !outside.uninstalling("d"));
         let later = Outside::load(file.clone());
         assert!(later.contains("d"), "kept on the node");
+        assert!(!later.uninstalling("going"), "not known is an upgrade");
         later.refresh();
         let bad = Resource { resource: Some(Any { value: vec![0xff].into(), ..Any::default() }), ..mode("d", true) };
         assert_eq!(later.apply(&[bad], &[]).len(), 1);

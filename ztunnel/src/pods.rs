@@ -234,6 +234,22 @@ impl Pods {
         }
     }
 
+    /// Lets go of every pod for good; no rule stays in any of them.
+    pub async fn uninstall(&self) {
+        let slots: Vec<Slot> = self.slots().drain().map(|(_, slot)| slot).collect();
+        for slot in slots {
+            let mut known = slot.lock().await;
+            self.leave(&mut known, true).await;
+            // Those that left earlier may still have a table.
+            if let (Some(netns), false) = (known.netns.take(), known.foreign_rules) {
+                let removed = tokio::task::spawn_blocking(move || Capture::detect(&netns, true)?.remove(&netns)).await;
+                if !matches!(removed, Ok(Ok(()))) {
+                    warn!(pod = known.info.name, ?removed, "rules not removed");
+                }
+            }
+        }
+    }
+
     /// Uids of all pods known.
     pub fn uids(&self) -> Vec<String> {
         self.slots().keys().cloned().collect()

@@ -22,7 +22,10 @@ pub const CHECKS: &[Check] = &[
     ("the agent away: pods inside wait, pods outside start", agent_away),
     ("a tunnel that is killed comes back, and nothing is plaintext meanwhile", killed),
     ("kubectl logs, exec and port-forward work inside the mesh", tools),
+    ("a rolling update under load loses no request", rolling),
+    ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
     ("the label off takes pods out, without a restart", unlabel),
+    ("uninstall leaves pods running and nothing of ours", uninstall),
 ];
 
 const CLIENT: &str = "front/client";
@@ -304,4 +307,74 @@ fn unlabel(c: &Cluster) -> Result<String, Failure> {
             n => Err(Failure(format!("{n} connections passed a tunnel"))),
         }
     })
+}
+
+fn rolling(c: &Cluster) -> Result<String, Failure> {
+    c.kubectl(&["-n", "shop", "scale", "deployment", "web", "--replicas=2"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/web", "--timeout=60s"])?;
+    enrolled(c, &["shop"], "enabled")?;
+    let load = c.start(&["-n", "front", "exec", "client", "--", "ambit-app", "load", URL, "12"])?;
+    c.kubectl(&["-n", "shop", "set", "env", "deployment/web", "VERSION=2"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/web", "--timeout=90s"])?;
+    let output = load.wait_with_output().map_err(|e| Failure(e.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    c.kubectl(&["-n", "shop", "scale", "deployment", "web", "--replicas=1"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/web", "--timeout=60s"])?;
+    has(&text, " failed=0").map(|()| text.trim().to_owned())
+}
+
+fn controller_away(c: &Cluster) -> Result<String, Failure> {
+    c.kubectl(&["-n", "istio-system", "scale", "deployment", "istiod-lite", "--replicas=0"])?;
+    c.wait("the controller to be gone", || {
+        let left = c.field(&["-n", "istio-system", "pods", "-l", "app=istiod-lite"], "{.items[*].metadata.name}")?;
+        if left.is_empty() { Ok(()) } else { Err(Failure(left)) }
+    })?;
+    let goes_on = tunnelled(c, CLIENT)?;
+    c.apply(&once("outsider", "outside"))?;
+    c.apply(&once("insider", "front"))?;
+    c.wait("the pod outside to run", || match phase(c, "outside", "outsider")?.as_str() {
+        "Succeeded" => Ok(()),
+        other => Err(Failure(other.to_owned())),
+    })?;
+    c.wait("an event that says why", || {
+        let events = c.kubectl(&["-n", "front", "get", "events", "--field-selector=involvedObject.name=insider"])?;
+        has(&events, "the controller does not know it on this node")
+    })?;
+    if phase(c, "front", "insider")? != "Pending" {
+        return Err(Failure::new("a pod of the mesh started though nobody could say what it may do"));
+    }
+    c.kubectl(&["-n", "istio-system", "scale", "deployment", "istiod-lite", "--replicas=2"])?;
+    c.kubectl(&["-n", "istio-system", "rollout", "status", "deployment/istiod-lite", "--timeout=90s"])?;
+    c.wait("the pod inside to run", || match phase(c, "front", "insider")?.as_str() {
+        "Succeeded" => Ok(()),
+        other => Err(Failure(other.to_owned())),
+    })?;
+    c.kubectl(&["-n", "front", "delete", "pod", "insider", "--wait=false"])?;
+    c.kubectl(&["-n", "outside", "delete", "pod", "outsider", "--wait=false"])?;
+    Ok(goes_on)
+}
+
+fn uninstall(c: &Cluster) -> Result<String, Failure> {
+    // From inside the mesh, so that there is something to leave behind.
+    c.kubectl(&["label", "namespace", "shop", "front", "istio.io/dataplane-mode=ambient", "--overwrite"])?;
+    enrolled(c, &["shop", "front"], "enabled")?;
+    tunnelled(c, CLIENT)?;
+    let before = uids(c)?;
+    c.kubectl(&["-n", "istio-system", "delete", "daemonset", "ztunnel", "--cascade=foreground"])?;
+    c.kubectl(&["delete", "-k", &c.manifests, "--ignore-not-found"])?;
+    c.wait("plain requests", || has(&c.get(CLIENT, URL)?, HELLO))?;
+    if uids(c)? != before {
+        return Err(Failure::new("a pod was restarted"));
+    }
+    // A conflist that was left behind would keep it from starting.
+    c.apply(&once("after", "front"))?;
+    c.wait("a new pod to run", || match phase(c, "front", "after")?.as_str() {
+        "Succeeded" => Ok(()),
+        other => Err(Failure(other.to_owned())),
+    })?;
+    let left = c.try_kubectl(&["get", "namespace", "istio-system"])?;
+    if left.status.success() {
+        return Err(Failure::new("the namespace is still there"));
+    }
+    Ok("pods go on in plaintext, new ones start".into())
 }

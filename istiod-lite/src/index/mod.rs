@@ -37,6 +37,8 @@ pub struct Settings {
     pub cluster_domain: String,
     /// Namespace of the installation.
     pub namespace: String,
+    /// The DaemonSet of the node tunnels there, where the source shows such objects.
+    pub daemonset: Option<String>,
 }
 
 /// The mesh.
@@ -52,6 +54,8 @@ pub struct Mesh {
     pub node_pods: BTreeMap<(String, String), NodePod>,
     /// Namespaces, and whether each is wholly outside the mesh.
     pub namespaces: BTreeMap<String, bool>,
+    /// Namespace of an installation whose node tunnels are being removed for good.
+    pub uninstalling: Option<String>,
     /// Which accounts run on which node: what a node may ask certificates for.
     pub accounts: BTreeSet<(String, String, String)>,
     /// What is to be said of objects.
@@ -73,7 +77,7 @@ pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mes
         _ => MeshConfig::default(),
     };
     let world = World::new(objects, settings, config.clone());
-    let mut mesh = Mesh { config, ..Mesh::default() };
+    let mut mesh = Mesh { config, uninstalling: uninstalling(objects, settings), ..Mesh::default() };
     services::build(&world, &mut mesh);
     entries::services(&world, &mut mesh);
     let authentication = policies::Authentication::new(&world, &mut mesh);
@@ -82,6 +86,13 @@ pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mes
     entries::workloads(&world, &authentication, &mut mesh);
     services::endpoints(&world, &mut mesh);
     mesh
+}
+
+/// Gone or going is gone for good; an upgrade changes the object and keeps it.
+fn uninstalling(objects: &Objects, settings: &Settings) -> Option<String> {
+    let (namespace, name) = (settings.namespace.clone(), settings.daemonset.clone()?);
+    let daemonset = objects.get(&Key { kind: "DaemonSet", namespace: namespace.clone(), name });
+    daemonset.is_none_or(|d| d.meta.deletion_timestamp.is_some()).then_some(namespace)
 }
 
 /// Checks the values of one object that its types cannot check.

@@ -25,6 +25,7 @@ fn settings() -> Settings {
         cluster_id: "Kubernetes".into(),
         cluster_domain: "cluster.local".into(),
         namespace: "istio-system".into(),
+        daemonset: None,
     }
 }
 
@@ -511,4 +512,25 @@ fn probe_ports_and_accounts() {
     let m = mesh(&[namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", spec, "")].concat());
     assert_eq!(m.node_pods.values().next().expect("pod").probe_ports, [9, 8081]);
     assert!(m.accounts.contains(&("n1".into(), "ns".into(), "sa-a".into())));
+}
+
+#[test]
+fn removal_for_good_is_told_from_an_upgrade() {
+    let settings = Settings { daemonset: Some("ztunnel".into()), ..settings() };
+    let daemonset = |more: &str| {
+        let text = format!(
+            "apiVersion: apps/v1\nkind: DaemonSet\nmetadata: {{name: ztunnel, namespace: istio-system{more}}}\n"
+        );
+        let parsed = crate::objects::parse::parse(&text).expect("parses");
+        let loaded = crate::objects::Loaded { object: parsed.object, meta: parsed.meta, place: Default::default() };
+        Objects::from([(parsed.key, std::sync::Arc::new(loaded))])
+    };
+    let of = |objects: &Objects, settings: &Settings| build(objects, &Enrolled::new(), settings).uninstalling;
+    assert_eq!(of(&daemonset(""), &settings), None);
+    assert_eq!(
+        of(&daemonset(", deletionTimestamp: \"2026-01-01T00:00:00Z\""), &settings).as_deref(),
+        Some("istio-system")
+    );
+    assert_eq!(of(&Objects::new(), &settings).as_deref(), Some("istio-system"));
+    assert_eq!(of(&Objects::new(), &self::settings()), None, "a source without such objects knows nothing");
 }

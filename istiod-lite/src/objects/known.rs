@@ -59,6 +59,7 @@ pub const KINDS: &[Kind] = &[
     },
     Kind { kind: "ConfigMap", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Deployment", group: "apps", namespaced: true, unread: &["*"] },
+    Kind { kind: "DaemonSet", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "ServiceAccount", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Secret", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "GatewayClass", group: "gateway.networking.k8s.io", namespaced: false, unread: &["*"] },

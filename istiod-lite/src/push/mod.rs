@@ -151,7 +151,8 @@ impl Resources {
         });
         self.authorization.update(self.generation, policies.collect());
         let namespaces = mesh.namespaces.iter().map(|(name, outside)| {
-            let mode = NamespaceMode { name: name.clone(), outside: *outside };
+            let uninstalling = mesh.uninstalling.as_ref() == Some(name);
+            let mode = NamespaceMode { name: name.clone(), outside: *outside, uninstalling };
             (name.clone(), Encoded::new(NAMESPACE_MODE, name.clone(), &mode, Vec::new(), None))
         });
         self.namespaces.update(self.generation, namespaces.collect());

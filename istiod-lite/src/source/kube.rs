@@ -41,6 +41,7 @@ const WATCHED: &[Watched] = &[
     watched("Service", "v1", "services"),
     watched("EndpointSlice", "v1", "endpointslices"),
     watched("ConfigMap", "v1", "configmaps"),
+    watched("DaemonSet", "v1", "daemonsets"),
     watched("ServiceEntry", "v1", "serviceentries"),
     watched("WorkloadEntry", "v1", "workloadentries"),
     watched("AuthorizationPolicy", "v1", "authorizationpolicies"),
@@ -48,6 +49,8 @@ const WATCHED: &[Watched] = &[
     watched("Gateway", "v1", "gateways"),
 ];
 
+/// Name of the DaemonSet of the node tunnels.
+pub const DAEMONSET: &str = "ztunnel";
 /// A kind that the cluster does not have is looked for again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Changes that come within this time are published together.
@@ -102,6 +105,11 @@ async fn follow(
         "ConfigMap" => (
             Api::namespaced_with(client, &namespace, &resource),
             watcher::Config::default().fields("metadata.name=istio"),
+        ),
+        // Ours, to see that it goes.
+        "DaemonSet" => (
+            Api::namespaced_with(client, &namespace, &resource),
+            watcher::Config::default().fields(&format!("metadata.name={DAEMONSET}")),
         ),
         _ => (Api::all_with(client, &resource), watcher::Config::default()),
     };

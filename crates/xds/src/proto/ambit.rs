@@ -10,6 +10,10 @@ pub struct NamespaceMode {
     /// Neither it nor a pod in it is to be in the mesh.
     #[prost(bool, tag = "2")]
     pub outside: bool,
+    /// The node tunnels of this namespace's installation are being removed for good: on its end a tunnel leaves nothing
+    /// on its node. Unset means an upgrade, or that nobody knows.
+    #[prost(bool, tag = "3")]
+    pub uninstalling: bool,
 }
 
 /// A pod of a node, sent to the node's agent as soon as it is bound there, before it has an address.
