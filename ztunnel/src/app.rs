@@ -118,7 +118,8 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let handler = MeshHandler::new(store, node_pods, outside, readiness.clone(), &registry);
     let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], enrolled_seen, handler);
     tokio::spawn(client.run());
-    tokio::spawn(pods.clone().run());
+    let (following, ending) = (pods.clone().run(), drain.clone());
+    tokio::spawn(async move { ending.run_until_cancelled(following).await });
     tokio::spawn(expire(registry));
     match &config.zds_socket {
         Some(path) => {
@@ -128,7 +129,8 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         None => {
             if let Some(proc) = &config.proc {
                 let found = discover::run(proc.clone(), node_netns.id(), pods.clone(), told, config.audit_interval);
-                tokio::spawn(found);
+                let ending = drain.clone();
+                tokio::spawn(async move { ending.run_until_cancelled(found).await });
             }
             if let Some(places) = cni(&config) {
                 let ending = drain.clone();

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -147,6 +148,8 @@ pub struct Pods {
     enrolled: watch::Sender<BTreeSet<String>>,
     slots: Mutex<HashMap<String, Slot>>,
     outside: Arc<Outside>,
+    /// Nobody joins any more.
+    closed: AtomicBool,
 }
 
 impl Pods {
@@ -168,6 +171,7 @@ impl Pods {
             enrolled,
             slots: Mutex::default(),
             outside: Arc::default(),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -236,6 +240,7 @@ impl Pods {
 
     /// Lets go of every pod for good; no rule stays in any of them.
     pub async fn uninstall(&self) {
+        self.closed.store(true, Relaxed);
         let slots: Vec<Slot> = self.slots().drain().map(|(_, slot)| slot).collect();
         for slot in slots {
             let mut known = slot.lock().await;
@@ -289,6 +294,9 @@ impl Pods {
     async fn join(&self, known: &mut Known) -> Result<(), String> {
         if known.enrolled.is_some() {
             return Ok(());
+        }
+        if self.closed.load(Relaxed) {
+            return Err("the mesh is being removed from this node".into());
         }
         let result = self.try_join(known).await;
         let (namespace, name) = (&known.info.namespace, &known.info.name);
