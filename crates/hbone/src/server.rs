@@ -97,8 +97,12 @@ where
     let mut draining = false;
     loop {
         let step = poll_fn(|cx| {
-            if let Poll::Ready(request) = connection.poll_accept(cx) {
-                return Poll::Ready(Step::Request(request));
+            while let Poll::Ready(request) = connection.poll_accept(cx) {
+                match request {
+                    Some(Ok((request, respond))) => take(request, respond, &traffic, &mut handle),
+                    Some(Err(error)) => return Poll::Ready(Step::End(Err(error))),
+                    None => return Poll::Ready(Step::End(Ok(()))),
+                }
             }
             if !draining && drain.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Step::Drain);
@@ -106,11 +110,7 @@ where
             pings.poll(cx).map(Step::Ping)
         });
         match step.await {
-            Step::Request(Some(request)) => {
-                let (request, respond) = request?;
-                take(request, respond, &traffic, &mut handle);
-            }
-            Step::Request(None) => return Ok(()),
+            Step::End(result) => return Ok(result?),
             Step::Drain => {
                 draining = true;
                 connection.graceful_shutdown();
@@ -132,7 +132,7 @@ where
 
 /// What happened on a tunnel.
 enum Step {
-    Request(Option<Result<(http::Request<RecvStream>, SendResponse<Bytes>), h2::Error>>),
+    End(Result<(), h2::Error>),
     Drain,
     Ping(Event),
 }

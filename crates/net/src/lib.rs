@@ -10,7 +10,7 @@
 //! - [`netlink`]: the message builder and socket below those.
 //! - [`sockdiag`]: does this namespace hold a socket with this 4-tuple?
 //! - [`fdpass`]: descriptors over unix sockets.
-//! - [`unless`]: one future until another interrupts it.
+//! - [`mod@unless`]: one future until another interrupts it.
 //! - [`relay`]: bytes between two plain sockets; [`turn`]: bulk gives way to small messages on its thread.
 
 pub mod capture;

@@ -197,7 +197,7 @@ impl<I: Input> Reader<'_, I> {
                 }
                 let data: Data = self.input.read(|_| {})?;
                 let mesh = data.data.get("mesh").map_or("{}", String::as_str);
-                Object::MeshConfig(serde_yaml::from_str(mesh).map_err(|e| serde::de::Error::custom(e))?)
+                Object::MeshConfig(serde_yaml::from_str(mesh).map_err(serde::de::Error::custom)?)
             }
             _ => Object::Other,
         })
