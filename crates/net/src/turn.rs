@@ -134,3 +134,69 @@ impl Ticket {
         self.waker.wake();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    #[tokio::test]
+    async fn who_moves_little_never_waits() {
+        let mut turn = Turn::default();
+        for _ in 0..1000 {
+            turn.moved(SMALL);
+            assert!(futures::poll!(Box::pin(turn.next())).is_ready());
+        }
+    }
+
+    #[tokio::test]
+    async fn one_slice_at_a_time_and_everybody_in_turn() {
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let (slices, small) = (Rc::new(RefCell::new(Vec::new())), Rc::new(Cell::new(0)));
+                let bulk = (0..3).map(|id| {
+                    let slices = slices.clone();
+                    tokio::task::spawn_local(async move {
+                        let mut turn = Turn::default();
+                        for _ in 0..5 {
+                            turn.next().await;
+                            slices.borrow_mut().push(id);
+                            turn.moved(TURN);
+                        }
+                    })
+                });
+                let bulk: Vec<_> = bulk.collect();
+                let done = Rc::new(Cell::new(false));
+                let (count, stop) = (small.clone(), done.clone());
+                let interactive = tokio::task::spawn_local(async move {
+                    while !stop.get() {
+                        count.set(count.get() + 1);
+                        tokio::task::yield_now().await;
+                    }
+                });
+                for task in bulk {
+                    task.await.expect("bulk");
+                }
+                done.set(true);
+                interactive.await.expect("interactive");
+                let slices = slices.borrow().clone();
+                // The first slice needs no turn; from then on they alternate.
+                assert_eq!(slices, [0, 1, 2].repeat(5));
+                assert!(small.get() >= 3 * 4 * ROUNDS, "{} looks between {} slices", small.get(), slices.len());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn who_goes_while_waiting_holds_up_nobody() {
+        let (mut gone, mut stays) = (Turn::default(), Turn::default());
+        gone.moved(TURN);
+        stays.moved(TURN);
+        assert!(futures::poll!(Box::pin(gone.next())).is_pending());
+        drop(gone);
+        tokio::time::timeout(std::time::Duration::from_secs(5), stays.next()).await.expect("its turn comes");
+        tokio::time::timeout(std::time::Duration::from_secs(5), stays.next()).await.expect("and lasts");
+    }
+}
