@@ -55,7 +55,7 @@ fn stalled_readers_hold_only_their_own_windows() {
         }
         // A window each, and what is between application and stream.
         let grown = resident(&mesh).saturating_sub(before);
-        if grown > 48 * 3 * MIB {
+        if grown > 48 * 2 * MIB {
             return Err(Failure(format!("48 stalled readers hold {} MiB", grown / MIB)));
         }
         // One of them goes on, and gets all of it.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ambit_hbone::Settings;
+use ambit_hbone::settings::MAX_WINDOW;
 use ambit_model::Str;
 use ambit_runtime::config::{ConfigError, Source, duration};
 use ambit_runtime::logging::Format;
@@ -52,14 +53,12 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   poolStreams          POOL_MAX_STREAMS_PER_CONNECTION   streams in one tunnel [100]
   streamWindow         HTTP2_STREAM_WINDOW_SIZE          bytes one stream may have under way at first [1048576]
   maxStreamWindow      HTTP2_MAX_STREAM_WINDOW_SIZE      the same, where the path holds more [16777216]
-  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes one tunnel may have under way at first [67108864]
+  connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes that the streams of a tunnel share [67108864]
   frameSize            HTTP2_FRAME_SIZE          largest frame [1048576]
   logLevel             RUST_LOG                  log level [info]
   logFormat            LOG_FORMAT                plain or json [plain]
   instanceIp, podName, podNamespace, serviceAccount      INSTANCE_IP, POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT
 ";
-
-const MAX_WINDOW: u32 = (1 << 31) - 1;
 
 /// What Istio's ztunnel can be told to do and ours cannot. Going on without would be weaker, or other, than was asked for.
 const REFUSED: &[(&str, &[&str], &str)] = &[
@@ -171,10 +170,10 @@ impl Config {
                 s.problem(format!("{key} {window}: expected 1 to {MAX_WINDOW} (RFC 9113 section 6.9.1)"));
             }
         }
-        if connection_window <= stream_window {
+        if connection_window < stream_window {
             s.problem(format!(
-                "connectionWindow {connection_window} must be larger than streamWindow {stream_window}: \
-                 one stream with a slow reader would hold the whole tunnel"
+                "connectionWindow {connection_window} must not be smaller than streamWindow {stream_window}: \
+                 streams share it"
             ));
         }
         let max_frame = s.get("frameSize", &["HTTP2_FRAME_SIZE"], "bytes").unwrap_or(defaults.max_frame);
@@ -321,12 +320,12 @@ mod tests {
         let error = Config::read(Source::from_vars(&[
             ("LOG_FORMAT", "xml"),
             ("HTTP2_STREAM_WINDOW_SIZE", "4194304"),
-            ("HTTP2_CONNECTION_WINDOW_SIZE", "4194304"),
+            ("HTTP2_CONNECTION_WINDOW_SIZE", "1048576"),
             ("HTTP2_FRAME_SIZE", "1"),
         ]))
         .expect_err("wrong")
         .to_string();
-        for expected in ["NODE_NAME", "LOG_FORMAT: \"xml\"", "connectionWindow 4194304", "frameSize 1"] {
+        for expected in ["NODE_NAME", "LOG_FORMAT: \"xml\"", "connectionWindow 1048576", "frameSize 1"] {
             assert!(error.contains(expected), "{error}");
         }
     }

@@ -51,16 +51,20 @@ const GATHER: usize = 8;
 const GATHERED: usize = 128 * 1024;
 
 /// One stream's part in the traffic of its tunnel.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BulkMark {
     tunnel: Rc<Traffic>,
     marked: Cell<bool>,
+    /// The epoch of the tunnel in which this stream received last, and how much of it.
+    epoch: Cell<u64>,
+    received: Cell<u64>,
 }
 
 impl BulkMark {
     /// A part in the traffic of a tunnel.
     pub fn new(tunnel: Rc<Traffic>) -> Self {
-        Self { tunnel, marked: Cell::new(false) }
+        tunnel.streams.set(tunnel.streams.get() + 1);
+        Self { tunnel, marked: Cell::default(), epoch: Cell::default(), received: Cell::default() }
     }
 
     fn saw(&self, batch: usize) {
@@ -71,12 +75,17 @@ impl BulkMark {
     }
 
     fn received(&self, batch: usize) {
-        self.tunnel.received.set(self.tunnel.received.get() + batch as u64);
+        let (tunnel, batch) = (&self.tunnel, batch as u64);
+        tunnel.received.set(tunnel.received.get() + batch);
+        let before = if self.epoch.replace(tunnel.epoch.get()) == tunnel.epoch.get() { self.received.get() } else { 0 };
+        self.received.set(before + batch);
+        tunnel.most.set(tunnel.most.get().max(before + batch));
     }
 }
 
 impl Drop for BulkMark {
     fn drop(&mut self) {
+        self.tunnel.streams.set(self.tunnel.streams.get() - 1);
         if self.marked.get() {
             self.tunnel.bulk.set(self.tunnel.bulk.get() - 1);
         }

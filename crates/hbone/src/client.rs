@@ -20,8 +20,8 @@ use tracing::debug;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, reason};
-use crate::pings::{Event, Pings, Traffic};
-use crate::settings::Settings;
+use crate::pings::{Dead, Pings, Traffic};
+use crate::settings::{MAX_WINDOW, Settings};
 
 /// Why a stream could not be opened.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -64,7 +64,7 @@ impl Tunnel {
     {
         let handshake = h2::client::Builder::new()
             .initial_window_size(settings.stream_window)
-            .initial_connection_window_size(settings.connection_window)
+            .initial_connection_window_size(MAX_WINDOW)
             .max_frame_size(settings.max_frame)
             .max_send_buffer_size(settings.send_buffer)
             .initial_max_send_streams(settings.streams_per_tunnel)
@@ -78,7 +78,7 @@ impl Tunnel {
         let (closed, traffic) = (Rc::new(Cell::new(false)), Rc::new(Traffic::default()));
         let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
         let mut pings = Pings::new(ping, settings, traffic.clone());
-        let (flag, settings) = (closed.clone(), settings.clone());
+        let (flag, timeout) = (closed.clone(), settings.ping_timeout);
         tokio::task::spawn_local(async move {
             // The driver ends with the connection, which ends when all handles are gone or the peer is.
             let driven = poll_fn(|cx| {
@@ -86,16 +86,11 @@ impl Tunnel {
                     if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
                         return Poll::Ready(result.map_err(|e| e.to_string()));
                     }
-                    match ready!(pings.poll(cx)) {
-                        Event::Window(window) => {
-                            connection.set_target_window_size(settings.connection_window_for(window));
-                            // Refused while an earlier change awaits its answer; the next probe tries again.
-                            let _ = connection.set_initial_window_size(window);
-                        }
-                        Event::Dead => {
-                            return Poll::Ready(Err(format!("no answer to a ping in {:?}", settings.ping_timeout)));
-                        }
+                    if pings.tell(|window| connection.set_initial_window_size(window)) {
+                        continue;
                     }
+                    let Dead = ready!(pings.poll(cx));
+                    return Poll::Ready(Err(format!("no answer to a ping in {timeout:?}")));
                 }
             });
             let result = driven.await;
@@ -211,10 +206,5 @@ impl Stream {
     /// Takes the application's socket and carries its bytes until both sides have finished.
     pub async fn carry(self, app: TcpStream, moved: &Moved) -> Result<(), CarryError> {
         carry(app, self.send, self.recv, moved, &self.mark).await
-    }
-
-    /// Takes the stream apart for a user that parses what it carries.
-    pub fn into_parts(self) -> (SendStream<Bytes>, RecvStream, Place) {
-        (self.send, self.recv, self._place)
     }
 }

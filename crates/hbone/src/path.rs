@@ -1,10 +1,13 @@
-//! How large the windows of a tunnel are to be, from what its path holds.
+//! How large the windows of a tunnel are to be, from what its path holds and from how many share it.
 //!
-//! Owns the estimate: bytes that arrive within one round trip fill the window only where the window is what limits them.
-//! Windows grow while that makes the path faster and then stay: larger ones would be queues. Has no clock and no
-//! connection; never makes a window smaller, for what was promised cannot be taken back.
+//! Owns the estimate: bytes that one stream gets within one round trip fill its window only where the window is what
+//! limits it. Windows grow while that makes the path faster; larger ones would be queues. Where many streams are open
+//! each gets its share of the tunnel's budget, for the window of the whole connection is never what limits a tunnel:
+//! readers that have stalled would hold it, and everybody else with them. Has no clock and no connection.
 
 use std::time::Duration;
+
+use crate::settings::Settings;
 
 /// After a probe that changed nothing the next one waits this long...
 const PAUSE: Duration = Duration::from_millis(50);
@@ -12,12 +15,27 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 /// A larger window must have brought at least a tenth more.
 const GAIN: f64 = 1.1;
+/// No share is smaller: a stream moves a batch at a time.
+const LEAST_SHARE: u32 = 64 * 1024;
+
+/// What has arrived at some time after the tunnel began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// When, from the beginning of the tunnel.
+    pub at: Duration,
+    /// Bytes received by all streams from the beginning.
+    pub received: u64,
+}
 
 /// The estimate for one tunnel.
 #[derive(Clone, Debug)]
 pub struct Path {
     window: u32,
     limit: u32,
+    /// What all streams together are to have under way at most.
+    budget: u32,
+    /// The share of one stream of that.
+    share: u32,
     /// Bytes a second, the most that was seen.
     rate: f64,
     /// Bytes received when the last probe ended.
@@ -27,9 +45,32 @@ pub struct Path {
 }
 
 impl Path {
-    /// Starts with a window of each stream; it never grows beyond `limit`.
-    pub fn new(window: u32, limit: u32) -> Self {
-        Self { window, limit: limit.max(window), rate: 0.0, seen: 0, pause: PAUSE, not_before: Duration::ZERO }
+    /// Starts with the settings' window of each stream.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            window: settings.stream_window,
+            limit: settings.max_stream_window.max(settings.stream_window),
+            budget: settings.connection_window,
+            share: settings.connection_window,
+            rate: 0.0,
+            seen: 0,
+            pause: PAUSE,
+            not_before: Duration::ZERO,
+        }
+    }
+
+    /// The window that each stream is to have while so many are open. Shares are halved at once, and doubled again only
+    /// when that leaves as much free, so that a number that goes up and down does not take the window along.
+    pub fn window(&mut self, streams: usize) -> u32 {
+        let streams = u64::try_from(streams).unwrap_or(u64::MAX);
+        let taken = |share: u32| streams.saturating_mul(u64::from(share));
+        while taken(self.share) > u64::from(self.budget) && self.share > LEAST_SHARE {
+            self.share /= 2;
+        }
+        while self.share < self.budget && taken(self.share) <= u64::from(self.budget / 4) {
+            self.share = self.share.saturating_mul(2).min(self.budget);
+        }
+        self.window.min(self.share.max(LEAST_SHARE))
     }
 
     /// Whether to send a probe, given the bytes received so far and the time since the tunnel began. An interactive
@@ -38,88 +79,26 @@ impl Path {
         self.window < self.limit && received - self.seen >= u64::from(self.window / 2) && now() >= self.not_before
     }
 
-    /// A probe was answered: so many bytes had been received when it was sent, so many now. Answers the new window
-    /// where it is to grow.
-    pub fn answered(&mut self, sent: (Duration, u64), now: (Duration, u64)) -> Option<u32> {
-        let bytes = now.1 - sent.1;
-        let round_trip = now.0.saturating_sub(sent.0).max(Duration::from_micros(1));
+    /// A probe was answered: what there was when it was sent and what there is now, and the most that one stream has
+    /// received in between.
+    pub fn answered(&mut self, sent: Sample, now: Sample, most: u64) {
+        let bytes = now.received - sent.received;
+        let round_trip = now.at.saturating_sub(sent.at).max(Duration::from_micros(1));
         let rate = bytes as f64 / round_trip.as_secs_f64();
-        self.seen = now.1;
-        let filled = bytes >= u64::from(self.window) / 3 * 2;
+        self.seen = now.received;
+        let filled = most >= u64::from(self.window) / 3 * 2;
         if filled && rate >= self.rate * GAIN && self.window < self.limit {
             self.rate = rate;
             self.window = self.window.saturating_mul(2).min(self.limit);
             self.pause = PAUSE;
             // What is under way was sent with the old window.
-            self.not_before = now.0 + round_trip;
-            return Some(self.window);
+            self.not_before = now.at + round_trip;
+            return;
         }
-        self.not_before = now.0 + self.pause;
+        self.not_before = now.at + self.pause;
         self.pause = (self.pause * 2).min(LONG_PAUSE);
-        None
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const KIB: u32 = 1024;
-
-    /// A path that holds `rate` x `round_trip` bytes, always full: what the window settles at.
-    fn settle(rate: f64, round_trip: Duration, limit: u32) -> u32 {
-        let mut path = Path::new(256 * KIB, limit);
-        let (mut now, mut received, mut window) = (Duration::ZERO, 0_u64, 256 * KIB);
-        for _ in 0..2000 {
-            // A window a round trip, unless the path is slower: then it queues, and the round trip grows.
-            let took = round_trip.max(Duration::from_secs_f64(f64::from(window) / rate));
-            let sent = (now, received);
-            now += took;
-            received += u64::from(window);
-            if path.wants_probe(received, || now)
-                && let Some(next) = path.answered(sent, (now, received))
-            {
-                window = next;
-            }
-        }
-        window
-    }
-
-    #[test]
-    fn windows_follow_the_path() {
-        let limit = 16 * KIB * KIB;
-        for (name, rate, round_trip, at_least, at_most) in [
-            ("one machine, 1 GB/s, 50 us", 1e9, Duration::from_micros(50), 256 * KIB, 512 * KIB),
-            ("one zone, 1 GB/s, 1 ms", 1e9, Duration::from_millis(1), 1024 * KIB, 2048 * KIB),
-            ("a continent, 125 MB/s, 60 ms", 1.25e8, Duration::from_millis(60), 8 * KIB * KIB, limit),
-            ("beyond the limit", 1e9, Duration::from_millis(200), limit, limit),
-            ("a slow link", 1e6, Duration::from_millis(20), 256 * KIB, 512 * KIB),
-        ] {
-            let window = settle(rate, round_trip, limit);
-            assert!((at_least..=at_most).contains(&window), "{name}: {} KiB", window / KIB);
-        }
-    }
-
-    #[test]
-    fn an_interactive_tunnel_is_never_probed() {
-        let path = Path::new(256 * KIB, 1024 * KIB);
-        assert!(!path.wants_probe(100 * 1024, || unreachable!("no clock is read for it")));
-    }
-
-    #[test]
-    fn probes_that_change_nothing_become_rare() {
-        let mut path = Path::new(256 * KIB, 1024 * KIB);
-        let (mut probes, mut received) = (0, 0_u64);
-        for ms in 0..60_000_u64 {
-            // Plenty of data, a little a round trip: the window does not limit it.
-            let before = received;
-            received += 200 * 1024;
-            if path.wants_probe(received, || Duration::from_millis(ms)) {
-                probes += 1;
-                let sent = (Duration::from_millis(ms), before + 190 * 1024);
-                assert_eq!(path.answered(sent, (Duration::from_millis(ms + 1), received)), None);
-            }
-        }
-        assert!((8..=20).contains(&probes), "{probes} in a minute");
-    }
-}
+mod tests;

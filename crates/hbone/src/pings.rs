@@ -1,7 +1,7 @@
 //! Pings of one tunnel: is the peer still there, and how much does the path hold?
 //!
-//! Owns when a ping is sent, one at a time, and what its answer or its lack means. Polled with the connection, by the
-//! same task.
+//! Owns when a ping is sent, one at a time, what its answer or its lack means, and which window the peer was told of.
+//! Polled with the connection, by the same task.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep};
 
-use crate::path::Path;
+use crate::path::{Path, Sample};
 use crate::settings::Settings;
 
 /// What a tunnel moves, shared by its streams and its driver.
@@ -21,18 +21,19 @@ use crate::settings::Settings;
 pub struct Traffic {
     /// Streams that move bulk data.
     pub(crate) bulk: Cell<usize>,
+    /// Streams that carry bytes.
+    pub(crate) streams: Cell<usize>,
     /// Bytes received by all streams.
     pub(crate) received: Cell<u64>,
+    /// Which ping is under way; streams count what they receive from its beginning.
+    pub(crate) epoch: Cell<u64>,
+    /// The most that one stream has received in this epoch.
+    pub(crate) most: Cell<u64>,
 }
 
-/// What the connection is to do.
+/// No ping was answered in time.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// Give streams this window.
-    Window(u32),
-    /// Give up: no answer in time.
-    Dead,
-}
+pub(crate) struct Dead;
 
 pub(crate) struct Pings {
     ping: PingPong,
@@ -40,9 +41,11 @@ pub(crate) struct Pings {
     timeout: Duration,
     traffic: Rc<Traffic>,
     path: Path,
+    /// The window that the peer was told of last.
+    told: u32,
     begin: Instant,
     /// When the ping that is under way was sent, and what had been received then.
-    sent: Option<(Duration, u64)>,
+    sent: Option<Sample>,
     /// The next ping, or the end of patience with the last one.
     timer: Pin<Box<Sleep>>,
     ended: bool,
@@ -55,7 +58,8 @@ impl Pings {
             every: settings.ping_every,
             timeout: settings.ping_timeout,
             traffic,
-            path: Path::new(settings.stream_window, settings.max_stream_window),
+            path: Path::new(settings),
+            told: settings.stream_window,
             begin: Instant::now(),
             sent: None,
             timer: Box::pin(tokio::time::sleep(settings.ping_every)),
@@ -63,8 +67,19 @@ impl Pings {
         }
     }
 
+    /// Tells the peer of another window, where it is to have one, by `tell`; that may be refused while an earlier
+    /// change awaits its answer, and then it is tried again when the connection has something to do. Whether it told.
+    pub(crate) fn tell(&mut self, tell: impl FnOnce(u32) -> Result<(), h2::Error>) -> bool {
+        let window = self.path.window(self.traffic.streams.get());
+        let told = window != self.told && tell(window).is_ok();
+        if told {
+            self.told = window;
+        }
+        told
+    }
+
     /// To be polled after the connection, each time.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Dead> {
         while !self.ended {
             let received = self.traffic.received.get();
             let Some(sent) = self.sent else {
@@ -72,7 +87,9 @@ impl Pings {
                     ready!(self.timer.as_mut().poll(cx));
                 }
                 self.ended = self.ping.send_ping(Ping::opaque()).is_err();
-                self.sent = Some((self.begin.elapsed(), received));
+                self.sent = Some(Sample { at: self.begin.elapsed(), received });
+                self.traffic.epoch.set(self.traffic.epoch.get() + 1);
+                self.traffic.most.set(0);
                 self.timer.as_mut().reset(Instant::now() + self.timeout);
                 continue;
             };
@@ -80,16 +97,15 @@ impl Pings {
                 Poll::Ready(Ok(_)) => {
                     self.sent = None;
                     self.timer.as_mut().reset(Instant::now() + self.every);
-                    if let Some(window) = self.path.answered(sent, (self.begin.elapsed(), received)) {
-                        return Poll::Ready(Event::Window(window));
-                    }
+                    let now = Sample { at: self.begin.elapsed(), received };
+                    self.path.answered(sent, now, self.traffic.most.get());
                 }
                 // The connection has ended; its own future says how.
                 Poll::Ready(Err(_)) => self.ended = true,
                 Poll::Pending => {
                     ready!(self.timer.as_mut().poll(cx));
                     self.ended = true;
-                    return Poll::Ready(Event::Dead);
+                    return Poll::Ready(Dead);
                 }
             }
         }

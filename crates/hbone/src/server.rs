@@ -17,8 +17,8 @@ use tokio::net::TcpStream;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, REASON};
-use crate::pings::{Event, Pings, Traffic};
-use crate::settings::Settings;
+use crate::pings::{Dead, Pings, Traffic};
+use crate::settings::{MAX_WINDOW, Settings};
 
 /// A CONNECT request that waits for its answer.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ where
 {
     let handshake = h2::server::Builder::new()
         .initial_window_size(settings.stream_window)
-        .initial_connection_window_size(settings.connection_window)
+        .initial_connection_window_size(MAX_WINDOW)
         .max_frame_size(settings.max_frame)
         .max_send_buffer_size(settings.send_buffer)
         .max_concurrent_streams(settings.max_streams)
@@ -97,17 +97,22 @@ where
     let mut draining = false;
     loop {
         let step = poll_fn(|cx| {
-            while let Poll::Ready(request) = connection.poll_accept(cx) {
-                match request {
-                    Some(Ok((request, respond))) => take(request, respond, &traffic, &mut handle),
-                    Some(Err(error)) => return Poll::Ready(Step::End(Err(error))),
-                    None => return Poll::Ready(Step::End(Ok(()))),
+            loop {
+                while let Poll::Ready(request) = connection.poll_accept(cx) {
+                    match request {
+                        Some(Ok((request, respond))) => take(request, respond, &traffic, &mut handle),
+                        Some(Err(error)) => return Poll::Ready(Step::End(Err(error))),
+                        None => return Poll::Ready(Step::End(Ok(()))),
+                    }
+                }
+                if !pings.tell(|window| connection.set_initial_window_size(window)) {
+                    break;
                 }
             }
             if !draining && drain.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Step::Drain);
             }
-            pings.poll(cx).map(Step::Ping)
+            pings.poll(cx).map(Step::Dead)
         });
         match step.await {
             Step::End(result) => return Ok(result?),
@@ -115,12 +120,7 @@ where
                 draining = true;
                 connection.graceful_shutdown();
             }
-            Step::Ping(Event::Window(window)) => {
-                connection.set_target_window_size(settings.connection_window_for(window));
-                // Refused while an earlier change awaits its answer; the next probe tries again.
-                let _ = connection.set_initial_window_size(window);
-            }
-            Step::Ping(Event::Dead) => {
+            Step::Dead(Dead) => {
                 connection.abrupt_shutdown(h2::Reason::NO_ERROR);
                 // One more poll to send the GOAWAY; the peer may be gone.
                 let _ = futures::FutureExt::now_or_never(connection.accept());
@@ -134,7 +134,7 @@ where
 enum Step {
     End(Result<(), h2::Error>),
     Drain,
-    Ping(Event),
+    Dead(Dead),
 }
 
 fn take(

@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+/// The largest window there is (RFC 9113 section 6.9.1).
+pub const MAX_WINDOW: u32 = (1 << 31) - 1;
+
 /// Settings of both ends of a tunnel.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -12,8 +15,9 @@ pub struct Settings {
     pub stream_window: u32,
     /// Up to which the window of a stream may grow where its [path](crate::path) holds more.
     pub max_stream_window: u32,
-    /// Bytes that all streams of a tunnel may have under way. Many times the window of one stream: streams
-    /// whose readers are slow hold what they were sent, and must not hold the whole tunnel.
+    /// Bytes that all streams of a tunnel together are to have under way: where there are many, each has a smaller
+    /// window. The window of the connection itself is never what limits it, for streams whose readers are slow would
+    /// hold all the others.
     pub connection_window: u32,
     /// Largest frame accepted. A batch read from a socket travels as one frame.
     pub max_frame: u32,
@@ -54,15 +58,5 @@ impl Default for Settings {
             ping_every: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
         }
-    }
-}
-
-impl Settings {
-    /// The window of the whole tunnel when its streams have this one.
-    pub(crate) fn connection_window_for(&self, stream_window: u32) -> u32 {
-        const STREAMS: u32 = 32;
-        // RFC 9113 section 6.9.1.
-        const MAX: u32 = (1 << 31) - 1;
-        self.connection_window.max(stream_window.saturating_mul(STREAMS)).min(MAX)
     }
 }
