@@ -195,6 +195,45 @@ fn the_first_packet_of_a_new_pod_is_in_the_mesh() {
 }
 
 #[test]
+fn the_end_of_an_old_sandbox_does_not_take_the_pod_out() {
+    sandbox::test("the_end_of_an_old_sandbox_does_not_take_the_pod_out", || async {
+        let mesh = shop(Options::default()).await?;
+        let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?;
+        let uid = &client.uid;
+        let ask = |request: String, fds: &[std::os::fd::BorrowedFd<'_>]| -> Result<String, Failure> {
+            let answer = fdpass::ask(&mesh.nodes[0].agent, request.as_bytes(), fds, ambit_testing::mesh::PATIENCE);
+            Ok(String::from_utf8_lossy(&answer.doing("ask the agent")?).into_owned())
+        };
+        let list = || ask(r#"{"version":1,"command":{"list":{}}}"#.to_owned(), &[]);
+        let del = |sandbox: &str| {
+            ask(format!(r#"{{"version":1,"command":{{"del":{{"uid":"{uid}","sandbox":"{sandbox}"}}}}}}"#), &[])
+        };
+        // As a runtime does that made the pod's sandbox anew, and takes the old one away only afterwards.
+        let again = format!(
+            r#"{{"version":1,"command":{{"add":{{"uid":"{uid}","sandbox":"second","name":"client","namespace":"front","serviceAccount":"client"}}}}}}"#
+        );
+        let answer = ask(again, &[client.net.netns.as_fd()])?;
+        if !answer.contains(r#""enrolled":true"#) {
+            return Err(Failure(format!("not enrolled again: {answer}")));
+        }
+        del("first")?;
+        if !list()?.contains(uid) {
+            return Err(Failure::new("the end of another sandbox took the pod out"));
+        }
+        expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")?;
+        let table = || client.net.netns.run(|| nft::inspect_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()));
+        if !table() {
+            return Err(Failure::new("the rules are gone"));
+        }
+        del("second")?;
+        if list()?.contains(uid) || table() {
+            return Err(Failure::new("the end of its own sandbox did not take the pod out"));
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn rubbish_on_the_agents_socket_is_refused_with_reasons() {
     sandbox::test("rubbish_on_the_agents_socket_is_refused_with_reasons", || async {
         let mesh = shop(Options::default()).await?;

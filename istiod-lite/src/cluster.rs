@@ -3,6 +3,8 @@
 //! Owns these writes. Each says only what is ours, and only when it differs. Reads no Secret but its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,11 +60,12 @@ pub async fn own_authority(
     let dir = state.join("ca");
     for _ in 0..3 {
         if let Some(secret) = api.get_opt(SECRET).await? {
-            std::fs::create_dir_all(&dir)?;
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
             let data = secret.data.unwrap_or_default();
             for name in FILES {
                 let ByteString(bytes) = data.get(name).ok_or(ClusterError::Content(name))?;
-                std::fs::write(dir.join(name), bytes)?;
+                let mut file = std::fs::OpenOptions::new();
+                file.write(true).create(true).truncate(true).mode(0o600).open(dir.join(name))?.write_all(bytes)?;
             }
             return Ok(Authority::own(state, longest)?);
         }

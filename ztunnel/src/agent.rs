@@ -37,10 +37,13 @@ pub struct Request {
 pub enum Command {
     /// A pod is about to run; its network namespace comes with the request.
     Add(PodInfo),
-    /// A pod is gone.
+    /// A sandbox of a pod is gone.
     Del {
-        /// Its uid.
+        /// The pod's uid.
         uid: String,
+        /// Which of its sandboxes, as it was added.
+        #[serde(default)]
+        sandbox: String,
     },
     /// Which pods are known?
     List {},
@@ -140,8 +143,8 @@ async fn handle(request: Request, mut fds: Vec<OwnedFd>, pods: &Pods) -> Answer 
                 Err(error) => Answer { error: Some(error), ..Answer::default() },
             }
         }
-        Command::Del { uid } => {
-            pods.remove(&uid).await;
+        Command::Del { uid, sandbox } => {
+            pods.remove_sandbox(&uid, &sandbox).await;
             Answer::default()
         }
         Command::List {} => Answer { pods: pods.uids(), ..Answer::default() },

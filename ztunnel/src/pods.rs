@@ -50,6 +50,9 @@ pub struct DnsSettings {
 pub struct PodInfo {
     /// Kubernetes uid.
     pub uid: String,
+    /// Which sandbox of the pod, where its runtime tells; a pod may have several, one after the other.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub sandbox: String,
     /// Name.
     pub name: String,
     /// Namespace.
@@ -227,6 +230,18 @@ impl Pods {
         Ok(known.enrolled.is_some())
     }
 
+    /// A sandbox is gone, and the pod with it unless it has another one now. One that was found running, whose sandbox
+    /// nobody told, goes when it is found to be gone.
+    pub async fn remove_sandbox(&self, uid: &str, sandbox: &str) {
+        let Some(slot) = self.slots().get(uid).cloned() else { return };
+        let current = slot.lock().await.info.sandbox.clone();
+        if current == sandbox {
+            self.remove(uid).await;
+        } else {
+            info!(uid, sandbox, current, "the end of a sandbox that is not the pod's any more");
+        }
+    }
+
     /// A pod is gone.
     pub async fn remove(&self, uid: &str) {
         let slot = self.slots().remove(uid);
@@ -291,6 +306,12 @@ impl Pods {
         known.netns.as_ref().map(Netns::id)
     }
 
+    /// Addresses of a pod, as the mesh knows them; empty where it does not.
+    pub fn addresses(&self, namespace: &str, name: &str) -> Vec<IpAddr> {
+        let uid = self.workload_uid(namespace, name);
+        self.store.load().workload(&uid).map(|w| w.workload_ips.clone()).unwrap_or_default()
+    }
+
     async fn join(&self, known: &mut Known) -> Result<(), String> {
         if known.enrolled.is_some() {
             return Ok(());
@@ -352,7 +373,12 @@ impl Pods {
             let listeners = Listeners::bind(&netns, capture.ipv6, n == 0).map_err(|e| format!("listeners: {e}"))?;
             worker.serve(pod.clone(), listeners);
         }
-        tokio::spawn(follow(self.store.clone(), self.uid_of(&pod.info), views, pod.gone.clone()));
+        tokio::spawn(follow(
+            self.store.clone(),
+            self.workload_uid(&pod.info.namespace, &pod.info.name),
+            views,
+            pod.gone.clone(),
+        ));
         if !known.foreign_rules {
             let rules = tokio::task::spawn_blocking(move || {
                 let written = capture.install(&netns).and_then(|()| capture.verify(&netns));
@@ -374,9 +400,9 @@ impl Pods {
         Ok((pod, probes))
     }
 
-    /// The uid that the pod's workload has.
-    fn uid_of(&self, info: &PodInfo) -> Str {
-        format!("{}//Pod/{}/{}", self.config.cluster_id, info.namespace, info.name).into()
+    /// The uid that a pod's workload has.
+    fn workload_uid(&self, namespace: &str, name: &str) -> Str {
+        format!("{}//Pod/{namespace}/{name}", self.config.cluster_id).into()
     }
 
     async fn leave(&self, known: &mut Known, gone: bool) {

@@ -100,7 +100,7 @@ pub fn run(env: &BTreeMap<String, String>, stdin: &str) -> Result<String, Plugin
         "DEL" => {
             if let Some(uid) = pod_of(env).uid {
                 // The end of a pod must not wait for us; an agent that is away finds out by itself.
-                let _ = ask(&config.agent_socket, Command::Del { uid }, None);
+                let _ = ask(&config.agent_socket, Command::Del { uid, sandbox: sandbox_of(env) }, None);
             }
             Ok(String::new())
         }
@@ -136,6 +136,11 @@ fn pod_of(env: &BTreeMap<String, String>) -> PodName {
     pod
 }
 
+/// Which sandbox of the pod this call is about: the end of an old one may be told after the start of a new one.
+fn sandbox_of(env: &BTreeMap<String, String>) -> String {
+    env.get("CNI_CONTAINERID").cloned().unwrap_or_default()
+}
+
 fn add(config: &PluginConfig, env: &BTreeMap<String, String>) -> Result<String, PluginError> {
     let previous = config.prev_result.clone();
     let mut previous = previous
@@ -156,7 +161,14 @@ fn add(config: &PluginConfig, env: &BTreeMap<String, String>) -> Result<String, 
     let netns = Netns::open(path).map_err(|e| PluginError::Call(format!("CNI_NETNS {path}: {e}")))?;
     let ips = previous["ips"].as_array().into_iter().flatten();
     let ips = ips.filter_map(|ip| ip["address"].as_str()?.split('/').next()?.parse().ok()).collect();
-    let info = PodInfo { uid, name: name.clone(), namespace: namespace.clone(), ips, ..PodInfo::default() };
+    let info = PodInfo {
+        uid,
+        sandbox: sandbox_of(env),
+        name: name.clone(),
+        namespace: namespace.clone(),
+        ips,
+        ..PodInfo::default()
+    };
     match ask(&config.agent_socket, Command::Add(info), Some(&netns)) {
         Ok(Answer { error: Some(error), .. }) => Err(PluginError::Refused(error)),
         Ok(_) => passed,
