@@ -7,9 +7,11 @@
 //! - [`address`]: network addresses and CIDR blocks.
 //! - [`workload`], [`service`]: what the control plane tells a node about the mesh.
 //! - [`policy`]: layer 4 authorization and its decision.
+//! - [`l7`]: routes and policies of layer 7.
 
 pub mod address;
 pub mod identity;
+pub mod l7;
 pub mod policy;
 pub mod service;
 pub mod workload;

@@ -38,6 +38,13 @@ impl fmt::Display for NamespacedHostname {
     }
 }
 
+impl<'de> serde::Deserialize<'de> for NamespacedHostname {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'_, str> as serde::Deserialize>::deserialize(d)?;
+        Self::parse(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?}: expected NAMESPACE/HOSTNAME")))
+    }
+}
+
 impl Serialize for NamespacedHostname {
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(self)

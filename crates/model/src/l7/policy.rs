@@ -1,0 +1,367 @@
+//! Layer 7 authorization: Istio's AuthorizationPolicy with all its fields, and the decision on one request.
+//!
+//! Owns the match rules and the order DENY before ALLOW. The text of the object is kept as it is and compiled here, so
+//! that controller and waypoint cannot understand it differently. Reference: reference/controlplane.md 1.6; Istio's
+//! AuthorizationPolicy.
+
+use std::net::IpAddr;
+
+use http::{HeaderMap, Method};
+use serde::{Deserialize, Serialize};
+
+use super::path;
+use crate::{Cidr, Identity, Str};
+
+/// What a policy does with requests that it matches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+#[allow(missing_docs, reason = "the words are the documentation")]
+pub enum HttpAction {
+    #[default]
+    Allow,
+    Deny,
+    Audit,
+}
+
+/// A policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HttpPolicy {
+    /// `namespace/name` of the object.
+    pub name: Str,
+    /// What it does.
+    pub action: HttpAction,
+    /// Only logged.
+    pub dry_run: bool,
+    /// Any rule that matches makes it match.
+    pub rules: Vec<HttpRule>,
+}
+
+/// A rule: one of the sources, one of the operations and all conditions. An empty list is no restriction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HttpRule {
+    /// Sources.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<Source>,
+    /// Operations.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub to: Vec<Operation>,
+    /// Conditions.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub when: Vec<Condition>,
+}
+
+/// One of `yes`, where there are any, and none of `no`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Values {
+    /// Values of which one must fit.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub yes: Vec<Str>,
+    /// Values of which none may.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub no: Vec<Str>,
+}
+
+/// Who asks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs, reason = "field names of AuthorizationPolicy")]
+pub struct Source {
+    pub principals: Values,
+    pub request_principals: Values,
+    pub namespaces: Values,
+    /// `account` of the policy's own namespace, or `namespace/account`.
+    pub service_accounts: Values,
+    pub ip_blocks: Values,
+    pub remote_ip_blocks: Values,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs, reason = "field names of AuthorizationPolicy")]
+pub struct Operation {
+    pub hosts: Values,
+    pub ports: Values,
+    pub methods: Values,
+    pub paths: Values,
+}
+
+/// A further condition.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Condition {
+    /// Such as `request.headers[x-team]`.
+    pub key: Str,
+    /// Values.
+    pub values: Values,
+}
+
+/// A request as policies see it. For a TCP connection `http` is `None`.
+#[derive(Clone, Debug)]
+pub struct Subject<'a> {
+    /// Proven identity of the client.
+    pub source: &'a Identity,
+    /// Address of the client.
+    pub source_ip: IpAddr,
+    /// Virtual or real address that it asked for.
+    pub destination_ip: Option<IpAddr>,
+    /// Port that it asked for.
+    pub port: u16,
+    /// The request.
+    pub http: Option<HttpSubject<'a>>,
+}
+
+/// The HTTP part of a [`Subject`].
+#[derive(Clone, Copy, Debug)]
+pub struct HttpSubject<'a> {
+    /// Method.
+    pub method: &'a Method,
+    /// Host that was asked for, as it was written.
+    pub host: &'a str,
+    /// Normalised path, without query.
+    pub path: &'a str,
+    /// Headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// Policies of one service, compiled.
+#[derive(Clone, Debug, Default)]
+pub struct PolicyTable {
+    deny: Vec<Compiled>,
+    allow: Vec<Compiled>,
+    /// AUDIT, and everything in dry run.
+    watch: Vec<Compiled>,
+    /// Some policy looks at paths.
+    paths: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Compiled {
+    name: Str,
+    action: HttpAction,
+    rules: Vec<HttpRule>,
+}
+
+/// The outcome for a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Admitted; the ALLOW policy and rule that did so, if there is any.
+    Allow(Option<(Str, usize)>),
+    /// A DENY policy matched, with its rule.
+    Deny(Str, usize),
+    /// There are ALLOW policies and none matched.
+    NoAllow(Vec<Str>),
+    /// Policies look at paths, and this one hides a slash in an escape.
+    HiddenSlash,
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Allow(None) => f.write_str("no policy applies"),
+            Self::Allow(Some((name, rule))) => write!(f, "allowed by: {name} rule {rule}"),
+            Self::Deny(name, rule) => write!(f, "explicitly denied by: {name} rule {rule}"),
+            Self::NoAllow(names) => write!(f, "allow policies exist, but none allowed: {}", names.join(", ")),
+            Self::HiddenSlash => f.write_str("the path hides a slash in an escape, and policies look at paths"),
+        }
+    }
+}
+
+impl PolicyTable {
+    /// Sorts policies by what they do.
+    pub fn new(policies: &[HttpPolicy]) -> Self {
+        let mut table = Self::default();
+        for policy in policies {
+            let compiled = Compiled { name: policy.name.clone(), action: policy.action, rules: policy.rules.clone() };
+            let looks = |r: &HttpRule| r.to.iter().any(|o| o.paths != Values::default());
+            table.paths |= policy.rules.iter().any(looks);
+            match policy.action {
+                _ if policy.dry_run => table.watch.push(compiled),
+                HttpAction::Audit => table.watch.push(compiled),
+                HttpAction::Deny => table.deny.push(compiled),
+                HttpAction::Allow => table.allow.push(compiled),
+            }
+        }
+        table
+    }
+
+    /// Decides.
+    pub fn decide(&self, subject: &Subject<'_>) -> Verdict {
+        if self.deny.is_empty() && self.allow.is_empty() {
+            return Verdict::Allow(None);
+        }
+        if self.paths && subject.http.is_some_and(|h| path::has_hidden_slash(h.path)) {
+            return Verdict::HiddenSlash;
+        }
+        let principal = subject.source.principal();
+        if let Some((policy, rule)) = self.deny.iter().find_map(|p| Some((p, p.matches(subject, &principal)?))) {
+            return Verdict::Deny(policy.name.clone(), rule);
+        }
+        if self.allow.is_empty() {
+            return Verdict::Allow(None);
+        }
+        match self.allow.iter().find_map(|p| Some((p, p.matches(subject, &principal)?))) {
+            Some((policy, rule)) => Verdict::Allow(Some((policy.name.clone(), rule))),
+            None => Verdict::NoAllow(self.allow.iter().map(|p| p.name.clone()).collect()),
+        }
+    }
+
+    /// Policies that only watch and that match, with what they would do.
+    pub fn watched<'a>(&'a self, subject: &Subject<'a>) -> Vec<(&'a str, HttpAction)> {
+        if self.watch.is_empty() {
+            return Vec::new();
+        }
+        let principal = subject.source.principal();
+        let matching = self.watch.iter().filter(|p| p.matches(subject, &principal).is_some());
+        matching.map(|p| (&*p.name, p.action)).collect()
+    }
+}
+
+impl Compiled {
+    /// The first rule that matches.
+    fn matches(&self, s: &Subject<'_>, principal: &str) -> Option<usize> {
+        // Of what only a request has, a connection has nothing: a DENY is then decided by the rest, an ALLOW never matches.
+        let unknown = self.action == HttpAction::Deny;
+        let own = self.name.split_once('/').map_or("", |(namespace, _)| namespace);
+        self.rules.iter().position(|rule| {
+            (rule.from.is_empty() || rule.from.iter().any(|f| f.matches(s, principal, own, unknown)))
+                && (rule.to.is_empty() || rule.to.iter().any(|o| o.matches(s, unknown)))
+                && rule.when.iter().all(|c| c.matches(s, principal, own, unknown))
+        })
+    }
+}
+
+impl Values {
+    fn is_empty(&self) -> bool {
+        self.yes.is_empty() && self.no.is_empty()
+    }
+
+    fn test(&self, fits: impl Fn(&str) -> bool) -> bool {
+        (self.yes.is_empty() || self.yes.iter().any(|v| fits(v))) && !self.no.iter().any(|v| fits(v))
+    }
+
+    /// Likewise for what may not be there.
+    fn test_some<T: Copy>(&self, value: Option<T>, unknown: bool, fits: impl Fn(T, &str) -> bool) -> bool {
+        if self.is_empty() {
+            return true;
+        }
+        match value {
+            Some(value) => self.test(|pattern| fits(value, pattern)),
+            None => unknown,
+        }
+    }
+}
+
+/// `*`, `abc*`, `*abc` or `abc`.
+fn pattern(value: &str, pattern: &str) -> bool {
+    match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
+        _ if pattern == "*" => !value.is_empty(),
+        (Some(suffix), _) => value.ends_with(suffix),
+        (None, Some(prefix)) => value.starts_with(prefix),
+        (None, None) => value == pattern,
+    }
+}
+
+/// Host names are equal whatever their case, and with or without the port.
+fn host(value: &str, wanted: &str) -> bool {
+    let (value, wanted) = (value.to_ascii_lowercase(), wanted.to_ascii_lowercase());
+    let bare = match value.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => &value,
+    };
+    pattern(&value, &wanted) || pattern(bare, &wanted)
+}
+
+/// Paths also have templates: `{*}` is one segment, `{**}` any number of them.
+fn path_pattern(value: &str, wanted: &str) -> bool {
+    if !wanted.contains("{*") {
+        return pattern(value, wanted);
+    }
+    fn segments(value: &[&str], wanted: &[&str]) -> bool {
+        match wanted {
+            [] => value.is_empty(),
+            ["{**}", rest @ ..] => (0..=value.len()).any(|n| segments(&value[n..], rest)),
+            [one, rest @ ..] => {
+                let fits = |v: &str| if *one == "{*}" { !v.is_empty() } else { v == *one };
+                value.split_first().is_some_and(|(v, more)| fits(v) && segments(more, rest))
+            }
+        }
+    }
+    let (value, wanted): (Vec<&str>, Vec<&str>) = (value.split('/').collect(), wanted.split('/').collect());
+    segments(&value, &wanted)
+}
+
+fn block(ip: IpAddr, wanted: &str) -> bool {
+    wanted.parse::<Cidr>().is_ok_and(|c| c.contains(ip))
+}
+
+/// `account` or `namespace/account`.
+fn account(source: &Identity, wanted: &str, own: &str) -> bool {
+    let (namespace, name) = wanted.split_once('/').unwrap_or((own, wanted));
+    *source.namespace == *namespace && *source.service_account == *name
+}
+
+impl Source {
+    fn matches(&self, s: &Subject<'_>, principal: &str, own: &str, unknown: bool) -> bool {
+        self.principals.test(|p| pattern(principal, p))
+            // Nobody has proven one, until tokens are verified.
+            && self.request_principals.test_some(s.http.map(|_| ""), unknown, pattern)
+            && self.namespaces.test(|n| pattern(&s.source.namespace, n))
+            && self.service_accounts.test(|a| account(s.source, a, own))
+            && self.ip_blocks.test(|b| block(s.source_ip, b))
+            && self.remote_ip_blocks.test(|b| block(s.source_ip, b))
+    }
+}
+
+impl Operation {
+    fn matches(&self, s: &Subject<'_>, unknown: bool) -> bool {
+        self.ports.test(|p| p.parse() == Ok(s.port))
+            && self.hosts.test_some(s.http.map(|h| h.host), unknown, host)
+            && self.methods.test_some(s.http.map(|h| h.method.as_str()), unknown, pattern)
+            && self.paths.test_some(s.http.map(|h| h.path), unknown, path_pattern)
+    }
+}
+
+impl Condition {
+    fn matches(&self, s: &Subject<'_>, principal: &str, own: &str, unknown: bool) -> bool {
+        let v = &self.values;
+        match &*self.key {
+            "source.ip" | "remote.ip" => v.test(|b| block(s.source_ip, b)),
+            "source.namespace" => v.test(|n| pattern(&s.source.namespace, n)),
+            "source.principal" => v.test(|p| pattern(principal, p)),
+            "source.serviceAccount" => v.test(|a| account(s.source, a, own)),
+            "destination.ip" => v.test_some(s.destination_ip, unknown, block),
+            "destination.port" => v.test(|p| p.parse() == Ok(s.port)),
+            key => match key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']')) {
+                Some(name) => {
+                    let value = |h: HttpSubject<'_>| -> String {
+                        let all: Vec<&str> = h.headers.get_all(name).iter().filter_map(|v| v.to_str().ok()).collect();
+                        all.join(",")
+                    };
+                    let value = s.http.map(value);
+                    v.test_some(value.as_deref(), unknown, pattern)
+                }
+                // A condition that nobody understands never makes an ALLOW match, and does not keep a DENY from it.
+                None => unknown,
+            },
+        }
+    }
+}
+
+/// Whether a `when` key is understood.
+pub fn is_known_key(key: &str) -> bool {
+    const KEYS: &[&str] = &[
+        "source.ip",
+        "remote.ip",
+        "source.namespace",
+        "source.principal",
+        "source.serviceAccount",
+        "destination.ip",
+        "destination.port",
+    ];
+    let header = key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']'));
+    KEYS.contains(&key) || header.is_some_and(|name| name.parse::<http::HeaderName>().is_ok())
+}

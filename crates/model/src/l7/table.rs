@@ -1,0 +1,269 @@
+//! The routes of one service, compiled, and finding the rule of a request.
+//!
+//! Owns precedence (Gateway API, `HTTPRouteRule.matches`): exact path, then expressions, then the longest prefix; then
+//! method, number of headers, number of query parameters; then the older route and the earlier rule. A client's own
+//! namespace comes before everything: where it has consumer routes, only these apply to it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use http::{HeaderMap, Method};
+use regex::Regex;
+
+use super::{PathMatch, RequestMatch, Route, RouteKind, RouteRule, ValueMatch};
+use crate::Str;
+
+/// Compiled expressions are no larger than this, nor are their caches.
+const REGEX_LIMIT: usize = 256 * 1024;
+
+/// A request as routes see it.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestView<'a> {
+    /// Method.
+    pub method: &'a Method,
+    /// Normalised path, without query.
+    pub path: &'a str,
+    /// Query, without `?`; empty where there is none.
+    pub query: &'a str,
+    /// Headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// Compiled routes.
+#[derive(Clone, Debug, Default)]
+pub struct RouteTable {
+    /// Rules for all clients.
+    producers: Scope,
+    /// Rules for the clients of a namespace.
+    consumers: BTreeMap<Str, Scope>,
+}
+
+/// Rules by port; those without a port are in every one.
+#[derive(Clone, Debug, Default)]
+struct Scope {
+    by_port: BTreeMap<u16, Vec<Entry>>,
+    other: Vec<Entry>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    matcher: Matcher,
+    chosen: Chosen,
+}
+
+/// The rule that a request follows.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// `namespace/name` of its route.
+    pub route: Str,
+    /// Kind of the route.
+    pub kind: RouteKind,
+    /// Its index in the route.
+    pub index: usize,
+    /// Itself.
+    pub rule: Arc<RouteRule>,
+    /// The prefix by which it was found, for rewrites.
+    pub prefix: Option<Str>,
+}
+
+/// What was found for a request.
+#[derive(Clone, Debug)]
+pub enum Found<'a> {
+    /// No route is attached: the service itself.
+    Default,
+    /// A rule.
+    Rule(&'a Chosen),
+    /// Routes are attached and none of their rules matches; whether the routes are for gRPC.
+    None(RouteKind),
+}
+
+/// An expression that cannot be compiled.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{expression:?} is not a regular expression that can be used: {reason}")]
+pub struct BadExpression {
+    /// The expression.
+    pub expression: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+#[derive(Clone, Debug)]
+struct Matcher {
+    path: Path,
+    method: Option<Str>,
+    headers: Vec<ValueTest>,
+    query: Vec<ValueTest>,
+}
+
+#[derive(Clone, Debug)]
+enum Path {
+    Exact(Str),
+    Regex(Regex),
+    /// Without a slash at the end.
+    Prefix(Str),
+}
+
+#[derive(Clone, Debug)]
+struct ValueTest {
+    name: Str,
+    test: Test,
+}
+
+#[derive(Clone, Debug)]
+enum Test {
+    Exact(Str),
+    Regex(Regex),
+}
+
+/// Compiles an expression that is to match as a whole. Matching takes time linear in the text, whatever the expression.
+pub fn whole(expression: &str) -> Result<Regex, BadExpression> {
+    let build = regex::RegexBuilder::new(&format!("^(?:{expression})$"))
+        .size_limit(REGEX_LIMIT)
+        .dfa_size_limit(REGEX_LIMIT)
+        .build();
+    build.map_err(|e| {
+        let reason = e.to_string().lines().last().unwrap_or_default().to_owned();
+        BadExpression { expression: expression.to_owned(), reason }
+    })
+}
+
+impl RouteTable {
+    /// Compiles routes, which come with the winner of a tie first.
+    pub fn new(routes: &[Route]) -> Result<Self, BadExpression> {
+        let mut table = Self::default();
+        for route in routes {
+            let scope = match &route.consumers {
+                None => &mut table.producers,
+                Some(namespace) => table.consumers.entry(namespace.clone()).or_default(),
+            };
+            let entries = match route.port {
+                None => &mut scope.other,
+                Some(port) => scope.by_port.entry(port).or_default(),
+            };
+            for (index, rule) in route.rules.iter().enumerate() {
+                let rule = Arc::new(rule.clone());
+                for one in &rule.matches {
+                    let matcher = Matcher::new(one)?;
+                    let prefix = match &matcher.path {
+                        Path::Prefix(prefix) => Some(prefix.clone()),
+                        Path::Exact(_) | Path::Regex(_) => None,
+                    };
+                    let (route, kind, rule) = (route.name.clone(), route.kind, rule.clone());
+                    entries.push(Entry { matcher, chosen: Chosen { route, kind, index, rule, prefix } });
+                }
+            }
+        }
+        for scope in std::iter::once(&mut table.producers).chain(table.consumers.values_mut()) {
+            scope.finish();
+        }
+        Ok(table)
+    }
+
+    /// The rule of a request that came to `port` from a client of `namespace`.
+    pub fn find(&self, request: &RequestView<'_>, port: u16, namespace: Option<&str>) -> Found<'_> {
+        let own = namespace.and_then(|n| self.consumers.get(n)).map(|s| s.at(port)).filter(|all| !all.is_empty());
+        let entries = own.unwrap_or_else(|| self.producers.at(port));
+        let Some(first) = entries.first() else { return Found::Default };
+        match entries.iter().find(|e| e.matcher.matches(request)) {
+            Some(entry) => Found::Rule(&entry.chosen),
+            None => Found::None(first.chosen.kind),
+        }
+    }
+
+    /// Every rule that matches, the one that is taken first; for explaining.
+    pub fn candidates<'a>(
+        &'a self,
+        request: &'a RequestView<'a>,
+        port: u16,
+        namespace: Option<&str>,
+    ) -> impl Iterator<Item = (&'a Chosen, bool)> {
+        let own = namespace.and_then(|n| self.consumers.get(n)).map(|s| s.at(port)).filter(|all| !all.is_empty());
+        let entries = own.unwrap_or_else(|| self.producers.at(port));
+        entries.iter().map(|e| (&e.chosen, e.matcher.matches(request)))
+    }
+}
+
+impl Scope {
+    fn at(&self, port: u16) -> &[Entry] {
+        self.by_port.get(&port).unwrap_or(&self.other)
+    }
+
+    /// Sorts; the sort is stable, so that ties stay as the routes came.
+    fn finish(&mut self) {
+        for entries in self.by_port.values_mut() {
+            entries.extend(self.other.iter().cloned());
+            entries.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
+        }
+        self.other.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
+    }
+}
+
+impl Matcher {
+    fn new(m: &RequestMatch) -> Result<Self, BadExpression> {
+        let path = match &m.path {
+            None => Path::Prefix("".into()),
+            Some(PathMatch::Exact(path)) => Path::Exact(path.clone()),
+            Some(PathMatch::Prefix(path)) => Path::Prefix(path.trim_end_matches('/').into()),
+            Some(PathMatch::Regex(expression)) => Path::Regex(whole(expression)?),
+        };
+        let tests = |all: &[ValueMatch]| all.iter().map(ValueTest::new).collect::<Result<Vec<_>, _>>();
+        Ok(Self { path, method: m.method.clone(), headers: tests(&m.headers)?, query: tests(&m.query)? })
+    }
+
+    fn rank(&self) -> (u8, usize, bool, usize, usize) {
+        let (kind, length) = match &self.path {
+            Path::Exact(path) => (2, path.len()),
+            Path::Regex(expression) => (1, expression.as_str().len()),
+            Path::Prefix(path) => (0, path.len()),
+        };
+        (kind, length, self.method.is_some(), self.headers.len(), self.query.len())
+    }
+
+    fn matches(&self, r: &RequestView<'_>) -> bool {
+        let path = match &self.path {
+            Path::Exact(path) => r.path == &**path,
+            Path::Regex(expression) => expression.is_match(r.path),
+            Path::Prefix(prefix) => {
+                let rest = r.path.strip_prefix(&**prefix);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+        };
+        path && self.method.as_ref().is_none_or(|m| r.method.as_str() == &**m)
+            && self.headers.iter().all(|t| t.matches_header(r.headers))
+            && self.query.iter().all(|t| t.matches_query(r.query))
+    }
+}
+
+impl ValueTest {
+    fn new(m: &ValueMatch) -> Result<Self, BadExpression> {
+        let test = if m.regex { Test::Regex(whole(&m.value)?) } else { Test::Exact(m.value.clone()) };
+        Ok(Self { name: m.name.clone(), test })
+    }
+
+    fn fits(&self, value: &str) -> bool {
+        match &self.test {
+            Test::Exact(wanted) => value == &**wanted,
+            Test::Regex(expression) => expression.is_match(value),
+        }
+    }
+
+    fn matches_header(&self, headers: &HeaderMap) -> bool {
+        let mut values = headers.get_all(&*self.name).iter();
+        let Some(first) = values.next() else { return false };
+        match (first.to_str(), values.next()) {
+            (Ok(one), None) => self.fits(one),
+            // Several values are one, with commas between (RFC 9110 section 5.3).
+            (Ok(_), Some(_)) => {
+                let all: Option<Vec<&str>> = headers.get_all(&*self.name).iter().map(|v| v.to_str().ok()).collect();
+                all.is_some_and(|all| self.fits(&all.join(",")))
+            }
+            (Err(_), _) => false,
+        }
+    }
+
+    /// The first value of a parameter counts (Gateway API, `HTTPQueryParamMatch`).
+    fn matches_query(&self, query: &str) -> bool {
+        let mut pairs = form_urlencoded::parse(query.as_bytes());
+        pairs.find(|(name, _)| *name == *self.name).is_some_and(|(_, value)| self.fits(&value))
+    }
+}
