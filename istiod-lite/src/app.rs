@@ -126,6 +126,8 @@ async fn serve(config: Config) -> Result<(), RunError> {
             cluster_id: config.cluster_id.as_str().into(),
             cluster_domain: config.cluster_domain.clone(),
             namespace: config.namespace.clone(),
+            image: config.image.clone(),
+            discovery_address: config.discovery_address.clone(),
             daemonset: client.as_ref().map(|_| crate::source::kube::DAEMONSET.to_owned()),
         },
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
@@ -144,6 +146,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let clients = Clients::default();
     let ads = Ads {
         verifier: verifier.clone(),
+        mesh: mesh_seen.clone(),
         resources: resources_seen.clone(),
         reports,
         clients: clients.clone(),
@@ -198,7 +201,7 @@ fn publish_roots(state: &Path, roots: &str) -> Result<(), RunError> {
     write_atomically(&path, roots).map_err(|e| RunError::Io(path.display().to_string(), e))
 }
 
-fn write_atomically(path: &Path, text: &str) -> std::io::Result<()> {
+pub(crate) fn write_atomically(path: &Path, text: &str) -> std::io::Result<()> {
     if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
         return Ok(());
     }
@@ -280,6 +283,7 @@ impl Pipeline {
         mesh: watch::Sender<Arc<Mesh>>,
         resources: watch::Sender<Arc<Resources>>,
     ) {
+        let mut rendered = crate::overlay::Rendered::default();
         loop {
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
@@ -298,6 +302,9 @@ impl Pipeline {
             }
             let built = index::build(&state.objects, &self.enrolments.by_node, &self.settings);
             self.write_allocations(&built);
+            if let Some(overlay) = &self.overlay {
+                rendered.write(overlay, &built);
+            }
             self.problems.of(&[]).set(i64::try_from(state.problems.len()).unwrap_or(i64::MAX));
             let mut next = Resources::clone(&resources.borrow());
             next.update(&built, state.ready);

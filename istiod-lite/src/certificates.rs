@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
-use crate::auth::{Role, TokenVerifier, authenticate};
+use crate::auth::{Caller, Role, TokenVerifier, authenticate};
 use crate::authority::{AuthorityError, Current};
 use crate::index::Mesh;
 
@@ -34,6 +34,15 @@ pub struct CertificateService {
     pub mesh: watch::Receiver<Arc<Mesh>>,
     /// Signed and refused.
     pub issued: Arc<CounterVec>,
+}
+
+/// Whether the caller is a waypoint: there is a Gateway of its namespace and name. It may have come before its Gateway
+/// was read.
+pub async fn waypoint_account(mesh: &watch::Receiver<Arc<Mesh>>, caller: &Caller) -> bool {
+    let account = (caller.namespace.clone(), caller.account.clone());
+    let mut mesh = mesh.clone();
+    let known = tokio::time::timeout(PATIENCE, mesh.wait_for(|m| m.waypoints.contains(&account))).await;
+    matches!(known, Ok(Ok(_)))
 }
 
 impl Certificates for CertificateService {
@@ -57,16 +66,26 @@ impl CertificateService {
             warn!(%caller, reason, "certificate refused");
             Status::permission_denied(reason)
         };
-        let Role::Node { node } = &caller.role else {
-            return Err(refuse(format!("{caller} is not a node account; only those may ask for certificates")));
-        };
         let field = request.metadata.as_ref().and_then(|m| m.fields.get("ImpersonatedIdentity"));
         let Some(Kind::StringValue(text)) = field.and_then(|v| v.kind.as_ref()) else {
             return Err(refuse("metadata has no ImpersonatedIdentity; a node asks for the identity of a pod".into()));
         };
         let identity: Identity =
             text.parse().map_err(|e: ambit_model::identity::InvalidIdentity| refuse(e.to_string()))?;
-        let account = (node.clone(), identity.namespace.to_string(), identity.service_account.to_string());
+        let node = match &caller.role {
+            Role::Node { node } => node.as_str(),
+            Role::Other if !waypoint_account(&self.mesh, &caller).await => {
+                return Err(refuse(format!("{caller} is neither a node account nor that of a waypoint")));
+            }
+            Role::Other => {
+                let own = *identity.namespace == *caller.namespace && *identity.service_account == *caller.account;
+                if !own {
+                    return Err(refuse(format!("{caller} is a waypoint's account; it asks for its own identity only")));
+                }
+                return self.sign(&identity, "waypoint", &request);
+            }
+        };
+        let account = (node.to_owned(), identity.namespace.to_string(), identity.service_account.to_string());
         let mut mesh = self.mesh.clone();
         let known = tokio::time::timeout(PATIENCE, mesh.wait_for(|m| m.accounts.contains(&account))).await;
         if !matches!(known, Ok(Ok(_))) {
@@ -76,12 +95,23 @@ impl CertificateService {
             )));
         }
         drop(known);
-        let trust_domain = mesh.borrow().config.trust_domain.clone();
+        self.sign(&identity, node, &request)
+    }
+
+    fn sign(
+        &self,
+        identity: &Identity,
+        node: &str,
+        request: &CertificateRequest,
+    ) -> Result<CertificateResponse, Status> {
+        let trust_domain = self.mesh.borrow().config.trust_domain.clone();
         if *identity.trust_domain != *trust_domain {
-            return Err(refuse(format!("{identity} is of another trust domain; expected {trust_domain}")));
+            let reason = format!("{identity} is of another trust domain; expected {trust_domain}");
+            warn!(reason, "certificate refused");
+            return Err(Status::permission_denied(reason));
         }
         let ttl = Duration::from_secs(u64::try_from(request.validity_duration).unwrap_or(0));
-        match self.authority.load().sign(&request.csr, &identity, ttl) {
+        match self.authority.load().sign(&request.csr, identity, ttl) {
             Ok(cert_chain) => {
                 info!(%identity, node, "certificate signed");
                 Ok(CertificateResponse { cert_chain })

@@ -26,6 +26,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   clusterId        CLUSTER_ID             cluster [Kubernetes]
   clusterDomain    CLUSTER_DOMAIN         DNS suffix of the cluster [cluster.local]
   namespace        POD_NAMESPACE          namespace of the installation [istio-system]
+  image            AMBIT_IMAGE            image of our programs, for waypoints [ambit:VERSION]
+  discoveryAddress AMBIT_DISCOVERY_ADDRESS  where waypoints find us [https://istiod.NAMESPACE.svc:15012]
   certificateTtl   AMBIT_CERTIFICATE_TTL  lifetime of workload certificates, also the longest one granted [24h]
   port             AMBIT_PORT             delta ADS and certificates, TLS [15012]
   httpPort         AMBIT_HTTP_PORT        /ready and /metrics [15014]
@@ -59,6 +61,8 @@ pub struct Config {
     pub cluster_id: String,
     pub cluster_domain: String,
     pub namespace: String,
+    pub image: String,
+    pub discovery_address: String,
     pub certificate_ttl: Duration,
     pub port: u16,
     pub http_port: u16,
@@ -115,7 +119,12 @@ impl Config {
         if certificate_ttl < Duration::from_secs(2) || certificate_ttl > Duration::from_secs(90 * 24 * 3600) {
             s.problem(format!("certificateTtl {certificate_ttl:?}: expected 2s to 90d"));
         }
+        let namespace = text(&mut s, "namespace", "POD_NAMESPACE", "istio-system");
+        let discovery = format!("https://istiod.{namespace}.svc:15012");
+        let image = concat!("ambit:", env!("CARGO_PKG_VERSION"));
         let config = Self {
+            image: text(&mut s, "image", "AMBIT_IMAGE", image),
+            discovery_address: text(&mut s, "discoveryAddress", "AMBIT_DISCOVERY_ADDRESS", &discovery),
             source: kind,
             directory,
             overlay,
@@ -127,7 +136,7 @@ impl Config {
             node_accounts,
             cluster_id: text(&mut s, "clusterId", "CLUSTER_ID", "Kubernetes"),
             cluster_domain: text(&mut s, "clusterDomain", "CLUSTER_DOMAIN", "cluster.local"),
-            namespace: text(&mut s, "namespace", "POD_NAMESPACE", "istio-system"),
+            namespace,
             certificate_ttl,
             port: s.get("port", &["AMBIT_PORT"], "a port").unwrap_or(15012),
             http_port: s.get("httpPort", &["AMBIT_HTTP_PORT"], "a port").unwrap_or(15014),

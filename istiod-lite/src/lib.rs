@@ -18,5 +18,6 @@ pub mod config;
 pub mod debug;
 pub mod index;
 pub mod objects;
+pub mod overlay;
 pub mod push;
 pub mod source;

@@ -29,6 +29,8 @@ pub const NODE_POD: &str = "type.googleapis.com/ambit.v1.NodePod";
 pub const NAMESPACE_MODE: &str = "type.googleapis.com/ambit.v1.NamespaceMode";
 /// Pods that a node has enrolled and verified; reported by names.
 pub const ENROLMENT: &str = "type.googleapis.com/ambit.v1.Enrolment";
+/// Type URL of what a waypoint is told of a service; see `ambit_model::l7::ServiceConfig`.
+pub const WAYPOINT_SERVICE: &str = "type.googleapis.com/ambit.v1.WaypointService";
 /// Response header by which the controller says that it knows the `ambit.v1` types.
 pub const CAPABILITY: &str = "ambit-capabilities";
 /// Value of [`CAPABILITY`].

@@ -8,7 +8,7 @@ use ambit_model::workload::Locality;
 
 use super::Settings;
 use crate::objects::mesh::MeshConfig;
-use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio};
+use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio, route};
 
 /// An object of a kind with its key and metadata.
 #[derive(Debug)]
@@ -43,6 +43,9 @@ pub struct World<'a> {
     pub authorization: Vec<Entry<'a, istio::AuthorizationPolicy>>,
     pub authentication: Vec<Entry<'a, istio::PeerAuthentication>>,
     pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
+    pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
+    pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
+    pub grants: Vec<Entry<'a, route::ReferenceGrant>>,
 }
 
 impl<'a> World<'a> {
@@ -61,6 +64,9 @@ impl<'a> World<'a> {
             authorization: Vec::new(),
             authentication: Vec::new(),
             gateways: BTreeMap::new(),
+            http_routes: Vec::new(),
+            grpc_routes: Vec::new(),
+            grants: Vec::new(),
         };
         for (key, loaded) in objects {
             if let Object::Namespace(_) = loaded.object {
@@ -97,6 +103,9 @@ impl<'a> World<'a> {
             Object::Gateway(object) => {
                 self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
             }
+            Object::HttpRoute(object) => self.http_routes.push(Entry { key, meta, object }),
+            Object::GrpcRoute(object) => self.grpc_routes.push(Entry { key, meta, object }),
+            Object::ReferenceGrant(object) => self.grants.push(Entry { key, meta, object }),
             Object::Namespace(_) | Object::MeshConfig(_) | Object::Other => {}
         }
     }
@@ -122,6 +131,19 @@ impl<'a> World<'a> {
     /// A label of a namespace.
     pub fn namespace_label(&self, namespace: &str, label: &str) -> Option<&'a str> {
         self.namespaces.get(namespace).and_then(|meta| meta.label(label))
+    }
+
+    /// Whether a route may refer to a service of another namespace.
+    pub fn granted(&self, from: &Key, namespace: &str, service: &str) -> bool {
+        self.grants.iter().filter(|g| g.key.namespace == namespace).map(|g| &g.object.spec).any(|spec| {
+            let route = |f: &route::GrantFrom| {
+                f.group == "gateway.networking.k8s.io" && f.kind == from.kind && f.namespace == from.namespace
+            };
+            let target = |t: &route::GrantTo| {
+                t.group.is_empty() && t.kind == "Service" && t.name.as_deref().is_none_or(|n| n.is_empty() || n == service)
+            };
+            spec.from.iter().any(route) && spec.to.iter().any(target)
+        })
     }
 
     /// Locality of a node.

@@ -6,9 +6,12 @@
 
 pub mod allocate;
 pub mod entries;
+pub mod gateways;
+pub mod l7;
 pub mod lookup;
 pub mod pods;
 pub mod policies;
+pub mod routes;
 pub mod services;
 pub mod status;
 pub mod waypoints;
@@ -37,6 +40,10 @@ pub struct Settings {
     pub cluster_domain: String,
     /// Namespace of the installation.
     pub namespace: String,
+    /// Image of our programs, for waypoints.
+    pub image: String,
+    /// Where waypoints find us.
+    pub discovery_address: String,
     /// The DaemonSet of the node tunnels there, where the source shows such objects.
     pub daemonset: Option<String>,
 }
@@ -48,6 +55,14 @@ pub struct Mesh {
     pub workloads: BTreeMap<Str, Workload>,
     /// Services by key.
     pub services: BTreeMap<NamespacedHostname, Service>,
+    /// What waypoints are told, by service.
+    pub bound: BTreeMap<NamespacedHostname, l7::Bound>,
+    /// Accounts of waypoints: namespace and name, which are those of their Gateway too.
+    pub waypoints: BTreeSet<(String, String)>,
+    /// What is to be applied for Gateways.
+    pub rendered: BTreeMap<Key, gateways::Rendered>,
+    /// Services closed to everybody but their waypoint: namespace, selector, and the policy that does it.
+    pub closed: Vec<(String, BTreeMap<String, String>, Str)>,
     /// Policies by name.
     pub policies: BTreeMap<Str, Policy>,
     /// Pods by node and Kubernetes uid.
@@ -82,9 +97,11 @@ pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mes
     entries::services(&world, &mut mesh);
     let authentication = policies::Authentication::new(&world, &mut mesh);
     policies::authorization(&world, &mut mesh);
+    l7::build(&world, &mut mesh);
     pods::build(&world, enrolled, &authentication, &mut mesh);
     entries::workloads(&world, &authentication, &mut mesh);
     services::endpoints(&world, &mut mesh);
+    gateways::build(&world, &mut mesh);
     mesh
 }
 

@@ -108,6 +108,9 @@ fn workload(
         }
     }
     super::entries::select(world, namespace, meta, Some(pod.object), &mut ports);
+    let mut policies = authentication.policies_of(world, namespace, meta);
+    let closed = mesh.closed.iter().filter(|(of, selector, _)| of == namespace && meta.has_labels(selector));
+    policies.extend(closed.map(|(_, _, policy)| policy.clone()));
     let name = owner(meta);
     let account = pod.object.service_account();
     Some(Workload {
@@ -126,7 +129,7 @@ fn workload(
         workload_name: name.into(),
         node: spec.node_name.as_str().into(),
         native_tunnel: native,
-        authorization_policies: authentication.policies_of(world, namespace, meta),
+        authorization_policies: policies,
         status: if ready && meta.deletion_timestamp.is_none() { Health::Healthy } else { Health::Unhealthy },
         cluster_id: world.settings.cluster_id.clone(),
         locality: world.locality(&spec.node_name),

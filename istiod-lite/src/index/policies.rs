@@ -37,7 +37,8 @@ pub struct Converted {
 
 /// Adds all authorization policies.
 pub fn authorization(world: &World<'_>, mesh: &mut Mesh) {
-    for entry in &world.authorization {
+    // Those with targets are a waypoint's: see `l7`.
+    for entry in world.authorization.iter().filter(|e| !e.object.spec.has_targets()) {
         let condition = match convert(&entry.object.spec) {
             // Refused when it was read.
             Err(invalid) => {
@@ -93,9 +94,6 @@ pub fn convert(spec: &AuthorizationPolicySpec) -> Result<Converted, Invalid> {
         rules.extend(self::rule(&path, rule, action, &mut notes)?);
     }
     let none = |note: &str| Ok(Converted { rules: None, notes: vec![note.to_owned()] });
-    if spec.target_ref.is_some() || !spec.target_refs.is_empty() {
-        return none("spec.targetRefs: enforced by a waypoint only, not at layer 4");
-    }
     match spec.action {
         PolicyAction::Audit | PolicyAction::Custom => {
             none("spec.action: AUDIT and CUSTOM are not supported at layer 4")

@@ -11,8 +11,10 @@ use crate::objects::{Key, Meta, gateway};
 const USE: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const FOR: &str = "istio.io/waypoint-for";
-const CLASS: &str = "istio-waypoint";
-const HBONE_PORT: u16 = 15008;
+/// Class of the Gateways that are waypoints.
+pub const CLASS: &str = "istio-waypoint";
+/// Port of waypoints.
+pub const HBONE_PORT: u16 = 15008;
 
 /// What a waypoint takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,10 +32,7 @@ fn named<'a>(world: &World<'a>, namespace: &'a str, meta: &'a Meta) -> Option<(&
 
 /// The waypoint of a service, with what is to be said about it.
 pub fn for_service(world: &World<'_>, key: &Key, meta: &Meta, mesh: &mut Mesh) -> Option<GatewayAddress> {
-    // Waypoints are never bound themselves.
-    if meta.label("gateway.istio.io/managed").is_some()
-        || meta.label("gateway.networking.k8s.io/gateway-name").is_some()
-    {
+    if is_waypoint(meta) {
         return None;
     }
     let (namespace, name) = named(world, &key.namespace, meta)?;
@@ -46,9 +45,23 @@ pub fn for_service(world: &World<'_>, key: &Key, meta: &Meta, mesh: &mut Mesh) -
     found.ok()
 }
 
+/// The Gateway of a service's waypoint, where it is bound to one.
+pub fn gateway_of_service<'a>(world: &World<'a>, key: &'a Key, meta: &'a Meta) -> Option<(&'a str, &'a str)> {
+    if is_waypoint(meta) {
+        return None;
+    }
+    let (namespace, name) = named(world, &key.namespace, meta)?;
+    resolve(world, &key.namespace, namespace, name, Traffic::Service).ok().map(|_| (namespace, name))
+}
+
+/// Waypoints are never bound themselves.
+fn is_waypoint(meta: &Meta) -> bool {
+    meta.label("gateway.istio.io/managed").is_some() || meta.label("gateway.networking.k8s.io/gateway-name").is_some()
+}
+
 /// The waypoint of a workload for traffic addressed to it directly.
 pub fn for_workload(world: &World<'_>, namespace: &str, meta: &Meta) -> Option<GatewayAddress> {
-    if meta.label("gateway.networking.k8s.io/gateway-name").is_some() {
+    if is_waypoint(meta) {
         return None;
     }
     let (of, name) = named(world, namespace, meta)?;

@@ -158,6 +158,13 @@ pub struct ServiceSpec {
     pub publish_not_ready_addresses: bool,
 }
 
+impl ServiceSpec {
+    /// Has no virtual address on purpose.
+    pub fn is_headless(&self) -> bool {
+        self.cluster_ip == "None"
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {

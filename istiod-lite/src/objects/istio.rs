@@ -125,6 +125,13 @@ pub struct AuthorizationPolicySpec {
     pub provider: Option<serde::de::IgnoredAny>,
 }
 
+impl AuthorizationPolicySpec {
+    /// Whether waypoints enforce it, and nobody else.
+    pub fn has_targets(&self) -> bool {
+        self.target_ref.is_some() || !self.target_refs.is_empty()
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct PolicyTarget {

@@ -45,7 +45,7 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "PeerAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
     Kind {
         kind: "Gateway",
-        group: "gateway.networking.k8s.io",
+        group: GATEWAY_API,
         namespaced: true,
         unread: &[
             "spec.infrastructure*",
@@ -57,13 +57,18 @@ pub const KINDS: &[Kind] = &[
             "status.listeners*",
         ],
     },
+    Kind { kind: "HTTPRoute", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
+    Kind { kind: "GRPCRoute", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
+    Kind { kind: "ReferenceGrant", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
     Kind { kind: "ConfigMap", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Deployment", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "DaemonSet", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "ServiceAccount", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Secret", group: "", namespaced: true, unread: &["*"] },
-    Kind { kind: "GatewayClass", group: "gateway.networking.k8s.io", namespaced: false, unread: &["*"] },
+    Kind { kind: "GatewayClass", group: GATEWAY_API, namespaced: false, unread: &["*"] },
 ];
+
+const GATEWAY_API: &str = "gateway.networking.k8s.io";
 
 const POD: &[&str] = &[
     "spec.activeDeadlineSeconds",
@@ -185,13 +190,14 @@ impl Kind {
         }
         let instead = match (group, kind) {
             ("networking.istio.io", "VirtualService") => "use an HTTPRoute (Gateway API) with a waypoint",
-            ("networking.istio.io", "DestinationRule") => "it needs a waypoint, which is not supported yet",
+            ("networking.istio.io", "DestinationRule") => "traffic policies of waypoints are not supported yet",
             ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
             ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
             ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
-            ("security.istio.io", "RequestAuthentication") => "it needs a waypoint, which is not supported yet",
-            ("telemetry.istio.io", "Telemetry") => "it needs a waypoint, which is not supported yet",
-            ("gateway.networking.k8s.io", _) => "it needs a waypoint, which is not supported yet",
+            ("security.istio.io", "RequestAuthentication") => "tokens are not verified yet",
+            ("telemetry.istio.io", "Telemetry") => "telemetry is not configurable yet",
+            (GATEWAY_API, "TCPRoute" | "TLSRoute" | "UDPRoute") => "TCP, TLS and UDP are not routed",
+            (GATEWAY_API, _) => "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute or ReferenceGrant",
             _ => "expected one that the mesh knows, such as Pod, Service or AuthorizationPolicy",
         };
         Err(format!("kind {kind} of {api_version:?} is not supported: {instead}"))

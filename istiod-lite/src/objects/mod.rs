@@ -10,6 +10,7 @@ pub mod known;
 pub mod mesh;
 pub mod meta;
 pub mod parse;
+pub mod route;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -52,6 +53,9 @@ pub enum Object {
     AuthorizationPolicy(istio::AuthorizationPolicy),
     PeerAuthentication(istio::PeerAuthentication),
     Gateway(gateway::Gateway),
+    HttpRoute(Box<route::HttpRoute>),
+    GrpcRoute(Box<route::GrpcRoute>),
+    ReferenceGrant(route::ReferenceGrant),
     MeshConfig(mesh::MeshConfig),
     /// Known, but nothing of it is read here (Deployment, ServiceAccount, other ConfigMaps, ...).
     Other,

@@ -189,6 +189,9 @@ impl<I: Input> Reader<'_, I> {
             "AuthorizationPolicy" => Object::AuthorizationPolicy(self.read()?),
             "PeerAuthentication" => Object::PeerAuthentication(self.read()?),
             "Gateway" => Object::Gateway(self.read()?),
+            "HTTPRoute" => Object::HttpRoute(self.read()?),
+            "GRPCRoute" => Object::GrpcRoute(self.read()?),
+            "ReferenceGrant" => Object::ReferenceGrant(self.read()?),
             "ConfigMap" if meta.name == "istio" => {
                 #[derive(Deserialize, Default)]
                 #[serde(default)]

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ambit_xds::service::{DeltaAds, Responses};
-use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD};
+use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -20,6 +20,8 @@ use tracing::{debug, info, warn};
 use super::clients::{Clients, Registration};
 use super::{Encoded, Kind, Resources};
 use crate::auth::{Caller, Role, TokenVerifier, authenticate};
+use crate::certificates::waypoint_account;
+use crate::index::Mesh;
 
 /// Responses under way to a client.
 const QUEUE: usize = 4;
@@ -37,10 +39,17 @@ pub struct Report {
     pub left: Vec<String>,
 }
 
+/// What node tunnels may ask for.
+const NODE_TYPES: &[&str] = &[ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, ENROLMENT];
+/// What waypoints may ask for.
+const WAYPOINT_TYPES: &[&str] = &[ADDRESS, WAYPOINT_SERVICE];
+
 /// The service.
 pub struct Ads {
     /// Who may call.
     pub verifier: Arc<dyn TokenVerifier>,
+    /// Which accounts are those of waypoints.
+    pub mesh: watch::Receiver<Arc<Mesh>>,
     /// What there is.
     pub resources: watch::Receiver<Arc<Resources>>,
     /// Where reports go.
@@ -60,11 +69,17 @@ impl DeltaAds for Ads {
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>> {
         Box::pin(async move {
             let caller = authenticate(&*self.verifier, request.metadata()).await?;
-            let Role::Node { node } = caller.role.clone() else {
-                warn!(caller = %caller, "stream refused: not a node account");
-                return Err(Status::permission_denied(format!(
-                    "{caller} is not a node account; only those may subscribe"
-                )));
+            let (node, types) = match &caller.role {
+                Role::Node { node } => (node.clone(), NODE_TYPES),
+                Role::Other if waypoint_account(&self.mesh, &caller).await => {
+                    (super::waypoint(&caller.namespace, &caller.account), WAYPOINT_TYPES)
+                }
+                Role::Other => {
+                    warn!(%caller, "stream refused: neither a node account nor that of a waypoint");
+                    return Err(Status::permission_denied(format!(
+                        "{caller} is neither a node account nor that of a waypoint; only those may subscribe"
+                    )));
+                }
             };
             let (responses, receiver) = mpsc::channel(QUEUE);
             let registration = self.clients.register(caller.to_string(), node.clone());
@@ -73,6 +88,7 @@ impl DeltaAds for Ads {
                 resources: self.resources.clone(),
                 service: self,
                 node,
+                types,
                 caller,
                 registration,
                 responses,
@@ -111,7 +127,10 @@ struct Client {
     service: Arc<Ads>,
     resources: watch::Receiver<Arc<Resources>>,
     caller: Caller,
+    /// Its node, or itself where it is a waypoint: what is for this audience alone it may see.
     node: String,
+    /// What it may ask for.
+    types: &'static [&'static str],
     registration: Registration,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     wanted: BTreeMap<String, Wanted>,
@@ -156,12 +175,13 @@ impl Client {
 
     async fn request(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         let type_url = request.type_url.clone();
+        if !self.types.contains(&type_url.as_str()) {
+            let reason = format!("type {type_url:?} is not served to {}; expected {}", self.caller, self.types.join(", "));
+            warn!(caller = %self.caller, type_url, "a type that is not for this caller");
+            return Err(Status::invalid_argument(reason));
+        }
         if type_url == ENROLMENT {
             return self.report(request).await;
-        }
-        if !matches!(type_url.as_str(), ADDRESS | AUTHORIZATION | NAMESPACE_MODE | NODE_POD) {
-            let reason = format!("type {type_url:?} is not served; expected {ADDRESS} or {AUTHORIZATION}");
-            return Err(Status::invalid_argument(reason));
         }
         if !request.response_nonce.is_empty() {
             self.answer(&type_url, &request);
@@ -261,6 +281,7 @@ impl Client {
             (AUTHORIZATION, Part::Added),
             (NAMESPACE_MODE, Part::Both),
             (NODE_POD, Part::Both),
+            (WAYPOINT_SERVICE, Part::Both),
             (ADDRESS, Part::Both),
             (AUTHORIZATION, Part::Removed),
         ] {
@@ -308,7 +329,7 @@ impl Client {
         };
         let Some(wanted) = self.wanted.get_mut(type_url) else { return Ok(()) };
         let asked: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let mine = |e: &Encoded| e.node.as_ref().is_none_or(|n| *n == self.node);
+        let mine = |e: &Encoded| e.audience.as_ref().is_none_or(|n| *n == self.node);
         let (mut added, mut found) = (Vec::new(), BTreeSet::new());
         let mut services: BTreeSet<&str> = BTreeSet::new();
         for (name, encoded) in kind.iter().filter(|(_, e)| mine(e)) {
@@ -371,14 +392,14 @@ fn difference(
     node: &str,
 ) -> Result<(Vec<Resource>, BTreeSet<String>), Status> {
     let visible = |encoded: &Encoded, name: &str, names: Option<&BTreeSet<String>>| {
-        encoded.node.as_ref().is_none_or(|n| n == node)
+        encoded.audience.as_ref().is_none_or(|n| n == node)
             && names.is_none_or(|names| {
                 names.contains(name)
                     || encoded.resource.aliases.iter().any(|a| names.contains(a))
                     || encoded.services.iter().any(|s| names.contains(s))
             })
     };
-    let partial = type_url == NODE_POD || wanted.names.is_some();
+    let partial = matches!(type_url, NODE_POD | WAYPOINT_SERVICE) || wanted.names.is_some();
     let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
     if wanted.fresh {
         for (name, encoded) in kind.iter().filter(|(n, e)| visible(e, n, wanted.names.as_ref())) {

@@ -10,10 +10,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ambit_xds::proto::Any;
-use ambit_xds::proto::ambit::NamespaceMode;
+use ambit_xds::proto::ambit::{NamespaceMode, WaypointService};
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::proto::workload::{self, AddressType};
-use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, convert};
+use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE, convert};
 use prost::Message;
 use xxhash_rust::xxh64::xxh64;
 
@@ -22,19 +22,24 @@ use crate::index::Mesh;
 /// Changes remembered; a client that is further behind is compared with everything.
 const LOG: usize = 16 * 1024;
 
+/// A waypoint as audience of a resource; no node is named so.
+pub fn waypoint(namespace: &str, name: &str) -> String {
+    format!("{namespace}/{name}")
+}
+
 /// One resource, encoded.
 #[derive(Debug, PartialEq)]
 pub struct Encoded {
     /// As it is sent.
     pub resource: Resource,
-    /// Node that may see it; all where `None`.
-    pub node: Option<String>,
+    /// Who alone may see it: a node, or a waypoint as [`waypoint`] names it; all where `None`.
+    pub audience: Option<String>,
     /// Services that a workload is an endpoint of.
     pub services: Vec<String>,
 }
 
 impl Encoded {
-    fn new(type_url: &str, name: String, message: &impl Message, aliases: Vec<String>, node: Option<String>) -> Self {
+    fn new(type_url: &str, name: String, message: &impl Message, aliases: Vec<String>, audience: Option<String>) -> Self {
         let value = message.encode_to_vec();
         let version = format!("{:016x}", xxh64(&value, 0));
         let resource = Resource {
@@ -43,7 +48,7 @@ impl Encoded {
             name,
             aliases,
         };
-        Self { resource, node, services: Vec::new() }
+        Self { resource, audience, services: Vec::new() }
     }
 }
 
@@ -121,6 +126,7 @@ pub struct Resources {
     authorization: Kind,
     node_pods: Kind,
     namespaces: Kind,
+    waypoint_services: Kind,
 }
 
 impl Resources {
@@ -160,6 +166,15 @@ impl Resources {
             (uid.clone(), Encoded::new(NODE_POD, uid.clone(), pod, Vec::new(), Some(node.clone())))
         });
         self.node_pods.update(self.generation, pods.collect());
+        let bound = mesh.bound.iter().filter_map(|(key, bound)| {
+            // Its types are numbers, texts, lists and options: nothing that JSON does not have.
+            let config = serde_json::to_vec(&bound.config).ok()?.into();
+            let message = WaypointService { service: key.to_string(), config };
+            let (namespace, name) = &bound.gateway;
+            let audience = Some(waypoint(namespace, name));
+            Some((key.to_string(), Encoded::new(WAYPOINT_SERVICE, key.to_string(), &message, Vec::new(), audience)))
+        });
+        self.waypoint_services.update(self.generation, bound.collect());
     }
 
     /// Resources of a type.
@@ -169,6 +184,7 @@ impl Resources {
             AUTHORIZATION => Some(&self.authorization),
             NODE_POD => Some(&self.node_pods),
             NAMESPACE_MODE => Some(&self.namespaces),
+            WAYPOINT_SERVICE => Some(&self.waypoint_services),
             _ => None,
         }
     }
@@ -184,7 +200,7 @@ mod tests {
                 n.to_string(),
                 Encoded {
                     resource: Resource { version: v.to_string(), ..Resource::default() },
-                    node: None,
+                    audience: None,
                     services: vec![],
                 },
             )

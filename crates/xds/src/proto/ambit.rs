@@ -41,3 +41,16 @@ pub struct NodePod {
     #[prost(string, tag = "8")]
     pub trust_domain: String,
 }
+
+/// What the waypoint of a service is told of it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WaypointService {
+    /// `NAMESPACE/HOSTNAME`; the name of the resource as well.
+    #[prost(string, tag = "1")]
+    pub service: String,
+    /// `ambit_model::l7::ServiceConfig` as JSON: one schema, that of the model, in place of a second one here that would
+    /// have to be converted on both sides. New fields have defaults; a waypoint ignores those that it does not know,
+    /// and refuses a value that it does not know.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub config: ::prost::bytes::Bytes,
+}

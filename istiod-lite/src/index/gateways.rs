@@ -1,0 +1,171 @@
+//! Gateways of waypoints: the objects that run one, and what is said of the Gateway.
+//!
+//! Owns the shape of the ServiceAccount, Deployment and Service of a waypoint. Who applies them is the sink's affair: a
+//! cluster's API server, or the overlay of a directory. A Gateway with addresses of its own is run by somebody else.
+
+use ambit_model::workload::Health;
+use serde_json::{Value, json};
+
+use super::lookup::{Entry, World};
+use super::{Condition, Mesh, waypoints};
+use crate::objects::gateway::Gateway;
+use crate::objects::{Key, core};
+
+/// Label by which the objects of a Gateway are known.
+pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
+const MANAGED: &str = "gateway.istio.io/managed";
+const CONTROLLER: &str = "ambit.dev-mesh-controller";
+
+/// What is to be applied for a Gateway.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rendered {
+    /// Whole objects.
+    pub objects: Vec<Value>,
+    /// Status of the Gateway.
+    pub status: Value,
+}
+
+/// Adds what is to be applied for each Gateway of a waypoint.
+pub fn build(world: &World<'_>, mesh: &mut Mesh) {
+    for gateway in world.gateways.values().filter(|g| g.object.spec.gateway_class_name == waypoints::CLASS) {
+        let account = (gateway.key.namespace.clone(), gateway.key.name.clone());
+        mesh.waypoints.insert(account);
+        let statuses = mesh.statuses.entry(gateway.key.clone()).or_default();
+        let spec = &gateway.object.spec;
+        let listener = spec.listeners.iter().find(|l| l.protocol == "HBONE" && l.port == waypoints::HBONE_PORT);
+        if listener.is_none() {
+            let text = "spec.listeners: expected one of port 15008 and protocol HBONE";
+            statuses.push(Condition::no("Accepted", "UnsupportedProtocol", text));
+            continue;
+        }
+        statuses.push(Condition::yes("Accepted", "Accepted", "a waypoint"));
+        if !spec.addresses.is_empty() {
+            statuses.push(Condition::yes("Programmed", "Programmed", "run by whoever gave it its address"));
+            continue;
+        }
+        let ready = is_ready(world, gateway, mesh);
+        let was = !gateway.object.status.addresses.is_empty();
+        let programmed = match ready || was {
+            true => Condition::yes("Programmed", "Programmed", "a waypoint serves"),
+            false => Condition::no("Programmed", "AddressNotAssigned", "no pod of it is ready yet"),
+        };
+        let accepted = Condition::yes("Accepted", "Accepted", "a waypoint");
+        let mut status = json!({ "conditions": [condition(&accepted), condition(&programmed)] });
+        // Given once a pod is ready and never taken back: without a waypoint its services are closed, not opened.
+        if ready || was {
+            let host = world.hostname(&gateway.key.name, &gateway.key.namespace);
+            status["addresses"] = json!([{ "type": "Hostname", "value": *host }]);
+        }
+        mesh.statuses.entry(gateway.key.clone()).or_default().push(programmed);
+        let rendered = Rendered { objects: objects(world, gateway), status };
+        mesh.rendered.insert(gateway.key.clone(), rendered);
+    }
+}
+
+fn condition(c: &Condition) -> Value {
+    json!({ "type": c.r#type, "status": if c.status { "True" } else { "False" }, "reason": c.reason, "message": c.message })
+}
+
+fn is_ready(world: &World<'_>, gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> bool {
+    let of = |p: &&Entry<'_, core::Pod>| {
+        p.key.namespace == gateway.key.namespace && p.meta.label(NAME) == Some(&*gateway.key.name)
+    };
+    let uid = |key: &Key| format!("{}//Pod/{}/{}", world.settings.cluster_id, key.namespace, key.name);
+    let mut pods = world.pods.iter().filter(of);
+    pods.any(|p| mesh.workloads.get(&*uid(p.key)).is_some_and(|w| w.status == Health::Healthy))
+}
+
+fn objects(world: &World<'_>, gateway: &Entry<'_, Gateway>) -> Vec<Value> {
+    let (namespace, name) = (&gateway.key.namespace, &gateway.key.name);
+    let labels = json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: CONTROLLER });
+    let metadata = || {
+        let mut metadata = json!({ "name": name, "namespace": namespace, "labels": labels });
+        if !gateway.meta.uid.is_empty() {
+            metadata["ownerReferences"] = json!([{
+                "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "name": name, "uid": gateway.meta.uid,
+            }]);
+        }
+        metadata
+    };
+    let selector = json!({ NAME: name });
+    let port = |name: &str, port: u16| json!({ "name": name, "port": port, "protocol": "TCP" });
+    vec![
+        json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata() }),
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": metadata(),
+            "spec": {
+                "type": "ClusterIP", "selector": selector,
+                "ports": [port("status-port", 15021), port("mesh", waypoints::HBONE_PORT)],
+            },
+        }),
+        json!({
+            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(),
+            "spec": {
+                "replicas": 1,
+                "selector": { "matchLabels": selector },
+                "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name) },
+            },
+        }),
+    ]
+}
+
+fn pod_labels(labels: &Value) -> Value {
+    let mut labels = labels.clone();
+    // It is part of the mesh, not captured by it.
+    labels["istio.io/dataplane-mode"] = json!("none");
+    labels
+}
+
+fn pod(world: &World<'_>, account: &str) -> Value {
+    let field = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
+    let text = |name: &str, value: &str| json!({ "name": name, "value": value });
+    let settings = world.settings;
+    json!({
+        "serviceAccountName": account,
+        "terminationGracePeriodSeconds": 30,
+        "containers": [{
+            "name": "waypoint",
+            "image": settings.image,
+            "command": ["waypoint"],
+            "env": [
+                field("POD_NAME", "metadata.name"),
+                field("POD_NAMESPACE", "metadata.namespace"),
+                field("NODE_NAME", "spec.nodeName"),
+                field("INSTANCE_IP", "status.podIP"),
+                text("SERVICE_ACCOUNT", account),
+                text("GATEWAY_NAME", account),
+                text("TRUST_DOMAIN", &world.config.trust_domain),
+                text("CLUSTER_ID", &settings.cluster_id),
+                text("CLUSTER_DOMAIN", &settings.cluster_domain),
+                text("NETWORK", &world.network()),
+                text("XDS_ADDRESS", &settings.discovery_address),
+                text("ALT_XDS_HOSTNAME", &format!("istiod.{}.svc", settings.namespace)),
+                text("XDS_ROOT_CA", "/var/run/secrets/istio/root-cert.pem"),
+                text("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token"),
+                text("LOG_FORMAT", "json"),
+            ],
+            "ports": [
+                { "name": "mesh", "containerPort": waypoints::HBONE_PORT },
+                { "name": "metrics", "containerPort": 15020 },
+                { "name": "status-port", "containerPort": 15021 },
+            ],
+            "readinessProbe": { "httpGet": { "path": "/healthz/ready", "port": 15021 }, "periodSeconds": 2 },
+            "resources": { "requests": { "cpu": "100m", "memory": "32Mi" } },
+            "securityContext": {
+                "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "runAsNonRoot": true,
+                "runAsUser": 1337, "runAsGroup": 1337, "capabilities": { "drop": ["ALL"] },
+                "seccompProfile": { "type": "RuntimeDefault" },
+            },
+            "volumeMounts": [
+                { "name": "istio-token", "mountPath": "/var/run/secrets/tokens", "readOnly": true },
+                { "name": "istiod-ca-cert", "mountPath": "/var/run/secrets/istio", "readOnly": true },
+            ],
+        }],
+        "volumes": [
+            { "name": "istio-token", "projected": { "sources": [
+                { "serviceAccountToken": { "audience": "istio-ca", "expirationSeconds": 43200, "path": "istio-token" } },
+            ] } },
+            { "name": "istiod-ca-cert", "configMap": { "name": "istio-ca-root-cert" } },
+        ],
+    })
+}

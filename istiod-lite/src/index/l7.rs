@@ -1,0 +1,306 @@
+//! What waypoints are told: of each service that is bound to one, its routes and policies.
+//!
+//! Owns attachment: which route belongs to which service and in what order, which policy targets what, and the status
+//! of each. The rules themselves are compiled in [`super::routes`].
+
+use std::collections::BTreeMap;
+
+use ambit_model::l7::policy::{Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key};
+use ambit_model::l7::{Route, ServiceConfig};
+use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
+use ambit_model::{Identity, NamespacedHostname, Str};
+
+use super::lookup::{Entry, World};
+use super::policies::Invalid;
+use super::{Condition, Mesh, routes, services, waypoints};
+use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
+use crate::objects::route::ParentRef;
+use crate::objects::{Key, Meta};
+
+/// A service and its waypoint's Gateway.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bound {
+    /// Namespace and name of the Gateway.
+    pub gateway: (String, String),
+    /// What the waypoint is told.
+    pub config: ServiceConfig,
+}
+
+/// Adds what waypoints are told.
+pub fn build(world: &World<'_>, mesh: &mut Mesh) {
+    let mut bound: BTreeMap<(&str, &str), Bound> = BTreeMap::new();
+    for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
+        if let Some((namespace, name)) = waypoints::gateway_of_service(world, service.key, service.meta) {
+            let gateway = (namespace.to_owned(), name.to_owned());
+            let entry = Bound { gateway, config: ServiceConfig::default() };
+            bound.insert((&service.key.namespace, &service.key.name), entry);
+        }
+    }
+    attach_routes(world, &mut bound, mesh);
+    attach_policies(world, &mut bound, mesh);
+    close(world, &bound, mesh);
+    for ((namespace, name), entry) in bound {
+        mesh.bound.insert(NamespacedHostname::new(namespace, world.hostname(name, namespace)), entry);
+    }
+}
+
+/// Where a policy guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
+/// Services without policies stay open, so that scrapes and gateways outside the mesh go on.
+fn close(world: &World<'_>, bound: &BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+    for service in &world.services {
+        let (namespace, name) = (&*service.key.namespace, &*service.key.name);
+        let spec = &service.object.spec;
+        let guarded = bound.get(&(namespace, name)).filter(|b| !b.config.policies.is_empty());
+        let Some(guarded) = guarded.filter(|_| !spec.is_headless() && !spec.selector.is_empty()) else { continue };
+        let pods = world.pods.iter().filter(|p| p.key.namespace == namespace && p.meta.has_labels(&spec.selector));
+        let mut ports: Vec<u16> =
+            pods.flat_map(|p| services::pod_ports(service.object, p.object).into_values()).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        if ports.is_empty() {
+            continue;
+        }
+        let (of, account) = &guarded.gateway;
+        let waypoint = Identity::new(&*world.config.trust_domain, &**of, &**account).principal();
+        let policy = Policy {
+            name: format!("waypoint-{account}-only-{name}").into(),
+            namespace: namespace.into(),
+            scope: PolicyScope::WorkloadSelector,
+            action: Action::Deny,
+            dry_run: false,
+            rules: vec![Rule {
+                clauses: vec![Clause {
+                    matches: vec![Match {
+                        destination_ports: ports,
+                        not_principals: vec![StringMatch::Exact(waypoint.into())],
+                        ..Match::default()
+                    }],
+                }],
+            }],
+        };
+        mesh.closed.push((namespace.to_owned(), spec.selector.clone(), policy.key()));
+        mesh.policies.insert(policy.key(), policy);
+    }
+}
+
+/// A route of either kind, compiled.
+struct Candidate<'a> {
+    key: &'a Key,
+    meta: &'a Meta,
+    parents: &'a [ParentRef],
+    compiled: Result<routes::Compiled, Invalid>,
+}
+
+fn attach_routes<'a>(world: &World<'a>, bound: &mut BTreeMap<(&'a str, &'a str), Bound>, mesh: &mut Mesh) {
+    let http = world.http_routes.iter().map(|r| Candidate {
+        key: r.key,
+        meta: r.meta,
+        parents: &r.object.spec.parent_refs,
+        compiled: routes::http(world, r.key, &r.object.spec),
+    });
+    let grpc = world.grpc_routes.iter().map(|r| Candidate {
+        key: r.key,
+        meta: r.meta,
+        parents: &r.object.spec.parent_refs,
+        compiled: routes::grpc(world, r.key, &r.object.spec),
+    });
+    // gRPC wins over HTTP; then the older one.
+    let mut all: Vec<Candidate<'_>> = grpc.chain(http).collect();
+    all.sort_by_key(|c| (c.key.kind != "GRPCRoute", c.meta.age()));
+    for candidate in &all {
+        let statuses = mesh.statuses.entry(candidate.key.clone()).or_default();
+        for (n, parent) in candidate.parents.iter().enumerate() {
+            statuses.push(attach(candidate, n, parent, world, bound));
+        }
+        match &candidate.compiled {
+            Ok(compiled) if compiled.unresolved.is_empty() => {
+                statuses.push(Condition::yes("ResolvedRefs", "ResolvedRefs", "all references are resolved"));
+            }
+            Ok(compiled) => {
+                let texts: Vec<&str> = compiled.unresolved.iter().map(|(_, text)| text.as_str()).collect();
+                statuses.push(Condition::no("ResolvedRefs", compiled.unresolved[0].0, texts.join("; ")));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Attaches a route to one parent; what is to be said of it.
+fn attach<'a>(
+    candidate: &Candidate<'_>,
+    n: usize,
+    parent: &ParentRef,
+    world: &World<'a>,
+    bound: &mut BTreeMap<(&'a str, &'a str), Bound>,
+) -> Condition {
+    let no = |reason, text: String| Condition::no("Accepted", reason, format!("spec.parentRefs[{n}]: {text}"));
+    if (parent.group.as_deref().unwrap_or("gateway.networking.k8s.io"), parent.kind.as_deref().unwrap_or("Gateway"))
+        != ("", "Service")
+    {
+        return no("NoMatchingParent", "only a Service (group \"\") can be a parent here".into());
+    }
+    if let Some(section) = &parent.section_name {
+        return no("UnsupportedValue", format!("sectionName {section:?}: a Service has none; use port"));
+    }
+    let namespace = parent.namespace.as_deref().unwrap_or(&candidate.key.namespace);
+    let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == parent.name);
+    let Some(service) = found.filter(|s| !services::is_external(s.object) && !s.object.spec.is_headless()) else {
+        return no("NoMatchingParent", format!("no Service {namespace}/{} with a cluster address", parent.name));
+    };
+    if let Some(port) = parent.port
+        && !service.object.spec.ports.iter().any(|p| p.port == port)
+    {
+        return no("NoMatchingParent", format!("Service {namespace}/{} has no port {port}", parent.name));
+    }
+    let compiled = match &candidate.compiled {
+        Ok(compiled) => compiled,
+        Err(Invalid { path, value, expected }) => {
+            return Condition::no("Accepted", "UnsupportedValue", format!("{path}: {value:?}: expected {expected}"));
+        }
+    };
+    let Some(bound) = bound.get_mut(&(&*service.key.namespace, &*service.key.name)) else {
+        let text = format!("Service {namespace}/{} is bound to no waypoint, so nobody follows the route", parent.name);
+        return no("NoMatchingParent", text);
+    };
+    let kind = routes::kind(candidate.key);
+    let consumers = (candidate.key.namespace != namespace).then(|| Str::from(&*candidate.key.namespace));
+    let other = |r: &Route| r.kind != kind && r.consumers == consumers && (r.port == parent.port || r.port.is_none());
+    if let Some(winner) = bound.config.routes.iter().find(|r| other(r)) {
+        return no("Conflicted", format!("{:?} {} is attached to the same port", winner.kind, winner.name));
+    }
+    bound.config.routes.push(Route {
+        kind,
+        name: format!("{}/{}", candidate.key.namespace, candidate.key.name).into(),
+        consumers,
+        port: parent.port,
+        rules: compiled.rules.clone(),
+    });
+    let whom = if candidate.key.namespace == namespace { "all clients" } else { "clients of its own namespace" };
+    Condition::yes("Accepted", "Accepted", format!("attached to Service {namespace}/{}, for {whom}", parent.name))
+}
+
+fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+    for entry in &world.authorization {
+        let targets = targets(&entry.object.spec);
+        if targets.is_empty() {
+            continue;
+        }
+        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
+        let policy = match policy(entry) {
+            Ok(policy) => policy,
+            Err(Invalid { path, value, expected }) => {
+                // Nobody knows what it was to refuse: its targets refuse everything.
+                let text = format!("{path}: {value:?}: expected {expected}; until then its targets refuse every request");
+                statuses.push(Condition::no("WaypointAccepted", "Invalid", text));
+                HttpPolicy { name: name(entry.key), action: HttpAction::Deny, dry_run: false, rules: vec![HttpRule::default()] }
+            }
+        };
+        for target in targets {
+            statuses.push(attach_policy(world, entry.key, target, &policy, bound));
+        }
+    }
+}
+
+fn attach_policy(
+    world: &World<'_>,
+    key: &Key,
+    target: &PolicyTarget,
+    policy: &HttpPolicy,
+    bound: &mut BTreeMap<(&str, &str), Bound>,
+) -> Condition {
+    let namespace = if target.namespace.is_empty() { &key.namespace } else { &target.namespace };
+    let no = |reason, text: String| Condition::no("WaypointAccepted", reason, text);
+    let of = |bound: &mut BTreeMap<(&str, &str), Bound>, wanted: &dyn Fn(&(&str, &str), &Bound) -> bool| {
+        let mut count = 0;
+        for (_, one) in bound.iter_mut().filter(|(service, one)| wanted(service, one)) {
+            one.config.policies.push(policy.clone());
+            count += 1;
+        }
+        count
+    };
+    if *namespace != key.namespace {
+        return no("RefNotPermitted", format!("target {namespace}/{}: expected one of the policy's namespace", target.name));
+    }
+    let (count, what) = match (target.group.as_str(), target.kind.as_str()) {
+        ("" | "core", "Service") => {
+            let n = of(bound, &|service, _| service.0 == namespace && service.1 == target.name);
+            (n, format!("Service {namespace}/{}", target.name))
+        }
+        ("gateway.networking.k8s.io", "Gateway") => {
+            let n = of(bound, &|_, one| one.gateway.0 == *namespace && one.gateway.1 == target.name);
+            (n, format!("Gateway {namespace}/{}", target.name))
+        }
+        ("gateway.networking.k8s.io", "GatewayClass") if key.namespace == world.config.root_namespace => {
+            let n = if target.name == waypoints::CLASS { of(bound, &|_, _| true) } else { 0 };
+            (n, format!("GatewayClass {}", target.name))
+        }
+        (group, kind) => {
+            return no("TargetNotFound", format!("target kind {kind} of {group:?}: expected Service or Gateway, or GatewayClass in the root namespace"));
+        }
+    };
+    match count {
+        0 => no("AncestorNotBound", format!("{what}: no service of it is bound to a waypoint, so nobody enforces the policy")),
+        n => Condition::yes("WaypointAccepted", "Accepted", format!("{what}: enforced for {n} services")),
+    }
+}
+
+fn name(key: &Key) -> Str {
+    format!("{}/{}", key.namespace, key.name).into()
+}
+
+fn targets(spec: &AuthorizationPolicySpec) -> Vec<&PolicyTarget> {
+    spec.target_ref.iter().chain(&spec.target_refs).collect()
+}
+
+/// A policy with targets, as waypoints evaluate it.
+fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, Invalid> {
+    let spec = &entry.object.spec;
+    let action = match spec.action {
+        PolicyAction::Allow => HttpAction::Allow,
+        PolicyAction::Deny => HttpAction::Deny,
+        PolicyAction::Audit => HttpAction::Audit,
+        PolicyAction::Custom => {
+            return Err(Invalid {
+                path: "spec.action".into(),
+                value: "CUSTOM".into(),
+                expected: "ALLOW, DENY or AUDIT: external authorizers are not supported yet",
+            });
+        }
+    };
+    let text = |yes: &[String], no: &[String]| {
+        let all = |v: &[String]| v.iter().map(|s| Str::from(s.as_str())).collect();
+        Values { yes: all(yes), no: all(no) }
+    };
+    let mut rules = Vec::new();
+    for (n, rule) in spec.rules.iter().enumerate() {
+        let from = rule.from.iter().map(|f| &f.source).map(|s| Source {
+            principals: text(&s.principals, &s.not_principals),
+            request_principals: text(&s.request_principals, &s.not_request_principals),
+            namespaces: text(&s.namespaces, &s.not_namespaces),
+            service_accounts: text(&s.service_accounts, &s.not_service_accounts),
+            ip_blocks: text(&s.ip_blocks, &s.not_ip_blocks),
+            remote_ip_blocks: text(&s.remote_ip_blocks, &s.not_remote_ip_blocks),
+        });
+        let to = rule.to.iter().map(|t| &t.operation).map(|o| Operation {
+            hosts: text(&o.hosts, &o.not_hosts),
+            ports: text(&o.ports, &o.not_ports),
+            methods: text(&o.methods, &o.not_methods),
+            paths: text(&o.paths, &o.not_paths),
+        });
+        for (m, when) in rule.when.iter().enumerate() {
+            if !is_known_key(&when.key) {
+                return Err(Invalid {
+                    path: format!("spec.rules[{n}].when[{m}].key"),
+                    value: when.key.clone(),
+                    expected: "request.headers[NAME], source.ip, source.namespace, source.principal, \
+                               source.serviceAccount, remote.ip, destination.ip or destination.port",
+                });
+            }
+        }
+        let when = rule.when.iter();
+        let when = when.map(|w| When { key: w.key.as_str().into(), values: text(&w.values, &w.not_values) });
+        rules.push(HttpRule { from: from.collect(), to: to.collect(), when: when.collect() });
+    }
+    let dry_run = entry.meta.annotation("istio.io/dry-run") == Some("true");
+    Ok(HttpPolicy { name: name(entry.key), action, dry_run, rules })
+}

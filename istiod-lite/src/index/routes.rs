@@ -1,0 +1,384 @@
+//! HTTPRoute and GRPCRoute as the waypoint of a service is told of them.
+//!
+//! Owns the meaning of every field and what is refused, with the field's path. Attachment to services is
+//! [`super::l7`]'s.
+
+use ambit_model::l7::{
+    Backend, BackendTarget, Cors, Filter, HeaderChange, Mirror, PathChange, PathMatch, Redirect, RequestMatch, Rewrite,
+    RouteKind, RouteRule, ValueMatch, table,
+};
+use ambit_model::{NamespacedHostname, Str};
+
+use super::lookup::World;
+use super::policies::Invalid;
+use super::services;
+use crate::objects::{Key, route};
+
+/// What is compiled of a route.
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    /// Its rules.
+    pub rules: Vec<RouteRule>,
+    /// References that lead nowhere or are not allowed: reason and words.
+    pub unresolved: Vec<(&'static str, String)>,
+}
+
+fn invalid<T>(path: String, value: impl ToString, expected: &'static str) -> Result<T, Invalid> {
+    Err(Invalid { path, value: value.to_string(), expected })
+}
+
+/// Compiles the rules of an HTTPRoute.
+pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result<Compiled, Invalid> {
+    let mut compiled = Compiled::default();
+    for (n, rule) in spec.rules.iter().enumerate() {
+        let at = format!("spec.rules[{n}]");
+        if rule.retry.is_some() {
+            return invalid(format!("{at}.retry"), "", "nothing: retries are not supported yet");
+        }
+        if rule.session_persistence.is_some() {
+            return invalid(format!("{at}.sessionPersistence"), "", "nothing: it is not supported yet");
+        }
+        let mut matches = Vec::new();
+        for (m, one) in rule.matches.iter().enumerate() {
+            matches.push(http_match(&format!("{at}.matches[{m}]"), one)?);
+        }
+        let duration = |field: &str, value: &Option<String>| match value {
+            None => Ok(None),
+            Some(text) => match gep2257(text) {
+                Some(0) => Ok(None),
+                Some(ms) => Ok(Some(ms)),
+                None => invalid(format!("{at}.timeouts.{field}"), text, "a duration such as 10s or 500ms (GEP-2257)"),
+            },
+        };
+        compiled.rules.push(RouteRule {
+            name: rule.name.as_deref().map(Str::from),
+            matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
+            filters: filters(world, key, &at, &rule.filters, &mut compiled.unresolved)?,
+            backends: backends(world, key, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            request_timeout_ms: duration("request", &rule.timeouts.request)?,
+            backend_timeout_ms: duration("backendRequest", &rule.timeouts.backend_request)?,
+        });
+    }
+    if spec.rules.is_empty() {
+        compiled.rules.push(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() });
+    }
+    Ok(compiled)
+}
+
+/// Compiles the rules of a GRPCRoute.
+pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result<Compiled, Invalid> {
+    let mut compiled = Compiled::default();
+    for (n, rule) in spec.rules.iter().enumerate() {
+        let at = format!("spec.rules[{n}]");
+        if rule.session_persistence.is_some() {
+            return invalid(format!("{at}.sessionPersistence"), "", "nothing: it is not supported yet");
+        }
+        let mut matches = Vec::new();
+        for (m, one) in rule.matches.iter().enumerate() {
+            let at = format!("{at}.matches[{m}]");
+            let path = one.method.as_ref().map(|m| grpc_path(&format!("{at}.method"), m)).transpose()?.flatten();
+            matches.push(RequestMatch { path, headers: values(&format!("{at}.headers"), &one.headers, true)?, ..Default::default() });
+        }
+        compiled.rules.push(RouteRule {
+            name: rule.name.as_deref().map(Str::from),
+            matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
+            filters: filters(world, key, &at, &rule.filters, &mut compiled.unresolved)?,
+            backends: backends(world, key, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            ..RouteRule::default()
+        });
+    }
+    Ok(compiled)
+}
+
+fn grpc_path(at: &str, m: &route::GrpcMethod) -> Result<Option<PathMatch>, Invalid> {
+    let expression = |text: &str| table::whole(text).map_err(|_| Invalid {
+        path: at.to_owned(),
+        value: text.to_owned(),
+        expected: "a regular expression (RE2 syntax)",
+    });
+    Ok(match (m.r#type.as_deref().unwrap_or("Exact"), &m.service, &m.method) {
+        (_, None, None) => return invalid(at.to_owned(), "", "a service, a method or both"),
+        ("Exact", Some(service), Some(method)) => Some(PathMatch::Exact(format!("/{service}/{method}").into())),
+        ("Exact", Some(service), None) => Some(PathMatch::Prefix(format!("/{service}").into())),
+        ("Exact", None, Some(method)) => Some(PathMatch::Regex(format!("/[^/]+/{}", escape(method)).into())),
+        ("RegularExpression", service, method) => {
+            let part = |p: &Option<String>| p.clone().unwrap_or_else(|| "[^/]+".to_owned());
+            let text = format!("/(?:{})/(?:{})", part(service), part(method));
+            expression(&text)?;
+            Some(PathMatch::Regex(text.into()))
+        }
+        (other, ..) => return invalid(format!("{at}.type"), other, "Exact or RegularExpression"),
+    })
+}
+
+fn escape(text: &str) -> String {
+    text.chars().flat_map(|c| (!c.is_alphanumeric() && c != '_').then_some('\\').into_iter().chain([c])).collect()
+}
+
+fn http_match(at: &str, m: &route::HttpMatch) -> Result<RequestMatch, Invalid> {
+    let path = match &m.path {
+        None => None,
+        Some(path) => {
+            let value = path.value.as_deref().unwrap_or("/");
+            let kind = path.r#type.as_deref().unwrap_or("PathPrefix");
+            if kind != "RegularExpression" && !value.starts_with('/') {
+                return invalid(format!("{at}.path.value"), value, "a path that begins with /");
+            }
+            Some(match kind {
+                "Exact" => PathMatch::Exact(value.into()),
+                "PathPrefix" => PathMatch::Prefix(value.into()),
+                "RegularExpression" => {
+                    if table::whole(value).is_err() {
+                        return invalid(format!("{at}.path.value"), value, "a regular expression (RE2 syntax)");
+                    }
+                    PathMatch::Regex(value.into())
+                }
+                other => {
+                    return invalid(format!("{at}.path.type"), other, "Exact, PathPrefix or RegularExpression");
+                }
+            })
+        }
+    };
+    Ok(RequestMatch {
+        path,
+        method: m.method.as_deref().map(Str::from),
+        headers: values(&format!("{at}.headers"), &m.headers, true)?,
+        query: values(&format!("{at}.queryParams"), &m.query_params, false)?,
+    })
+}
+
+fn values(at: &str, all: &[route::TypedValue], header: bool) -> Result<Vec<ValueMatch>, Invalid> {
+    let mut tests: Vec<ValueMatch> = Vec::new();
+    for (n, one) in all.iter().enumerate() {
+        let value = one.value.clone().unwrap_or_default();
+        let regex = match one.r#type.as_deref().unwrap_or("Exact") {
+            "Exact" => false,
+            "RegularExpression" if table::whole(&value).is_ok() => true,
+            "RegularExpression" => {
+                return invalid(format!("{at}[{n}].value"), value, "a regular expression (RE2 syntax)");
+            }
+            other => return invalid(format!("{at}[{n}].type"), other, "Exact or RegularExpression"),
+        };
+        if one.name.is_empty() {
+            return invalid(format!("{at}[{n}].name"), "", "a name");
+        }
+        let name: Str = if header { one.name.to_ascii_lowercase().into() } else { one.name.as_str().into() };
+        // Of several tests of one name the first counts (Gateway API).
+        if !tests.iter().any(|t| t.name == name) {
+            tests.push(ValueMatch { name, value: value.into(), regex });
+        }
+    }
+    Ok(tests)
+}
+
+type Unresolved = Vec<(&'static str, String)>;
+
+fn filters(
+    world: &World<'_>,
+    key: &Key,
+    at: &str,
+    all: &[route::Filter],
+    unresolved: &mut Unresolved,
+) -> Result<Vec<Filter>, Invalid> {
+    let mut out = Vec::new();
+    for (n, f) in all.iter().enumerate() {
+        let at = format!("{at}.filters[{n}]");
+        let missing = |field: &str| Invalid { path: format!("{at}.{field}"), value: String::new(), expected: "what type names" };
+        out.push(match f.r#type.as_str() {
+            "RequestHeaderModifier" => Filter::RequestHeaders(headers(
+                &at,
+                f.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?,
+            )?),
+            "ResponseHeaderModifier" => Filter::ResponseHeaders(headers(
+                &at,
+                f.response_header_modifier.as_ref().ok_or_else(|| missing("responseHeaderModifier"))?,
+            )?),
+            "RequestRedirect" => {
+                let r = f.request_redirect.as_ref().ok_or_else(|| missing("requestRedirect"))?;
+                let status = r.status_code.unwrap_or(302);
+                if !matches!(status, 301 | 302 | 303 | 307 | 308) {
+                    return invalid(format!("{at}.requestRedirect.statusCode"), status, "301, 302, 303, 307 or 308");
+                }
+                Filter::Redirect(Redirect {
+                    scheme: r.scheme.as_deref().map(Str::from),
+                    hostname: r.hostname.as_deref().map(Str::from),
+                    path: r.path.as_ref().map(|p| path_change(&at, p)).transpose()?,
+                    port: r.port,
+                    status,
+                })
+            }
+            "URLRewrite" => {
+                let r = f.url_rewrite.as_ref().ok_or_else(|| missing("urlRewrite"))?;
+                Filter::Rewrite(Rewrite {
+                    hostname: r.hostname.as_deref().map(Str::from),
+                    path: r.path.as_ref().map(|p| path_change(&at, p)).transpose()?,
+                })
+            }
+            "RequestMirror" => {
+                let m = f.request_mirror.as_ref().ok_or_else(|| missing("requestMirror"))?;
+                let (numerator, denominator) = match (&m.fraction, m.percent) {
+                    (Some(_), Some(_)) => {
+                        return invalid(format!("{at}.requestMirror"), "", "percent or fraction, not both");
+                    }
+                    (Some(f), None) => (f.numerator, f.denominator.unwrap_or(100)),
+                    (None, percent) => (percent.unwrap_or(100), 100),
+                };
+                if denominator == 0 || numerator > denominator {
+                    return invalid(
+                        format!("{at}.requestMirror"),
+                        format!("{numerator}/{denominator}"),
+                        "a part of a whole",
+                    );
+                }
+                let backend = backend(world, key, &m.backend_ref, unresolved);
+                Filter::Mirror(Mirror {
+                    backend: Backend { target: backend, weight: 1, filters: Vec::new() },
+                    denominator,
+                    numerator,
+                })
+            }
+            "CORS" => {
+                let c = f.cors.as_ref().ok_or_else(|| missing("cors"))?;
+                let text = |all: &[String]| all.iter().map(|s| Str::from(s.as_str())).collect();
+                Filter::Cors(Cors {
+                    allow_origins: text(&c.allow_origins),
+                    allow_credentials: c.allow_credentials.unwrap_or_default(),
+                    allow_methods: text(&c.allow_methods),
+                    allow_headers: text(&c.allow_headers),
+                    expose_headers: text(&c.expose_headers),
+                    max_age: c.max_age.unwrap_or(5),
+                })
+            }
+            other => {
+                unresolved.push(("UnsupportedValue", format!("{at}.type: {other:?} is not supported; requests are answered 500")));
+                Filter::Unknown(format!("{at}.type: {other:?}").into())
+            }
+        });
+    }
+    Ok(out)
+}
+
+fn headers(at: &str, m: &route::HeaderModifier) -> Result<HeaderChange, Invalid> {
+    let name = |n: &str| match n.parse::<http::HeaderName>() {
+        Ok(name) => Ok(Str::from(name.as_str())),
+        Err(_) => invalid(at.to_owned(), n, "the name of a header"),
+    };
+    let pair = |v: &route::NamedValue| match http::HeaderValue::from_str(&v.value) {
+        Ok(_) => Ok((name(&v.name)?, Str::from(v.value.as_str()))),
+        Err(_) => invalid(at.to_owned(), &v.value, "the value of a header, without control characters"),
+    };
+    Ok(HeaderChange {
+        set: m.set.iter().map(pair).collect::<Result<_, _>>()?,
+        add: m.add.iter().map(pair).collect::<Result<_, _>>()?,
+        remove: m.remove.iter().map(|n| name(n)).collect::<Result<_, _>>()?,
+    })
+}
+
+fn path_change(at: &str, p: &route::PathModifier) -> Result<PathChange, Invalid> {
+    match (p.r#type.as_str(), &p.replace_full_path, &p.replace_prefix_match) {
+        ("ReplaceFullPath", Some(path), None) => Ok(PathChange::Full(path.as_str().into())),
+        ("ReplacePrefixMatch", None, Some(path)) => Ok(PathChange::Prefix(path.as_str().into())),
+        (other, ..) => invalid(format!("{at}.path"), other, "ReplaceFullPath or ReplacePrefixMatch, with its value"),
+    }
+}
+
+fn backends(
+    world: &World<'_>,
+    key: &Key,
+    at: &str,
+    refs: &[route::BackendRef],
+    unresolved: &mut Unresolved,
+) -> Result<Vec<Backend>, Invalid> {
+    let mut out = Vec::new();
+    for (n, r) in refs.iter().enumerate() {
+        out.push(Backend {
+            target: backend(world, key, r, unresolved),
+            weight: r.weight.unwrap_or(1),
+            filters: filters(world, key, &format!("{at}.backendRefs[{n}]"), &r.filters, unresolved)?,
+        });
+    }
+    Ok(out)
+}
+
+/// Resolves a reference to a service.
+fn backend(world: &World<'_>, key: &Key, r: &route::BackendRef, unresolved: &mut Unresolved) -> BackendTarget {
+    let mut no = |reason: &'static str, text: String| {
+        unresolved.push((reason, text.clone()));
+        BackendTarget::Invalid(text.into())
+    };
+    let (group, kind) = (r.group.as_deref().unwrap_or(""), r.kind.as_deref().unwrap_or("Service"));
+    if (group, kind) != ("", "Service") {
+        return no("InvalidKind", format!("backend {}: kind {kind} of {group:?}; expected a Service", r.name));
+    }
+    let namespace = r.namespace.as_deref().unwrap_or(&key.namespace);
+    if namespace != key.namespace && !world.granted(key, namespace, &r.name) {
+        let text = format!("backend {namespace}/{}: no ReferenceGrant there allows {}", r.name, key.namespace);
+        return no("RefNotPermitted", text);
+    }
+    let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == r.name);
+    let Some(service) = found.filter(|s| !services::is_external(s.object)) else {
+        return no("BackendNotFound", format!("backend {namespace}/{}: there is no such Service", r.name));
+    };
+    let Some(port) = r.port else {
+        return no("UnsupportedValue", format!("backend {namespace}/{}: port is missing", r.name));
+    };
+    if !service.object.spec.ports.iter().any(|p| p.port == port) {
+        return no("BackendNotFound", format!("backend {namespace}/{}: the Service has no port {port}", r.name));
+    }
+    BackendTarget::Service(NamespacedHostname::new(namespace, world.hostname(&r.name, namespace)), port)
+}
+
+/// The kind of a compiled route.
+pub fn kind(key: &Key) -> RouteKind {
+    if key.kind == "GRPCRoute" { RouteKind::GRPCRoute } else { RouteKind::HTTPRoute }
+}
+
+/// Milliseconds of a duration as Gateway API writes them (GEP-2257): up to four numbers, each with h, m, s or ms.
+fn gep2257(text: &str) -> Option<u64> {
+    let mut total = 0u64;
+    let mut rest = text;
+    let mut parts = 0;
+    while !rest.is_empty() {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        if digits == 0 || digits > 5 || parts == 4 {
+            return None;
+        }
+        let number: u64 = rest[..digits].parse().ok()?;
+        rest = &rest[digits..];
+        let (unit, length) = match rest {
+            r if r.starts_with("ms") => (1, 2),
+            r if r.starts_with('s') => (1000, 1),
+            r if r.starts_with('m') => (60_000, 1),
+            r if r.starts_with('h') => (3_600_000, 1),
+            _ => return None,
+        };
+        total += number * unit;
+        rest = &rest[length..];
+        parts += 1;
+    }
+    (parts > 0).then_some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, expected) in [
+            ("10s", Some(10_000)),
+            ("1m30s", Some(90_000)),
+            ("500ms", Some(500)),
+            ("1h1m1s1ms", Some(3_661_001)),
+            ("0s", Some(0)),
+            ("", None),
+            ("1", None),
+            ("-1s", None),
+            ("1.5s", None),
+            ("1d", None),
+            ("123456s", None),
+        ] {
+            assert_eq!(gep2257(text), expected, "{text}");
+        }
+    }
+}

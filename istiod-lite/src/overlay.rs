@@ -1,0 +1,51 @@
+//! What a cluster's API server would be asked to apply, written into the overlay of a directory.
+//!
+//! Owns these files: whole objects below `objects/rendered/`, status below `patches/`. A file is written whole or not at
+//! all, and goes when nothing asks for it any more.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use tracing::warn;
+
+use crate::app::write_atomically;
+use crate::index::Mesh;
+
+/// The files written so far.
+#[derive(Debug, Default)]
+pub struct Rendered {
+    files: BTreeSet<PathBuf>,
+}
+
+impl Rendered {
+    /// Writes what a mesh asks for, and removes what it no longer does.
+    pub fn write(&mut self, overlay: &Path, mesh: &Mesh) {
+        let mut files = BTreeSet::new();
+        for (key, rendered) in &mesh.rendered {
+            let name = format!("gateway-{}-{}.yaml", key.namespace, key.name);
+            let documents: Result<Vec<String>, _> = rendered.objects.iter().map(serde_yaml::to_string).collect();
+            let status = json!({
+                "apiVersion": "gateway.networking.k8s.io/v1", "kind": key.kind,
+                "metadata": { "name": key.name, "namespace": key.namespace }, "status": rendered.status,
+            });
+            let objects = documents.map(|d| (overlay.join("objects/rendered").join(&name), d.join("---\n")));
+            let patch = serde_yaml::to_string(&status).map(|text| (overlay.join("patches").join(&name), text));
+            for file in [objects, patch] {
+                match file.map_err(std::io::Error::other).and_then(|(path, text)| {
+                    std::fs::create_dir_all(path.parent().unwrap_or(overlay))?;
+                    write_atomically(&path, &text).map(|()| path)
+                }) {
+                    Ok(path) => drop(files.insert(path)),
+                    Err(error) => warn!(%key, %error, "not written"),
+                }
+            }
+        }
+        for gone in self.files.difference(&files) {
+            if let Err(error) = std::fs::remove_file(gone) {
+                warn!(file = %gone.display(), %error, "not removed");
+            }
+        }
+        self.files = files;
+    }
+}
