@@ -41,7 +41,7 @@ async fn attempt(config: &TlsConfig, to: SocketAddr) -> Result<(), Failure> {
     local
         .run_until(async {
             let tunnel = tunnel(config, to).await?;
-            open(std::rc::Rc::new(tunnel), &format!("{}:8080", to.ip()), &ConnectHeaders::default())
+            open(std::sync::Arc::new(tunnel), &format!("{}:8080", to.ip()), &ConnectHeaders::default())
                 .await
                 .map(drop)
                 .doing("open")
@@ -50,7 +50,7 @@ async fn attempt(config: &TlsConfig, to: SocketAddr) -> Result<(), Failure> {
 }
 
 async fn open(
-    tunnel: std::rc::Rc<Tunnel>,
+    tunnel: std::sync::Arc<Tunnel>,
     authority: &str,
     headers: &ConnectHeaders,
 ) -> Result<ambit_hbone::client::Stream, OpenError> {
@@ -176,7 +176,7 @@ fn destinations_that_are_not_there_and_headers_of_rubbish() {
         let local = tokio::task::LocalSet::new();
         local
             .run_until(async {
-                let tunnel = std::rc::Rc::new(tunnel(&config, to).await?);
+                let tunnel = std::sync::Arc::new(tunnel(&config, to).await?);
                 let ip = to.ip();
                 for (authority, status, reason) in [
                     ("10.244.9.9:80".to_owned(), 400, "10.244.9.9 is not an address of web"),

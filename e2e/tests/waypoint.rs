@@ -33,7 +33,6 @@ metadata: {name: wp, namespace: shop}
 spec:
   gatewayClassName: istio-waypoint
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
-status:
   addresses: [{type: Hostname, value: wp.shop.svc.cluster.local}]
 ";
 

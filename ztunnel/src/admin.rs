@@ -15,9 +15,9 @@ use ambit_telemetry::access_log::rfc3339;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::certificates::{Certificates, State};
 use crate::config::Config;
 use crate::pods::Pods;
+use ambit_xds::certificates::{Certificates, State};
 
 /// What the pages show.
 #[derive(Clone)]

@@ -13,8 +13,8 @@ use ambit_store::Store;
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_xds::ca::CaClient;
 use ambit_xds::channel::{ChannelError, ControlPlane};
-use ambit_xds::client::{Client, NodeInfo};
-use ambit_xds::{ADDRESS, AUTHORIZATION};
+use ambit_xds::client::{Client, NodeInfo, Ours};
+use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,6 @@ use tokio_util::task::TaskTracker;
 use tracing::info;
 
 use crate::admin::Admin;
-use crate::certificates::Certificates;
 use crate::cni::install;
 use crate::cni::plugin::PluginConfig;
 use crate::config::Config;
@@ -32,6 +31,7 @@ use crate::outside::Outside;
 use crate::pods::Pods;
 use crate::worker::{self, Shared};
 use crate::{agent, discover, zds};
+use ambit_xds::certificates::Certificates;
 
 /// Why the process cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +116,8 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     pages(&config, admin).await?;
     let removed = outside.clone();
     let handler = MeshHandler::new(store, node_pods, outside, readiness.clone(), &registry);
-    let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], enrolled_seen, handler);
+    let ours = Ours { types: &[NAMESPACE_MODE, NODE_POD], enrolled: Some(enrolled_seen) };
+    let client = Client::new(xds(&config), node(&config), &[AUTHORIZATION, ADDRESS], ours, handler);
     tokio::spawn(client.run());
     let (following, ending) = (pods.clone().run(), drain.clone());
     tokio::spawn(async move { ending.run_until_cancelled(following).await });

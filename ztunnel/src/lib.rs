@@ -15,7 +15,6 @@ pub mod admin;
 pub mod agent;
 pub mod app;
 pub mod authorize;
-pub mod certificates;
 pub mod cni;
 pub mod config;
 pub mod discover;

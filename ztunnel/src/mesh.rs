@@ -5,21 +5,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ambit_model::address::ip_from_bytes;
-use ambit_model::policy::{Action, Clause, Policy, PolicyScope, Rule};
-use ambit_model::workload::Protocol;
-use ambit_model::{NetworkAddress, Service, Workload};
 use ambit_runtime::Readiness;
-use ambit_store::{Change, Store};
+use ambit_store::Store;
+use ambit_store::receive::{self, body, decode};
 use ambit_telemetry::Registry;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_xds::client::Handler;
-use ambit_xds::convert::{self, ConvertError};
 use ambit_xds::proto::ambit::NodePod;
 use ambit_xds::proto::discovery::Resource;
-use ambit_xds::proto::{security, workload};
 use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD};
-use prost::Message;
 use tokio::sync::watch;
 
 use crate::outside::Outside;
@@ -85,95 +79,18 @@ impl MeshHandler {
     }
 }
 
-fn body(resource: &Resource) -> Result<&[u8], ConvertError> {
-    resource.resource.as_ref().map(|any| &*any.value).ok_or(ConvertError::Missing("resource"))
-}
-
-fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, ConvertError> {
-    M::decode(bytes).map_err(|e| ConvertError::Decode(e.to_string()))
-}
-
-fn address(bytes: &[u8]) -> Result<Change, ConvertError> {
-    match decode::<workload::Address>(bytes)?.r#type {
-        Some(workload::AddressType::Workload(w)) => Ok(Change::Workload(Box::new(convert::workload(&w)?))),
-        Some(workload::AddressType::Service(s)) => Ok(Change::Service(Box::new(convert::service(&s)?))),
-        None => Err(ConvertError::Missing("workload or service")),
-    }
-}
-
-/// What takes the place of a resource that was refused: something stricter. A workload that cannot be understood is
-/// reached by nobody, for its identity cannot be proven; a service has no port; a policy denies all in its scope.
-fn instead(type_url: &str, name: &str, bytes: &[u8]) -> Option<Change> {
-    if type_url == AUTHORIZATION {
-        let raw = decode::<security::Authorization>(bytes).ok()?;
-        let scope = match security::Scope::try_from(raw.scope) {
-            Ok(security::Scope::Namespace) => PolicyScope::Namespace,
-            Ok(security::Scope::WorkloadSelector) => PolicyScope::WorkloadSelector,
-            Ok(security::Scope::Global) | Err(_) => PolicyScope::Global,
-        };
-        return Some(Change::Policy(Box::new(Policy {
-            name: raw.name.into(),
-            namespace: raw.namespace.into(),
-            scope,
-            action: Action::Deny,
-            dry_run: false,
-            rules: vec![Rule { clauses: vec![Clause::default()] }],
-        })));
-    }
-    match decode::<workload::Address>(bytes).ok()?.r#type? {
-        workload::AddressType::Workload(w) => Some(Change::Workload(Box::new(Workload {
-            uid: name.into(),
-            name: w.name.into(),
-            namespace: w.namespace.into(),
-            network: w.network.into(),
-            workload_ips: w.addresses.iter().filter_map(|a| ip_from_bytes(a).ok()).collect(),
-            protocol: Protocol::Hbone,
-            ..Workload::default()
-        }))),
-        workload::AddressType::Service(s) => {
-            let vip = |a: &workload::NetworkAddress| {
-                let address = ip_from_bytes(&a.address).ok()?;
-                Some(NetworkAddress { network: a.network.as_str().into(), address })
-            };
-            Some(Change::Service(Box::new(Service {
-                vips: s.addresses.iter().filter_map(vip).collect(),
-                name: s.name.into(),
-                namespace: s.namespace.into(),
-                hostname: s.hostname.into(),
-                ..Service::default()
-            })))
-        }
-    }
-}
-
-fn authorization(bytes: &[u8]) -> Result<Change, ConvertError> {
-    Ok(Change::Policy(Box::new(convert::policy(&decode::<security::Authorization>(bytes)?)?)))
-}
-
 impl Handler for MeshHandler {
     fn apply(&mut self, type_url: &str, resources: Vec<Resource>, removed: Vec<String>) -> Vec<(String, String)> {
         self.messages.of(&[type_url]).inc();
-        type Read = fn(&[u8]) -> Result<Change, ConvertError>;
-        let (read, remove, synced, pending): (Read, fn(_) -> Change, _, _) = match type_url {
-            ADDRESS => (address, Change::RemoveAddress, Change::AddressesSynced, "addresses"),
-            AUTHORIZATION => (authorization, Change::RemovePolicy, Change::PoliciesSynced, "policies"),
+        let pending = match type_url {
+            ADDRESS => "addresses",
+            AUTHORIZATION => "policies",
             NODE_POD => return self.node_pods(&resources, &removed),
             NAMESPACE_MODE => return self.outside.apply(&resources, &removed),
             // Our own reports need no answer.
             _ => return Vec::new(),
         };
-        let mut rejected = Vec::new();
-        let mut changes: Vec<Change> = removed.into_iter().map(|name| remove(name.into())).collect();
-        for resource in &resources {
-            match body(resource).and_then(read) {
-                Ok(change) => changes.push(change),
-                Err(error) => {
-                    changes.extend(body(resource).ok().and_then(|b| instead(type_url, &resource.name, b)));
-                    rejected.push((resource.name.clone(), error.to_string()));
-                }
-            }
-        }
-        changes.push(synced);
+        let (changes, rejected) = receive::changes(type_url, &resources, removed);
         self.store.apply(changes);
         self.readiness.ready(pending);
         rejected
@@ -193,7 +110,10 @@ impl Handler for MeshHandler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ambit_xds::proto::Any;
+    use ambit_model::Workload;
+    use ambit_model::workload::Protocol;
+    use ambit_xds::proto::{Any, security, workload};
+    use prost::Message;
 
     fn resource(name: &str, value: Vec<u8>) -> Resource {
         let any = Any { type_url: ADDRESS.into(), value: value.into() };

@@ -12,6 +12,7 @@ use ambit_net::relay::Moved;
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::metrics::{Counter, CounterVec, Labels};
+use ambit_telemetry::peers::{place, service, side};
 
 const LABELS: &[&str] = &[
     "reporter",
@@ -132,23 +133,6 @@ impl Facts {
     }
 
     fn labels(&self, flag: Flag) -> Labels {
-        let text = |s: Option<&Str>| s.filter(|s| !s.is_empty()).cloned().unwrap_or_else(|| "unknown".into());
-        let side = |w: Option<&Arc<Workload>>, id: Option<&Identity>| -> [Str; 8] {
-            [
-                text(w.map(|w| &w.workload_name)),
-                text(w.map(|w| &w.canonical_name)),
-                text(w.map(|w| &w.canonical_revision)),
-                text(w.map(|w| &w.namespace)),
-                id.map_or_else(|| "unknown".into(), |id| id.to_string().into()),
-                text(w.map(|w| &w.canonical_name)),
-                text(w.map(|w| &w.canonical_revision)),
-                text(w.map(|w| &w.cluster_id)),
-            ]
-        };
-        let place = |w: Option<&Arc<Workload>>| -> [Str; 2] {
-            [text(w.map(|w| &w.locality.region)), text(w.map(|w| &w.locality.zone))]
-        };
-        let service = self.service.as_ref();
         let mtls = self.src_identity.is_some() && self.dst_identity.is_some();
         let reporter = match self.reporter {
             Reporter::Source => "source",
@@ -156,11 +140,7 @@ impl Facts {
         };
         std::iter::once(reporter.into())
             .chain(side(self.src_workload.as_ref(), self.src_identity.as_ref()))
-            .chain([
-                text(service.map(|s| &s.hostname)),
-                text(service.map(|s| &s.namespace)),
-                text(service.map(|s| &s.name)),
-            ])
+            .chain(service(self.service.as_ref()))
             .chain(side(self.dst_workload.as_ref(), self.dst_identity.as_ref()))
             .chain(["tcp".into(), flag.text().into(), if mtls { "mutual_tls" } else { "unknown" }.into()])
             .chain(place(self.src_workload.as_ref()))

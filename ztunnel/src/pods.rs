@@ -21,12 +21,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::certificates::{Certificates, Lease};
 use crate::config::Config;
 use crate::mesh::NodePods;
 use crate::observe::Reporter;
 use crate::outside::Outside;
 use crate::worker::{Listeners, ServePod};
+use ambit_xds::certificates::{Certificates, Lease};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
 const WAIT: Duration = Duration::from_secs(10);

@@ -3,10 +3,11 @@
 //! Owns half-close, resets and back-pressure: an end of stream is passed on as one, a reset as a reset, and window is
 //! given back only when the application took the bytes. Never holds a buffer while nothing moves.
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::task::{Context, Poll, ready};
 
 use ambit_net::relay::{BatchSize, HalfClosed, Moved, poll_read_batch, reset};
@@ -53,41 +54,45 @@ const GATHERED: usize = 128 * 1024;
 /// One stream's part in the traffic of its tunnel.
 #[derive(Debug)]
 pub struct BulkMark {
-    tunnel: Rc<Traffic>,
-    marked: Cell<bool>,
+    tunnel: Arc<Traffic>,
+    marked: AtomicBool,
     /// The epoch of the tunnel in which this stream received last, and how much of it.
-    epoch: Cell<u64>,
-    received: Cell<u64>,
+    epoch: AtomicU64,
+    received: AtomicU64,
 }
 
 impl BulkMark {
     /// A part in the traffic of a tunnel.
-    pub fn new(tunnel: Rc<Traffic>) -> Self {
-        tunnel.streams.set(tunnel.streams.get() + 1);
-        Self { tunnel, marked: Cell::default(), epoch: Cell::default(), received: Cell::default() }
+    pub fn new(tunnel: Arc<Traffic>) -> Self {
+        tunnel.streams.fetch_add(1, Relaxed);
+        let (marked, epoch, received) = Default::default();
+        Self { tunnel, marked, epoch, received }
     }
 
-    fn saw(&self, batch: usize) {
+    pub(crate) fn saw(&self, batch: usize) {
         // Once bulk, a stream stays so until it is done: it will be again.
-        if batch >= BULK && !self.marked.replace(true) {
-            self.tunnel.bulk.set(self.tunnel.bulk.get() + 1);
+        if batch >= BULK && !self.marked.load(Relaxed) {
+            self.marked.store(true, Relaxed);
+            self.tunnel.bulk.fetch_add(1, Relaxed);
         }
     }
 
-    fn received(&self, batch: usize) {
+    pub(crate) fn received(&self, batch: usize) {
         let (tunnel, batch) = (&self.tunnel, batch as u64);
-        tunnel.received.set(tunnel.received.get() + batch);
-        let before = if self.epoch.replace(tunnel.epoch.get()) == tunnel.epoch.get() { self.received.get() } else { 0 };
-        self.received.set(before + batch);
-        tunnel.most.set(tunnel.most.get().max(before + batch));
+        tunnel.received.store(tunnel.received.load(Relaxed) + batch, Relaxed);
+        let epoch = tunnel.epoch.load(Relaxed);
+        let before = if self.epoch.load(Relaxed) == epoch { self.received.load(Relaxed) } else { 0 };
+        self.epoch.store(epoch, Relaxed);
+        self.received.store(before + batch, Relaxed);
+        tunnel.most.store(tunnel.most.load(Relaxed).max(before + batch), Relaxed);
     }
 }
 
 impl Drop for BulkMark {
     fn drop(&mut self) {
-        self.tunnel.streams.set(self.tunnel.streams.get() - 1);
-        if self.marked.get() {
-            self.tunnel.bulk.set(self.tunnel.bulk.get() - 1);
+        self.tunnel.streams.fetch_sub(1, Relaxed);
+        if self.marked.load(Relaxed) {
+            self.tunnel.bulk.fetch_sub(1, Relaxed);
         }
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! Owns the driver task and the count of streams. Never connects and never chooses a tunnel; see [`crate::pool`].
 
-use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::task::{Poll, ready};
 use std::time::SystemTime;
 
@@ -20,6 +21,7 @@ use tracing::debug;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, reason};
+use crate::io::TunnelIo;
 use crate::pings::{Dead, Pings, Traffic};
 use crate::settings::{MAX_WINDOW, Settings};
 
@@ -49,9 +51,9 @@ pub enum OpenError {
 #[derive(Debug)]
 pub struct Tunnel {
     request: SendRequest<Bytes>,
-    streams: Rc<Cell<usize>>,
-    traffic: Rc<Traffic>,
-    closed: Rc<Cell<bool>>,
+    streams: AtomicUsize,
+    traffic: Arc<Traffic>,
+    closed: Arc<AtomicBool>,
     /// No new stream after this.
     pub(crate) not_after: SystemTime,
 }
@@ -75,7 +77,7 @@ impl Tunnel {
             .await
             .map_err(|_| OpenError::Http2(format!("not finished within {:?}", settings.handshake)))?
             .map_err(|e| OpenError::Http2(e.to_string()))?;
-        let (closed, traffic) = (Rc::new(Cell::new(false)), Rc::new(Traffic::default()));
+        let (closed, traffic) = (Arc::<AtomicBool>::default(), Arc::<Traffic>::default());
         let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
         let mut pings = Pings::new(ping, settings, traffic.clone());
         let (flag, timeout) = (closed.clone(), settings.ping_timeout);
@@ -94,22 +96,22 @@ impl Tunnel {
                 }
             });
             let result = driven.await;
-            flag.set(true);
+            flag.store(true, Relaxed);
             if let Err(error) = result {
                 debug!(error, "tunnel ended");
             }
         });
-        Ok(Self { request, streams: Rc::default(), traffic, closed, not_after })
+        Ok(Self { request, streams: AtomicUsize::default(), traffic, closed, not_after })
     }
 
     /// Streams open now.
     pub fn streams(&self) -> usize {
-        self.streams.get()
+        self.streams.load(Relaxed)
     }
 
     /// Of those, how many move bulk data.
     pub fn bulk_streams(&self) -> usize {
-        self.traffic.bulk.get()
+        self.traffic.bulk.load(Relaxed)
     }
 
     /// Streams that the peer lets us open at a time.
@@ -119,17 +121,17 @@ impl Tunnel {
 
     /// Whether a stream can still be opened.
     pub fn usable(&self, now: SystemTime) -> bool {
-        !self.closed.get() && now < self.not_after
+        !self.closed.load(Relaxed) && now < self.not_after
     }
 
     /// Marks the tunnel as not to be used for another stream.
     pub fn retire(&self) {
-        self.closed.set(true);
+        self.closed.store(true, Relaxed);
     }
 
     /// Takes a place among the streams of this tunnel; it is given back when dropped.
-    pub fn place(self: &Rc<Self>) -> Place {
-        self.streams.set(self.streams.get() + 1);
+    pub fn place(self: &Arc<Self>) -> Place {
+        self.streams.fetch_add(1, Relaxed);
         Place { tunnel: self.clone() }
     }
 }
@@ -137,12 +139,12 @@ impl Tunnel {
 /// A reserved place in a tunnel.
 #[derive(Debug)]
 pub struct Place {
-    tunnel: Rc<Tunnel>,
+    tunnel: Arc<Tunnel>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.tunnel.streams.set(self.tunnel.streams.get() - 1);
+        self.tunnel.streams.fetch_sub(1, Relaxed);
     }
 }
 
@@ -206,5 +208,10 @@ impl Stream {
     /// Takes the application's socket and carries its bytes until both sides have finished.
     pub async fn carry(self, app: TcpStream, moved: &Moved) -> Result<(), CarryError> {
         carry(app, self.send, self.recv, moved, &self.mark).await
+    }
+
+    /// Gives the stream to a user that parses what it carries.
+    pub fn into_io(self) -> TunnelIo {
+        TunnelIo::new(self.send, self.recv, self.mark, Some(self._place))
     }
 }

@@ -7,12 +7,14 @@
 //! # Layout
 //! - [`headers`]: what the CONNECT request carries. [`settings`]: windows, limits, deadlines.
 //! - [`client`]: one tunnel outwards. [`pool`]: who shares one. [`server`]: tunnels coming in.
-//! - [`carry`]: bytes between a socket and a stream, shared by both ends. [`pings`], [`path`]: is the peer there, and
+//! - [`carry`]: bytes between a socket and a stream, shared by both ends. [`io`]: a stream for who parses what it carries.
+//!   [`pings`], [`path`]: is the peer there, and
 //!   how large are windows to be.
 
 pub mod carry;
 pub mod client;
 pub mod headers;
+pub mod io;
 pub mod path;
 pub mod pings;
 pub mod pool;

@@ -3,10 +3,11 @@
 //! Owns when a ping is sent, one at a time, what its answer or its lack means, and which window the peer was told of.
 //! Polled with the connection, by the same task.
 
-use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -16,19 +17,20 @@ use tokio::time::{Instant, Sleep};
 use crate::path::{Path, Sample};
 use crate::settings::Settings;
 
-/// What a tunnel moves, shared by its streams and its driver.
+/// What a tunnel moves, shared by its streams and its driver. All of them run on one thread: plain loads and stores are
+/// enough, and atomics only let a stream be handed to libraries that ask for it.
 #[derive(Debug, Default)]
 pub struct Traffic {
     /// Streams that move bulk data.
-    pub(crate) bulk: Cell<usize>,
+    pub(crate) bulk: AtomicUsize,
     /// Streams that carry bytes.
-    pub(crate) streams: Cell<usize>,
+    pub(crate) streams: AtomicUsize,
     /// Bytes received by all streams.
-    pub(crate) received: Cell<u64>,
+    pub(crate) received: AtomicU64,
     /// Which ping is under way; streams count what they receive from its beginning.
-    pub(crate) epoch: Cell<u64>,
+    pub(crate) epoch: AtomicU64,
     /// The most that one stream has received in this epoch.
-    pub(crate) most: Cell<u64>,
+    pub(crate) most: AtomicU64,
 }
 
 /// No ping was answered in time.
@@ -39,7 +41,7 @@ pub(crate) struct Pings {
     ping: PingPong,
     every: Duration,
     timeout: Duration,
-    traffic: Rc<Traffic>,
+    traffic: Arc<Traffic>,
     path: Path,
     /// The window that the peer was told of last.
     told: u32,
@@ -52,7 +54,7 @@ pub(crate) struct Pings {
 }
 
 impl Pings {
-    pub(crate) fn new(ping: PingPong, settings: &Settings, traffic: Rc<Traffic>) -> Self {
+    pub(crate) fn new(ping: PingPong, settings: &Settings, traffic: Arc<Traffic>) -> Self {
         Self {
             ping,
             every: settings.ping_every,
@@ -70,7 +72,7 @@ impl Pings {
     /// Tells the peer of another window, where it is to have one, by `tell`; that may be refused while an earlier
     /// change awaits its answer, and then it is tried again when the connection has something to do. Whether it told.
     pub(crate) fn tell(&mut self, tell: impl FnOnce(u32) -> Result<(), h2::Error>) -> bool {
-        let window = self.path.window(self.traffic.streams.get());
+        let window = self.path.window(self.traffic.streams.load(Relaxed));
         let told = window != self.told && tell(window).is_ok();
         if told {
             self.told = window;
@@ -81,15 +83,15 @@ impl Pings {
     /// To be polled after the connection, each time.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Dead> {
         while !self.ended {
-            let received = self.traffic.received.get();
+            let received = self.traffic.received.load(Relaxed);
             let Some(sent) = self.sent else {
                 if !self.path.wants_probe(received, || self.begin.elapsed()) {
                     ready!(self.timer.as_mut().poll(cx));
                 }
                 self.ended = self.ping.send_ping(Ping::opaque()).is_err();
                 self.sent = Some(Sample { at: self.begin.elapsed(), received });
-                self.traffic.epoch.set(self.traffic.epoch.get() + 1);
-                self.traffic.most.set(0);
+                self.traffic.epoch.fetch_add(1, Relaxed);
+                self.traffic.most.store(0, Relaxed);
                 self.timer.as_mut().reset(Instant::now() + self.timeout);
                 continue;
             };
@@ -98,7 +100,7 @@ impl Pings {
                     self.sent = None;
                     self.timer.as_mut().reset(Instant::now() + self.every);
                     let now = Sample { at: self.begin.elapsed(), received };
-                    self.path.answered(sent, now, self.traffic.most.get());
+                    self.path.answered(sent, now, self.traffic.most.load(Relaxed));
                 }
                 // The connection has ended; its own future says how.
                 Poll::Ready(Err(_)) => self.ended = true,

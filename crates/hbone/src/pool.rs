@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use tokio::sync::watch;
@@ -30,7 +31,7 @@ impl<K, E> Clone for Pool<K, E> {
 }
 
 struct Entry<E> {
-    tunnels: Vec<(Rc<Tunnel>, Instant)>,
+    tunnels: Vec<(Arc<Tunnel>, Instant)>,
     /// The connect that is under way; `None` until it is done.
     connecting: Option<watch::Receiver<Option<Result<(), E>>>>,
 }
@@ -143,7 +144,7 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
         let entries = self.entries.borrow();
         let now = SystemTime::now();
         let room =
-            |t: &&Rc<Tunnel>| t.usable(now) && t.streams() < self.settings.streams_per_tunnel.min(t.peer_limit());
+            |t: &&Arc<Tunnel>| t.usable(now) && t.streams() < self.settings.streams_per_tunnel.min(t.peer_limit());
         let tunnels = entries.get(key)?.tunnels.iter().map(|(t, _)| t);
         tunnels.filter(room).min_by_key(|t| (t.bulk_streams(), t.streams())).map(Tunnel::place)
     }
@@ -161,7 +162,7 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
             let mut entries = entries.borrow_mut();
             let entry = entries.entry(key.clone()).or_default();
             entry.connecting = None;
-            let outcome = outcome.map(|tunnel| entry.tunnels.push((Rc::new(tunnel), Instant::now())));
+            let outcome = outcome.map(|tunnel| entry.tunnels.push((Arc::new(tunnel), Instant::now())));
             if entry.tunnels.is_empty() {
                 entries.remove(&key);
             }

@@ -3,7 +3,7 @@
 //! Owns the connection's end: drain by GOAWAY, the certificate's end, pings. Never decides on a request.
 
 use std::future::{Future, poll_fn};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, REASON};
+use crate::io::TunnelIo;
 use crate::pings::{Dead, Pings, Traffic};
 use crate::settings::{MAX_WINDOW, Settings};
 
@@ -42,6 +43,14 @@ impl Incoming {
         }
         // The stream may be gone already; then nobody waits for the reason.
         let _ = self.respond.send_response(response, true);
+    }
+
+    /// Answers 200 and gives the stream to a user that parses what it carries.
+    pub fn accept_io(mut self, headers: &ConnectHeaders) -> Result<TunnelIo, CarryError> {
+        let mut response = Response::new(());
+        headers.write(response.headers_mut());
+        let send = self.respond.send_response(response, false).map_err(CarryError::Tunnel)?;
+        Ok(TunnelIo::new(send, self.body, self.mark, None))
     }
 
     /// Answers 200 and carries the bytes of `app`, the connection to the destination.
@@ -91,7 +100,7 @@ where
         .await
         .map_err(|_| ServeError::Deadline(settings.handshake))??;
     let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
-    let traffic = Rc::new(Traffic::default());
+    let traffic = Arc::new(Traffic::default());
     let mut pings = Pings::new(ping, settings, traffic.clone());
     tokio::pin!(drain);
     let mut draining = false;
@@ -140,7 +149,7 @@ enum Step {
 fn take(
     request: http::Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-    traffic: &Rc<Traffic>,
+    traffic: &Arc<Traffic>,
     handle: &mut impl FnMut(Incoming),
 ) {
     let mut refuse = |status: StatusCode, why: &'static str| {

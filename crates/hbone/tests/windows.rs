@@ -1,6 +1,6 @@
 //! Many streams in one tunnel, some of whose readers have stalled.
 
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ambit_hbone::client::Tunnel;
@@ -34,7 +34,7 @@ async fn source(mut app: TcpStream, mib: u16) {
 }
 
 /// A tunnel to a server whose applications are [`source`]s, over a pipe.
-async fn tunnel(settings: &Settings) -> Rc<Tunnel> {
+async fn tunnel(settings: &Settings) -> Arc<Tunnel> {
     let (ours, theirs) = tokio::io::duplex(MIB as usize);
     let server = settings.clone();
     spawn_local(async move {
@@ -48,11 +48,11 @@ async fn tunnel(settings: &Settings) -> Rc<Tunnel> {
         let _ = serve(theirs, &server, std::future::pending(), handle).await;
     });
     let never = SystemTime::now() + Duration::from_secs(3600);
-    Rc::new(Tunnel::start(ours, settings, never).await.expect("starts"))
+    Arc::new(Tunnel::start(ours, settings, never).await.expect("starts"))
 }
 
 /// Opens a stream and answers the application's end of it.
-async fn open(tunnel: &Rc<Tunnel>, mib: u16, settings: &Settings) -> TcpStream {
+async fn open(tunnel: &Arc<Tunnel>, mib: u16, settings: &Settings) -> TcpStream {
     let to = Authority::Host("source".to_owned(), mib);
     let stream = tunnel.place().open(&to, &ConnectHeaders::default(), settings).await.expect("opens");
     let (app, tunnel_side) = pair().await;

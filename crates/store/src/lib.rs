@@ -6,10 +6,12 @@
 //!
 //! # Layout
 //! - [`snapshot`]: what is known, and looking it up. [`apply`]: a batch of changes. [`endpoints`]: choosing one.
+//! - [`receive`]: what the controller sends, read into changes.
 //! - [`shards`]: the copy-on-write map below them.
 
 pub mod apply;
 pub mod endpoints;
+pub mod receive;
 pub mod shards;
 pub mod snapshot;
 

@@ -4,7 +4,9 @@
 //! to a thread of its own, which drops (and counts) what it cannot write in time.
 
 pub mod access_log;
+pub mod histogram;
 pub mod metrics;
+pub mod peers;
 
 pub use access_log::AccessLog;
 pub use metrics::{Counter, CounterVec, Registry};

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ambit_model::Str;
 
+use crate::histogram::HistogramVec;
+
 /// Values of the labels of a series, in the order of the names.
 pub type Labels = Arc<[Str]>;
 
@@ -77,7 +79,9 @@ impl CounterVec {
     pub fn of(&self, labels: &[&str]) -> Arc<Counter> {
         self.with(&labels.iter().map(|l| Str::from(*l)).collect())
     }
+}
 
+impl Metric for CounterVec {
     fn write(&self, out: &mut String) {
         let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         if series.is_empty() {
@@ -87,10 +91,12 @@ impl CounterVec {
         let _ = writeln!(out, "# HELP {} {}\n# TYPE {} {}", self.name, self.help, self.name, self.kind);
         for (labels, counter) in &*series {
             out.push_str(self.name);
-            for (n, (name, value)) in self.label_names.iter().zip(labels.iter()).enumerate() {
-                let _ = write!(out, "{}{name}=\"{}\"", if n == 0 { '{' } else { ',' }, escape(value));
+            if !labels.is_empty() {
+                out.push('{');
+                write_labels(out, self.label_names, labels);
+                out.push('}');
             }
-            let _ = writeln!(out, "{} {}", if labels.is_empty() { "" } else { "}" }, counter.get());
+            let _ = writeln!(out, " {}", counter.get());
         }
         if self.overflow.get() > 0 {
             let first = self.label_names.first().unwrap_or(&"overflow");
@@ -98,7 +104,6 @@ impl CounterVec {
         }
     }
 
-    /// Drops series that have not changed for `idle` seconds and that no connection holds.
     fn expire(&self, now: u64, idle: u64) {
         let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         series.retain(|_, counter| {
@@ -111,13 +116,35 @@ impl CounterVec {
     }
 }
 
+/// A kind of metric.
+pub(crate) trait Metric: Send + Sync {
+    /// Adds its lines of the text format.
+    fn write(&self, out: &mut String);
+    /// Drops series that have not changed for `idle` seconds and that nobody holds.
+    fn expire(&self, now: u64, idle: u64);
+}
+
+/// `name="value",...`.
+pub(crate) fn write_labels(out: &mut String, names: &[&str], labels: &Labels) {
+    for (n, (name, value)) in names.iter().zip(labels.iter()).enumerate() {
+        // Writing to a String cannot fail.
+        let _ = write!(out, "{}{name}=\"{}\"", if n == 0 { "" } else { "," }, escape(value));
+    }
+}
+
 fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 /// All metrics of a process.
-#[derive(Clone, Debug, Default)]
-pub struct Registry(Arc<Mutex<Vec<Arc<CounterVec>>>>);
+#[derive(Clone, Default)]
+pub struct Registry(Arc<Mutex<Vec<Arc<dyn Metric>>>>);
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
 
 impl Registry {
     /// Adds a counter.
@@ -128,6 +155,20 @@ impl Registry {
     /// Adds a gauge.
     pub fn gauge(&self, name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Arc<CounterVec> {
         self.add(name, help, "gauge", labels, CAP)
+    }
+
+    /// Adds a distribution with these ends of its buckets.
+    pub fn histogram(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &'static [&'static str],
+        ends: &'static [f64],
+    ) -> Arc<HistogramVec> {
+        // A series has many numbers.
+        let made = Arc::new(HistogramVec::new(name, help, labels, ends, CAP / 4));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(made.clone());
+        made
     }
 
     fn add(

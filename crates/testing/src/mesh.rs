@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_net::Netns;
@@ -62,7 +63,7 @@ pub struct Mesh {
     /// Nodes.
     pub nodes: Vec<Node>,
     /// Issues tokens that the controller accepts.
-    pub issuer: Issuer,
+    pub issuer: Arc<Issuer>,
     options: Options,
     istiod: Option<Container>,
     ztunnels: Vec<Option<Container>>,
@@ -85,7 +86,7 @@ impl Mesh {
         for dir in [&directory, &files.join("state"), &files.join("logs")] {
             std::fs::create_dir_all(dir).doing("create the directories")?;
         }
-        let issuer = Issuer::new()?;
+        let issuer = Arc::new(Issuer::new()?);
         std::fs::write(files.join("jwks.json"), issuer.key_set().to_string()).doing("write the key set")?;
         let control = topology::add_host("control", 0)?;
         serve_names(&control)?;
@@ -106,6 +107,8 @@ impl Mesh {
             programs: programs::directory()?,
             nodes: nodes.clone(),
             nameserver: control.ip,
+            tokens: issuer.clone(),
+            roots: files.join("state/root-cert.pem"),
         })?;
         let ztunnels = nodes.iter().map(|_| None).collect();
         let mut mesh = Self { files, directory, kubelet, control, nodes, issuer, options, istiod: None, ztunnels };
@@ -144,6 +147,7 @@ impl Mesh {
             ("AMBIT_OVERLAY", path("overlay")),
             ("AMBIT_STATE", path("state")),
             ("AMBIT_JWKS", path("jwks.json")),
+            ("AMBIT_DISCOVERY_ADDRESS", format!("https://{}:15012", self.control.ip)),
             ("AMBIT_CERTIFICATE_TTL", format!("{}s", self.options.certificate_ttl.as_secs())),
         ]
         .map(|(k, v)| (k.to_owned(), v))

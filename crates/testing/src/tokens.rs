@@ -18,12 +18,20 @@ pub struct Issuer {
     public: Vec<u8>,
 }
 
+impl std::fmt::Debug for Issuer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Issuer({})", self.key_id)
+    }
+}
+
 /// What a token says.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "claims of a bound token")]
 pub struct Claims {
     pub namespace: String,
     pub account: String,
+    /// Pod that it is bound to.
+    pub pod: String,
     pub node: Option<String>,
     pub audience: String,
     pub lifetime: Duration,
@@ -37,6 +45,7 @@ impl Claims {
         Self {
             namespace: "istio-system".into(),
             account: "ztunnel".into(),
+            pod: format!("ztunnel-{node}"),
             node: Some(node.into()),
             audience: "istio-ca".into(),
             lifetime: Duration::from_secs(12 * 3600),
@@ -76,7 +85,7 @@ impl Issuer {
         let mut kubernetes = json!({
             "namespace": claims.namespace,
             "serviceaccount": { "name": claims.account, "uid": "sa" },
-            "pod": { "name": claims.account, "uid": "pod" },
+            "pod": { "name": claims.pod, "uid": "pod" },
         });
         if let Some(node) = &claims.node {
             kubernetes["node"] = json!({ "name": node, "uid": node });

@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use crate::channel::{ChannelError, ControlPlane};
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource};
 use crate::subscription::{Interest, Subscription};
-use crate::{CAPABILITY, CAPABILITY_METADATA, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, service};
+use crate::{CAPABILITY, CAPABILITY_METADATA, CAPABILITY_V1, ENROLMENT, service};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(15);
@@ -51,8 +51,16 @@ pub struct Client<H> {
     node: NodeInfo,
     subscriptions: Vec<Subscription>,
     handler: H,
-    /// Uids of the pods that are verified to be enrolled; reported where the controller understands it.
-    enrolled: watch::Receiver<BTreeSet<String>>,
+    ours: Ours,
+}
+
+/// Types of our own, spoken only where the controller understands them.
+#[derive(Debug)]
+pub struct Ours {
+    /// What is wanted of them, all of each.
+    pub types: &'static [&'static str],
+    /// Uids of the pods that are verified to be enrolled, to be reported; a client that is no node reports none.
+    pub enrolled: Option<watch::Receiver<BTreeSet<String>>>,
 }
 
 /// Why a stream ended.
@@ -68,15 +76,9 @@ enum StreamEnd {
 
 impl<H: Handler> Client<H> {
     /// A client that wants everything of `types`.
-    pub fn new(
-        control_plane: ControlPlane,
-        node: NodeInfo,
-        types: &[&str],
-        enrolled: watch::Receiver<BTreeSet<String>>,
-        handler: H,
-    ) -> Self {
+    pub fn new(control_plane: ControlPlane, node: NodeInfo, types: &[&str], ours: Ours, handler: H) -> Self {
         let subscriptions = types.iter().map(|t| Subscription::new(t, Interest::Wildcard)).collect();
-        Self { control_plane, node, subscriptions, handler, enrolled }
+        Self { control_plane, node, subscriptions, handler, ours }
     }
 
     /// Runs for ever: streams, and again after a pause that doubles while nothing works.
@@ -114,11 +116,13 @@ impl<H: Handler> Client<H> {
         // Types of our own are only spoken where they are understood.
         let mut extra = Vec::new();
         if ours {
-            self.enrolled.mark_unchanged();
-            let names = self.enrolled.borrow().clone();
-            extra.push(Subscription::new(ENROLMENT, Interest::Names(names)));
-            for ours in [NAMESPACE_MODE, NODE_POD] {
-                if !self.subscriptions.iter().any(|s| s.type_url() == ours) {
+            if let Some(enrolled) = &mut self.ours.enrolled {
+                enrolled.mark_unchanged();
+                let names = enrolled.borrow().clone();
+                extra.push(Subscription::new(ENROLMENT, Interest::Names(names)));
+            }
+            for ours in self.ours.types {
+                if !self.subscriptions.iter().any(|s| s.type_url() == *ours) {
                     extra.push(Subscription::new(ours, Interest::Wildcard));
                 }
             }
@@ -139,11 +143,8 @@ impl<H: Handler> Client<H> {
                     let rejected = apply(&mut self.handler, &response);
                     send(&requests, subscription.respond(&response, &rejected)).await?;
                 }
-                changed = self.enrolled.changed(), if ours => {
-                    if changed.is_err() {
-                        return Err(StreamEnd::Complete);
-                    }
-                    let names = self.enrolled.borrow_and_update().clone();
+                names = changed(&mut self.ours.enrolled), if ours => {
+                    let names = names?;
                     let report = extra.iter_mut().find(|s| s.type_url() == ENROLMENT);
                     if let Some(request) = report.and_then(|s| s.set_names(names)) {
                         send(&requests, request).await?;
@@ -152,6 +153,13 @@ impl<H: Handler> Client<H> {
             }
         }
     }
+}
+
+/// The next report; never, where nothing is reported.
+async fn changed(enrolled: &mut Option<watch::Receiver<BTreeSet<String>>>) -> Result<BTreeSet<String>, StreamEnd> {
+    let Some(enrolled) = enrolled else { return std::future::pending().await };
+    enrolled.changed().await.map_err(|_| StreamEnd::Complete)?;
+    Ok(enrolled.borrow_and_update().clone())
 }
 
 async fn send(to: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) -> Result<(), StreamEnd> {

@@ -7,9 +7,10 @@
 //! - [`proto`]: messages by field number. [`convert`]: from and to `ambit-model`.
 //! - [`client`]: a delta ADS client that reconnects and resumes. [`subscription`]: its book-keeping, without IO.
 //! - [`service`]: gRPC bindings of the services that the controller offers.
-//! - [`ca`]: asking the certificate service. [`channel`]: TLS and tokens to the controller.
+//! - [`ca`]: asking the certificate service. [`certificates`]: keeping certificates fresh. [`channel`]: TLS and tokens to the controller.
 
 pub mod ca;
+pub mod certificates;
 pub mod channel;
 pub mod client;
 pub mod convert;

@@ -77,7 +77,8 @@ fn is_ready(world: &World<'_>, gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> boo
 
 fn objects(world: &World<'_>, gateway: &Entry<'_, Gateway>) -> Vec<Value> {
     let (namespace, name) = (&gateway.key.namespace, &gateway.key.name);
-    let labels = json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: CONTROLLER });
+    let labels =
+        json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: CONTROLLER });
     let metadata = || {
         let mut metadata = json!({ "name": name, "namespace": namespace, "labels": labels });
         if !gateway.meta.uid.is_empty() {

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use ambit_model::l7::policy::{Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key};
+use ambit_model::l7::policy::{
+    Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
+};
 use ambit_model::l7::{Route, ServiceConfig};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use ambit_model::{Identity, NamespacedHostname, Str};
@@ -190,9 +192,15 @@ fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>,
             Ok(policy) => policy,
             Err(Invalid { path, value, expected }) => {
                 // Nobody knows what it was to refuse: its targets refuse everything.
-                let text = format!("{path}: {value:?}: expected {expected}; until then its targets refuse every request");
+                let text =
+                    format!("{path}: {value:?}: expected {expected}; until then its targets refuse every request");
                 statuses.push(Condition::no("WaypointAccepted", "Invalid", text));
-                HttpPolicy { name: name(entry.key), action: HttpAction::Deny, dry_run: false, rules: vec![HttpRule::default()] }
+                HttpPolicy {
+                    name: name(entry.key),
+                    action: HttpAction::Deny,
+                    dry_run: false,
+                    rules: vec![HttpRule::default()],
+                }
             }
         };
         for target in targets {
@@ -219,7 +227,10 @@ fn attach_policy(
         count
     };
     if *namespace != key.namespace {
-        return no("RefNotPermitted", format!("target {namespace}/{}: expected one of the policy's namespace", target.name));
+        return no(
+            "RefNotPermitted",
+            format!("target {namespace}/{}: expected one of the policy's namespace", target.name),
+        );
     }
     let (count, what) = match (target.group.as_str(), target.kind.as_str()) {
         ("" | "core", "Service") => {
@@ -235,11 +246,19 @@ fn attach_policy(
             (n, format!("GatewayClass {}", target.name))
         }
         (group, kind) => {
-            return no("TargetNotFound", format!("target kind {kind} of {group:?}: expected Service or Gateway, or GatewayClass in the root namespace"));
+            return no(
+                "TargetNotFound",
+                format!(
+                    "target kind {kind} of {group:?}: expected Service or Gateway, or GatewayClass in the root namespace"
+                ),
+            );
         }
     };
     match count {
-        0 => no("AncestorNotBound", format!("{what}: no service of it is bound to a waypoint, so nobody enforces the policy")),
+        0 => no(
+            "AncestorNotBound",
+            format!("{what}: no service of it is bound to a waypoint, so nobody enforces the policy"),
+        ),
         n => Condition::yes("WaypointAccepted", "Accepted", format!("{what}: enforced for {n} services")),
     }
 }

@@ -140,7 +140,9 @@ impl<'a> World<'a> {
                 f.group == "gateway.networking.k8s.io" && f.kind == from.kind && f.namespace == from.namespace
             };
             let target = |t: &route::GrantTo| {
-                t.group.is_empty() && t.kind == "Service" && t.name.as_deref().is_none_or(|n| n.is_empty() || n == service)
+                t.group.is_empty()
+                    && t.kind == "Service"
+                    && t.name.as_deref().is_none_or(|n| n.is_empty() || n == service)
             };
             spec.from.iter().any(route) && spec.to.iter().any(target)
         })

@@ -77,7 +77,11 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
         for (m, one) in rule.matches.iter().enumerate() {
             let at = format!("{at}.matches[{m}]");
             let path = one.method.as_ref().map(|m| grpc_path(&format!("{at}.method"), m)).transpose()?.flatten();
-            matches.push(RequestMatch { path, headers: values(&format!("{at}.headers"), &one.headers, true)?, ..Default::default() });
+            matches.push(RequestMatch {
+                path,
+                headers: values(&format!("{at}.headers"), &one.headers, true)?,
+                ..Default::default()
+            });
         }
         compiled.rules.push(RouteRule {
             name: rule.name.as_deref().map(Str::from),
@@ -91,11 +95,13 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
 }
 
 fn grpc_path(at: &str, m: &route::GrpcMethod) -> Result<Option<PathMatch>, Invalid> {
-    let expression = |text: &str| table::whole(text).map_err(|_| Invalid {
-        path: at.to_owned(),
-        value: text.to_owned(),
-        expected: "a regular expression (RE2 syntax)",
-    });
+    let expression = |text: &str| {
+        table::whole(text).map_err(|_| Invalid {
+            path: at.to_owned(),
+            value: text.to_owned(),
+            expected: "a regular expression (RE2 syntax)",
+        })
+    };
     Ok(match (m.r#type.as_deref().unwrap_or("Exact"), &m.service, &m.method) {
         (_, None, None) => return invalid(at.to_owned(), "", "a service, a method or both"),
         ("Exact", Some(service), Some(method)) => Some(PathMatch::Exact(format!("/{service}/{method}").into())),
@@ -183,7 +189,8 @@ fn filters(
     let mut out = Vec::new();
     for (n, f) in all.iter().enumerate() {
         let at = format!("{at}.filters[{n}]");
-        let missing = |field: &str| Invalid { path: format!("{at}.{field}"), value: String::new(), expected: "what type names" };
+        let missing =
+            |field: &str| Invalid { path: format!("{at}.{field}"), value: String::new(), expected: "what type names" };
         out.push(match f.r#type.as_str() {
             "RequestHeaderModifier" => Filter::RequestHeaders(headers(
                 &at,
@@ -250,7 +257,10 @@ fn filters(
                 })
             }
             other => {
-                unresolved.push(("UnsupportedValue", format!("{at}.type: {other:?} is not supported; requests are answered 500")));
+                unresolved.push((
+                    "UnsupportedValue",
+                    format!("{at}.type: {other:?} is not supported; requests are answered 500"),
+                ));
                 Filter::Unknown(format!("{at}.type: {other:?}").into())
             }
         });

@@ -22,6 +22,8 @@ fn objects(yaml: &str) -> Objects {
 
 fn settings() -> Settings {
     Settings {
+        image: "ambit".into(),
+        discovery_address: "https://istiod".into(),
         cluster_id: "Kubernetes".into(),
         cluster_domain: "cluster.local".into(),
         namespace: "istio-system".into(),

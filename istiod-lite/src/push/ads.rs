@@ -11,7 +11,9 @@ use std::time::SystemTime;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ambit_xds::service::{DeltaAds, Responses};
-use ambit_xds::{ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE};
+use ambit_xds::{
+    ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -176,7 +178,8 @@ impl Client {
     async fn request(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         let type_url = request.type_url.clone();
         if !self.types.contains(&type_url.as_str()) {
-            let reason = format!("type {type_url:?} is not served to {}; expected {}", self.caller, self.types.join(", "));
+            let reason =
+                format!("type {type_url:?} is not served to {}; expected {}", self.caller, self.types.join(", "));
             warn!(caller = %self.caller, type_url, "a type that is not for this caller");
             return Err(Status::invalid_argument(reason));
         }

@@ -39,7 +39,13 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    fn new(type_url: &str, name: String, message: &impl Message, aliases: Vec<String>, audience: Option<String>) -> Self {
+    fn new(
+        type_url: &str,
+        name: String,
+        message: &impl Message,
+        aliases: Vec<String>,
+        audience: Option<String>,
+    ) -> Self {
         let value = message.encode_to_vec();
         let version = format!("{:016x}", xxh64(&value, 0));
         let resource = Resource {

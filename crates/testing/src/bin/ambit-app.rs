@@ -4,6 +4,8 @@
 //! ambit-app serve --port 8080 [--name NAME]     HTTP/1.1: answers who it is and whom it sees
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
+//! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
+//! ambit-app count N URL [--header N:V]...       N requests on connections of their own; prints each answer with its number
 //! ambit-app load http://HOST:PORT/ SECONDS      new connections one after the other; prints how many and how many failed
 //! ambit-app hold HOST:PORT                      one connection, a line every 50 ms; prints each answer, ends when it is lost
 //! ambit-app ends HOST:PORT                      reads a greeting, sends, closes its half, reads the echo to its end
@@ -25,6 +27,8 @@ fn main() -> ExitCode {
         ["serve", ..] => serve(&words),
         ["echo", ..] => echo(&words),
         ["get", url] => get(url).map(|body| print!("{body}")),
+        ["request", method, url, ..] => request(method, url, &words).map(|answer| print!("{answer}")),
+        ["count", times, url, ..] => count(times, url, &words),
         ["load", url, seconds] => load(url, seconds),
         ["hold", target] => hold(target, false),
         ["hold", target, "--greeted"] => hold(target, true),
@@ -33,7 +37,7 @@ fn main() -> ExitCode {
         ["sleep"] => loop {
             std::thread::park();
         },
-        _ => Err("usage: ambit-app serve|echo|get|load|hold|ends|resolve|sleep ...".into()),
+        _ => Err("usage: ambit-app serve|echo|get|request|count|load|hold|ends|resolve|sleep ...".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,9 +80,11 @@ fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
             return Ok(());
         }
         let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+        let mut seen = line.clone();
         loop {
             let mut header = String::new();
             reader.read_line(&mut header)?;
+            seen.push_str(&header);
             let header = header.trim().to_ascii_lowercase();
             if header.is_empty() {
                 break;
@@ -88,9 +94,17 @@ fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
             }
             close |= header == "connection: close";
         }
-        std::io::copy(&mut (&mut reader).take(length), &mut std::io::sink())?;
+        let mut sent = Vec::new();
+        (&mut reader).take(length).read_to_end(&mut sent)?;
+        println!("{} {} bytes", line.trim(), sent.len());
+        let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
+        std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
         let body = match path.strip_prefix("/bytes/").and_then(|n| n.parse::<usize>().ok()) {
             Some(n) => "x".repeat(n),
+            // What has arrived, for tests of what a proxy sends.
+            None if path.contains("echo") => {
+                format!("from {name}\n{}body {}", seen.replace("\r\n", "\n"), String::from_utf8_lossy(&sent))
+            }
             None => format!("hello from {name}; you are {peer}; you asked for {path}\n"),
         };
         write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
@@ -145,6 +159,54 @@ fn get(url: &str) -> Outcome<String> {
         return Err(head.lines().next().unwrap_or_default().to_owned());
     }
     Ok(body.to_owned())
+}
+
+/// Sends one request, closing after it; the answer as it came.
+fn request(method: &str, url: &str, words: &[&str]) -> Outcome<String> {
+    let rest = url.strip_prefix("http://").ok_or("expected http://HOST:PORT/PATH")?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let target = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    let mut stream = connect(&target)?;
+    let failed = |e: std::io::Error| format!("{host}: {e}");
+    let mut head = format!("{method} /{path} HTTP/1.1\r\nconnection: close\r\n");
+    let given: Vec<&str> = words.windows(2).filter(|w| w[0] == "--header").map(|w| w[1]).collect();
+    if !given.iter().any(|h| h.to_ascii_lowercase().starts_with("host:")) {
+        head.push_str(&format!("host: {host}\r\n"));
+    }
+    for header in given {
+        head.push_str(&format!("{header}\r\n"));
+    }
+    let body = option(words, "--body").unwrap_or_default();
+    if !body.is_empty() {
+        head.push_str(&format!("content-length: {}\r\n", body.len()));
+    }
+    write!(stream, "{head}\r\n{body}").map_err(failed)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).map_err(failed)?;
+    if answer.is_empty() {
+        return Err(format!("{host}: connection closed without an answer"));
+    }
+    Ok(String::from_utf8_lossy(&answer).replace("\r\n", "\n"))
+}
+
+fn count(times: &str, url: &str, words: &[&str]) -> Outcome<()> {
+    let times: u32 = times.parse().map_err(|_| "expected a number")?;
+    let mut answers = std::collections::BTreeMap::<String, u32>::new();
+    for _ in 0..times {
+        let answer = match request("GET", url, words) {
+            Ok(answer) => {
+                let status = answer.lines().next().unwrap_or_default().to_owned();
+                let body = answer.split_once("\n\n").map_or("", |(_, body)| body.lines().next().unwrap_or_default());
+                format!("{status}: {body}")
+            }
+            Err(error) => error,
+        };
+        *answers.entry(answer).or_default() += 1;
+    }
+    for (answer, n) in answers {
+        println!("{n} x {answer}");
+    }
+    Ok(())
 }
 
 fn load(url: &str, seconds: &str) -> Outcome<()> {

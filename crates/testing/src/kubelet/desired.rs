@@ -18,6 +18,22 @@ pub(super) struct Desired {
     pub(super) nodes: BTreeSet<String>,
 }
 
+impl Desired {
+    /// Adds what is not there yet.
+    pub(super) fn extend(&mut self, other: Self) {
+        for (name, object) in other.pods {
+            self.pods.entry(name).or_insert(object);
+        }
+        for (name, object) in other.services {
+            self.services.entry(name).or_insert(object);
+        }
+        let new = other.deployments.into_iter().filter(|d| !self.deployments.iter().any(|old| old.name == d.name));
+        let new: Vec<Deployment> = new.collect();
+        self.deployments.extend(new);
+        self.nodes.extend(other.nodes);
+    }
+}
+
 /// A Deployment.
 #[derive(Clone, Debug)]
 pub(super) struct Deployment {

@@ -50,6 +50,10 @@ pub struct Config {
     pub nodes: Vec<Node>,
     /// Name server of pods.
     pub nameserver: std::net::IpAddr,
+    /// Issues the tokens that volumes project.
+    pub tokens: Arc<crate::tokens::Issuer>,
+    /// The mesh's roots, for volumes of ConfigMap `istio-ca-root-cert`.
+    pub roots: PathBuf,
 }
 
 /// State of a pod.
@@ -121,9 +125,15 @@ impl Kubelet {
     }
 
     async fn follow(self) {
+        // What the user asks for, and what the controller does.
         let mut reader = desired::Reader::new(self.config.directory.clone());
+        let mut rendered = desired::Reader::new(self.config.overlay.join("objects/rendered"));
         loop {
-            if let Some(desired) = reader.read()
+            let desired = reader.read().map(|mut all| {
+                all.extend(rendered.read().unwrap_or_default());
+                all
+            });
+            if let Some(desired) = desired
                 && let Err(failure) = self.reconcile(&desired)
             {
                 eprintln!("kubelet: {failure}");

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use super::container::{self, Container, Spec};
 use super::probe::{Probe, Target};
 use super::{Kubelet, Name, Node, Pod, agent};
+use crate::tokens::Claims;
 use crate::topology::PodNet;
 use crate::{Doing, Failure};
 
@@ -257,10 +258,17 @@ impl Life {
                 return Err(Failure(format!("container {name} has no command; images are not run here")));
             }
             let mut env = vec![("POD_NAME".to_owned(), self.name.1.clone())];
+            let mounts = self.mounts(c, &dir)?;
             for e in c["env"].as_array().into_iter().flatten() {
-                if let (Some(name), Some(value)) = (e["name"].as_str(), e["value"].as_str()) {
-                    env.push((name.to_owned(), value.to_owned()));
-                }
+                let field = e["valueFrom"]["fieldRef"]["fieldPath"].as_str().and_then(|path| self.field(path));
+                let Some((name, value)) = e["name"].as_str().zip(e["value"].as_str().map(str::to_owned).or(field))
+                else {
+                    continue;
+                };
+                // Volumes are directories of this machine: what names a file in one is led there.
+                let there = mounts.iter().find_map(|(mount, dir)| Some((dir, value.strip_prefix(mount.as_str())?)));
+                let value = there.map(|(dir, rest)| format!("{}{rest}", dir.display())).unwrap_or(value);
+                env.push((name.to_owned(), value));
             }
             let spec =
                 Spec { command, env, programs: self.kubelet.config.programs.clone(), resolv_conf: resolv_conf.clone() };
@@ -282,6 +290,54 @@ impl Life {
             })
         };
         list.iter().map(one).collect()
+    }
+
+    /// A field of the pod, as containers may ask for it.
+    fn field(&self, path: &str) -> Option<String> {
+        match path {
+            "metadata.name" => Some(self.name.1.clone()),
+            "metadata.namespace" => Some(self.name.0.clone()),
+            "metadata.uid" => Some(self.uid.clone()),
+            "spec.nodeName" => Some(self.node.host.name.clone()),
+            "spec.serviceAccountName" => Some(self.account().to_owned()),
+            "status.podIP" => self.kubelet.state().pods.get(&self.name).map(|p| p.net.ips[0].to_string()),
+            _ => None,
+        }
+    }
+
+    fn account(&self) -> &str {
+        self.object["spec"]["serviceAccountName"].as_str().unwrap_or("default")
+    }
+
+    /// Volumes that a container mounts, filled: projected tokens, and the ConfigMap with the mesh's roots.
+    fn mounts(&self, container: &Value, dir: &std::path::Path) -> Result<Vec<(String, std::path::PathBuf)>, Failure> {
+        let mut mounts = Vec::new();
+        for mount in container["volumeMounts"].as_array().into_iter().flatten() {
+            let volumes = self.object["spec"]["volumes"].as_array().into_iter().flatten();
+            let Some(volume) = volumes.into_iter().find(|v| v["name"] == mount["name"]) else { continue };
+            let at = dir.join("volumes").join(mount["name"].as_str().unwrap_or_default());
+            std::fs::create_dir_all(&at).doing("make a volume")?;
+            for source in volume["projected"]["sources"].as_array().into_iter().flatten() {
+                let token = &source["serviceAccountToken"];
+                let Some(file) = token["path"].as_str() else { continue };
+                let claims = Claims {
+                    namespace: self.name.0.clone(),
+                    account: self.account().to_owned(),
+                    pod: self.name.1.clone(),
+                    node: Some(self.node.host.name.clone()),
+                    audience: token["audience"].as_str().unwrap_or("istio-ca").to_owned(),
+                    lifetime: Duration::from_secs(12 * 3600),
+                    expired: Duration::ZERO,
+                };
+                let token = self.kubelet.config.tokens.issue(&claims)?;
+                std::fs::write(at.join(file), token).doing("write a token")?;
+            }
+            if volume["configMap"]["name"] == "istio-ca-root-cert" {
+                std::fs::copy(&self.kubelet.config.roots, at.join("root-cert.pem")).doing("copy the roots")?;
+            }
+            mounts.push((mount["mountPath"].as_str().unwrap_or_default().to_owned(), at));
+        }
+        Ok(mounts)
     }
 
     /// Starts what is to run, probes what is due; whether all containers are ready.

@@ -1,4 +1,4 @@
-//! One certificate per identity on the node: fetched when the first pod needs it, renewed while any does.
+//! One certificate per identity of a process: fetched when the first user needs it, renewed while any does.
 //!
 //! Owns the tasks that fetch and renew, at most eight calls at a time. The last good certificate is kept until it
 //! ends; after that its identity has none, and connections fail closed. Never writes a key anywhere.
@@ -9,10 +9,12 @@ use std::time::{Duration, SystemTime};
 
 use ambit_model::Identity;
 use ambit_tls::{TlsConfig, renew};
-use ambit_xds::ca::CaClient;
+
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
+
+use crate::ca::CaClient;
 
 const CONCURRENT_CALLS: usize = 8;
 
@@ -32,7 +34,7 @@ struct Entry {
     task: AbortHandle,
 }
 
-/// All certificates of the node.
+/// All certificates of a process.
 #[derive(Clone)]
 pub struct Certificates {
     entries: Arc<Mutex<HashMap<Identity, Entry>>>,

@@ -1,0 +1,197 @@
+//! Wiring of the process: the control runtime, the workers, and the order of start and end.
+//!
+//! Owns nothing of the mesh. Ready once the controller has answered and the certificate is there; on the first signal not
+//! ready, peers are told to go elsewhere, and what is open may finish within the deadline.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ambit_net::{Netns, listen};
+use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
+use ambit_runtime::{Readiness, Workers, logging, profile, signal};
+use ambit_store::Store;
+use ambit_telemetry::{AccessLog, Registry};
+use ambit_xds::ca::CaClient;
+use ambit_xds::certificates::Certificates;
+use ambit_xds::channel::{ChannelError, ControlPlane};
+use ambit_xds::client::{Client, NodeInfo, Ours};
+use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
+use arc_swap::ArcSwap;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::info;
+
+use crate::config::Config;
+use crate::explain;
+use crate::mesh::MeshHandler;
+use crate::observe::Observer;
+use crate::worker::{self, Shared};
+
+/// Why the process cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A socket, thread or file of the process itself.
+    #[error("{0}: {1}")]
+    Io(&'static str, #[source] std::io::Error),
+    /// Logging cannot start.
+    #[error("{0}")]
+    Logging(String),
+    /// The controller's address or files are wrong.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+}
+
+/// Port of HBONE.
+const HBONE_PORT: u16 = 15008;
+/// Series that have not changed for this long are dropped.
+const METRIC_IDLE: u64 = 3600;
+
+/// Runs until a signal.
+pub fn run(config: Config) -> Result<(), RunError> {
+    logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
+    let workers = Workers::start("waypoint", config.worker_threads).map_err(|e| RunError::Io("workers", e))?;
+    let control = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| RunError::Io("control runtime", e))?;
+    control.block_on(serve(Arc::new(config), &workers))?;
+    workers.stop();
+    Ok(())
+}
+
+async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
+    let registry = Registry::default();
+    let dropped = registry.counter("ambit_access_log_dropped_total", "Lines of the access log that did not fit.", &[]);
+    let json = config.log_format == logging::Format::Json;
+    let log = AccessLog::start(json, std::io::stdout(), dropped.of(&[])).map_err(|e| RunError::Io("access log", e))?;
+    registry
+        .gauge("istio_build", "Version.", &["component", "tag"])
+        .of(&["waypoint", env!("CARGO_PKG_VERSION")])
+        .set(1);
+
+    let readiness = Readiness::default();
+    readiness.pending("certificate", "not fetched yet");
+    let (store, services) = (Arc::new(Store::default()), Arc::new(ArcSwap::default()));
+    let control_plane = control_plane(&config);
+    let certificates = Certificates::new(CaClient::new(control_plane.clone(), config.secret_ttl)?);
+    let shared = Arc::new(Shared {
+        certificate: certificates.lease(&config.identity),
+        store: store.clone(),
+        services: services.clone(),
+        observer: Observer::new(&registry, log),
+        drain: CancellationToken::new(),
+        connections: TaskTracker::new(),
+        config: config.clone(),
+    });
+    pages(&config, &shared, &readiness, &registry).await?;
+    let handler = MeshHandler::new(store, services, readiness.clone());
+    let ours = Ours { types: &[WAYPOINT_SERVICE], enrolled: None };
+    tokio::spawn(Client::new(control_plane, node(&config), &[ADDRESS], ours, handler).run());
+    let (waiting, fetched) = (shared.clone(), readiness.clone());
+    tokio::spawn(async move {
+        while waiting.certificate.wait(Duration::from_secs(60)).await.is_err() {}
+        fetched.ready("certificate");
+    });
+    let netns = Netns::own().map_err(|e| RunError::Io("own network namespace", e))?;
+    let ipv6 = std::path::Path::new("/proc/net/if_inet6").exists();
+    for one in workers.iter() {
+        let listener = listen::tcp_any(&netns, HBONE_PORT, ipv6).map_err(|e| RunError::Io("port 15008", e))?;
+        worker::start(one, shared.clone(), listener);
+    }
+    tokio::spawn(expire(registry));
+    info!(gateway = config.gateway, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
+
+    let signal = signal::terminated().await.map_err(|e| RunError::Io("signals", e))?;
+    readiness.pending("drain", "the process is ending");
+    info!(signal, deadline = ?config.drain_deadline, requests = shared.connections.len(), "draining");
+    shared.drain.cancel();
+    shared.connections.close();
+    match tokio::time::timeout(config.drain_deadline, shared.connections.wait()).await {
+        Ok(()) => info!("all connections have finished"),
+        Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
+    }
+    Ok(())
+}
+
+async fn pages(
+    config: &Config,
+    shared: &Arc<Shared>,
+    readiness: &Readiness,
+    registry: &Registry,
+) -> Result<(), RunError> {
+    let bind = |ip: Ipv4Addr, port: u16| TcpListener::bind(SocketAddr::new(IpAddr::V4(ip), port));
+    let listener = bind(Ipv4Addr::LOCALHOST, config.admin_port).await.map_err(|e| RunError::Io("admin port", e))?;
+    let (admin, metrics) = (shared.clone(), registry.clone());
+    tokio::spawn(http::serve(listener, move |request| {
+        let (admin, metrics) = (admin.clone(), metrics.clone());
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET, "/explain") => explain::page(&admin, &request),
+                (&Method::GET, "/debug/pprof/profile") => profile::page(&request).await,
+                _ => stats(&metrics, &request),
+            }
+        }
+    }));
+    let listener = bind(Ipv4Addr::UNSPECIFIED, config.stats_port).await.map_err(|e| RunError::Io("metrics port", e))?;
+    let metrics = registry.clone();
+    tokio::spawn(http::serve(listener, move |request| std::future::ready(stats(&metrics, &request))));
+    let listener =
+        bind(Ipv4Addr::UNSPECIFIED, config.readiness_port).await.map_err(|e| RunError::Io("readiness port", e))?;
+    let readiness = readiness.clone();
+    tokio::spawn(http::serve(listener, move |request| std::future::ready(ready(&readiness, &request))));
+    Ok(())
+}
+
+fn stats(metrics: &Registry, request: &Request<()>) -> Page {
+    match request.uri().path() {
+        "/metrics" | "/stats/prometheus" => {
+            http::page(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics.text())
+        }
+        _ => http::text(StatusCode::NOT_FOUND, "no such page\n"),
+    }
+}
+
+fn ready(readiness: &Readiness, request: &Request<()>) -> Page {
+    match (request.uri().path(), readiness.status()) {
+        ("/healthz/ready", Ok(())) => http::text(StatusCode::OK, "ready\n"),
+        ("/healthz/ready", Err(pending)) => {
+            http::text(StatusCode::INTERNAL_SERVER_ERROR, format!("not ready, pending: {pending}\n"))
+        }
+        _ => http::text(StatusCode::NOT_FOUND, "no such page\n"),
+    }
+}
+
+async fn expire(registry: Registry) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        registry.expire(now, METRIC_IDLE);
+    }
+}
+
+fn control_plane(config: &Config) -> ControlPlane {
+    ControlPlane {
+        address: config.xds_address.clone(),
+        root_file: config.xds_root_ca.clone(),
+        alt_hostname: config.alt_xds_hostname.clone(),
+        token_file: config.auth_token.clone(),
+        cluster_id: config.cluster_id.to_string(),
+        headers: Vec::new(),
+    }
+}
+
+fn node(config: &Config) -> NodeInfo {
+    let (name, namespace) = (&config.pod_name, &config.identity.namespace);
+    let metadata = [
+        ("NAME", name.clone()),
+        ("NAMESPACE", namespace.to_string()),
+        ("NODE_NAME", config.node_name.to_string()),
+        ("CLUSTER_ID", config.cluster_id.to_string()),
+    ];
+    NodeInfo {
+        id: format!("waypoint~{}~{name}.{namespace}~{namespace}.svc.{}", config.instance_ip, config.cluster_domain),
+        metadata: metadata.map(|(k, v)| (k.to_owned(), v)).into(),
+    }
+}

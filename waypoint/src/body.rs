@@ -1,0 +1,173 @@
+//! Bodies that travel through: forwarded frame by frame as they come, counted, copied to mirrors, ended by a deadline.
+//!
+//! Owns back-pressure: a frame is taken from one side only when the other asks. A copy that cannot keep up is given up,
+//! never waited for.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
+
+use crate::observe::Exchange;
+
+/// Frames of a copy that wait for the mirror.
+const COPIES: usize = 16;
+
+/// A body.
+pub struct Body {
+    source: Source,
+    /// Bytes that went through.
+    pub counted: Arc<AtomicU64>,
+    copies: Vec<mpsc::Sender<Result<Frame<Bytes>, Cut>>>,
+    /// What is told when the body has ended, or when nobody wants it any more.
+    exchange: Option<Box<Exchange>>,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+enum Source {
+    Whole(Option<Bytes>),
+    Incoming(Incoming),
+    Fed(mpsc::Receiver<Result<Frame<Bytes>, Cut>>),
+}
+
+/// The body was given up before its end.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum Cut {
+    /// The deadline of the route has passed.
+    #[error("the deadline of the route has passed")]
+    Deadline,
+    /// The copy of a body could not keep up with it.
+    #[error("the mirror could not keep up")]
+    Mirror,
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Body {
+    fn of(source: Source) -> Self {
+        Self { source, counted: Arc::default(), copies: Vec::new(), exchange: None, deadline: None }
+    }
+
+    /// Known bytes.
+    pub fn whole(bytes: impl Into<Bytes>) -> Self {
+        Self::of(Source::Whole(Some(bytes.into()).filter(|b| !b.is_empty())))
+    }
+
+    /// What comes from the other side.
+    pub fn incoming(incoming: Incoming) -> Self {
+        Self::of(Source::Incoming(incoming))
+    }
+
+    /// A second body with the same frames.
+    pub fn copy(&mut self) -> Self {
+        if let Source::Whole(bytes) = &self.source {
+            return Self::of(Source::Whole(bytes.clone()));
+        }
+        let (sender, receiver) = mpsc::channel(COPIES);
+        self.copies.push(sender);
+        Self::of(Source::Fed(receiver))
+    }
+
+    /// Ends the body with an error when the time has come.
+    pub fn until(mut self, deadline: Option<Instant>) -> Self {
+        self.deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at.into())));
+        self
+    }
+
+    /// Tells of the exchange when it is over.
+    pub fn told(mut self, mut exchange: Exchange) -> Self {
+        exchange.response_bytes = self.counted.clone();
+        self.exchange = Some(Box::new(exchange));
+        self
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        if let Some(deadline) = &mut this.deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            if let Some(exchange) = &mut this.exchange {
+                exchange.flag = "UT";
+                exchange.error = Some(Cut::Deadline.to_string());
+            }
+            return Poll::Ready(Some(Err(Cut::Deadline.into())));
+        }
+        let frame = match &mut this.source {
+            Source::Whole(bytes) => bytes.take().map(|b| Ok(Frame::data(b))),
+            Source::Incoming(incoming) => ready!(Pin::new(incoming).poll_frame(cx)).map(|f| f.map_err(BoxError::from)),
+            Source::Fed(frames) => ready!(frames.poll_recv(cx)).map(|f| f.map_err(BoxError::from)),
+        };
+        match &frame {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    this.counted.store(this.counted.load(Relaxed) + data.len() as u64, Relaxed);
+                    this.copies.retain(|copy| match copy.try_send(Ok(Frame::data(data.clone()))) {
+                        Ok(()) => true,
+                        Err(_) => {
+                            // What has been sent must not look like the whole.
+                            let copy = copy.clone();
+                            tokio::task::spawn_local(async move { copy.send(Err(Cut::Mirror)).await });
+                            false
+                        }
+                    });
+                }
+                if let (Some(trailers), Some(exchange)) = (frame.trailers_ref(), &mut this.exchange) {
+                    exchange.trailers(trailers);
+                }
+            }
+            Some(Err(error)) => {
+                if let Some(exchange) = &mut this.exchange {
+                    exchange.flag = "UC";
+                    exchange.error = Some(format!("the answer broke off: {error}"));
+                }
+            }
+            None => this.copies.clear(),
+        }
+        if matches!(&frame, None | Some(Err(_)))
+            && let Some(exchange) = this.exchange.take()
+        {
+            exchange.complete();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Whole(bytes) => bytes.is_none(),
+            Source::Incoming(incoming) => incoming.is_end_stream(),
+            Source::Fed(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Source::Incoming(incoming) => incoming.size_hint(),
+            Source::Fed(_) => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        let ended = self.is_end_stream();
+        if let Some(mut exchange) = self.exchange.take() {
+            if !ended && exchange.error.is_none() {
+                exchange.flag = "DC";
+                exchange.error = Some("the client went away before the end of the answer".into());
+            }
+            exchange.complete();
+        }
+    }
+}

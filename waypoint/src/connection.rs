@@ -1,0 +1,360 @@
+//! One stream of a tunnel: what it asks for, and whether it is HTTP or something else.
+//!
+//! Owns telling them apart where the port declares nothing, without a timeout: the client's first bytes decide, or the
+//! server's, where it speaks first; the server is dialled ahead only where policy already permits this client plain TCP.
+
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant};
+
+use ambit_hbone::io::TunnelIo;
+use ambit_hbone::server::Incoming;
+use ambit_hbone::{Authority, ConnectHeaders};
+use ambit_model::l7::policy::{Subject, Verdict};
+use ambit_model::service::AppProtocol;
+use bytes::{Buf, Bytes, BytesMut};
+use http::StatusCode;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional};
+
+use crate::observe::Facts;
+use crate::request;
+use crate::target::{Target, resolve};
+use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable};
+use crate::worker::{Context, Downstream};
+
+/// Head of a request, and each of its lines, must come within this.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// Bytes of a head.
+const MAX_HEAD: usize = 64 * 1024;
+/// Headers of a request.
+const MAX_HEADERS: usize = 128;
+
+/// A stream that has been accepted.
+pub struct Connection {
+    /// Who is at the other end.
+    pub downstream: Rc<Downstream>,
+    /// What was asked for.
+    pub target: Target,
+    /// What is known of both sides.
+    pub facts: Facts,
+}
+
+impl Connection {
+    /// What policies look at, without a request.
+    pub fn subject(&self) -> Subject<'_> {
+        Subject {
+            source: &self.facts.src_identity,
+            source_ip: self.facts.src.ip(),
+            destination_ip: self.target.address.map(|a| a.ip()),
+            port: self.target.port,
+            http: None,
+        }
+    }
+}
+
+/// Handles one CONNECT.
+pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: Incoming) {
+    let shared = &context.shared;
+    let snapshot = shared.store.load();
+    let source: IpAddr = downstream.source.ip();
+    let mut facts = Facts {
+        src: downstream.source,
+        src_identity: downstream.peer.identity.clone(),
+        src_workload: snapshot.workload_at(&shared.config.network, source).cloned(),
+        service: None,
+        dst: None,
+        dst_workload: None,
+    };
+    let refuse = |facts: &Facts, incoming: Incoming, status, reason: String| {
+        incoming.refuse(status, &reason);
+        shared.observer.refused(facts, reason);
+    };
+    if !snapshot.addresses_synced {
+        return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, "the controller has not answered yet".into());
+    }
+    if let Authority::Address(addr) = &incoming.authority {
+        facts.dst = Some(*addr);
+    }
+    let namespace = facts.src_identity.namespace.clone();
+    let found = resolve(&shared.config, &snapshot, &shared.services.load(), &incoming.authority, &namespace);
+    let target = match found {
+        Ok(target) => target,
+        Err(refusal) => return refuse(&facts, incoming, refusal.status(), refusal.to_string()),
+    };
+    facts.service = target.service.clone();
+    let connection = Rc::new(Connection { downstream, target, facts });
+    let verdict = connection.target.bound.policies.decide(&connection.subject());
+    let permitted = matches!(verdict, Verdict::Allow(_)) && connection.target.bound.closed.is_none();
+    match connection.target.protocol {
+        AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
+            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+                serve_http(context, connection, Rewind { read: Bytes::new(), io }).await;
+            }
+        }
+        AppProtocol::Tcp | AppProtocol::Tls if !permitted => {
+            let why = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
+            refuse(&connection.facts, incoming, StatusCode::UNAUTHORIZED, why);
+        }
+        AppProtocol::Tcp | AppProtocol::Tls => {
+            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+                let upstream = dial(&context, &connection.target).await;
+                relay(&context, &connection, Rewind { read: Bytes::new(), io }, upstream).await;
+            }
+        }
+        AppProtocol::Unknown => {
+            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+                tell_apart(context, connection, io, permitted, verdict).await;
+            }
+        }
+    }
+}
+
+async fn dial(context: &Context, target: &Target) -> Result<(Endpoint, Io), Unreachable> {
+    let mut avoid = Vec::new();
+    loop {
+        let endpoint = match (&target.service, &target.workload, target.address) {
+            (Some(service), ..) => context.upstream.choose(&service.key(), target.port, &avoid)?,
+            (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
+            _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
+        };
+        match context.upstream.connect(&endpoint).await {
+            Ok(io) => return Ok((endpoint, io)),
+            Err(error) if avoid.len() < 2 && target.service.is_some() => {
+                tracing::debug!(%error, "another endpoint is tried");
+                avoid.push(endpoint.workload.uid.clone());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What the first bytes of a client are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Http,
+    Other,
+    /// Too few to tell.
+    More,
+}
+
+fn classify(bytes: &[u8]) -> Kind {
+    const METHODS: &[&str] = &[
+        "GET ",
+        "HEAD ",
+        "POST ",
+        "PUT ",
+        "DELETE ",
+        "OPTIONS ",
+        "PATCH ",
+        "TRACE ",
+        "CONNECT ",
+        // HTTP/2 begins with this (RFC 9113 section 3.4).
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ];
+    if METHODS.iter().any(|m| bytes.starts_with(m.as_bytes())) {
+        return Kind::Http;
+    }
+    if METHODS.iter().any(|m| m.as_bytes().starts_with(bytes)) { Kind::More } else { Kind::Other }
+}
+
+async fn tell_apart(
+    context: Rc<Context>,
+    connection: Rc<Connection>,
+    mut io: TunnelIo,
+    permitted: bool,
+    verdict: Verdict,
+) {
+    let dialled =
+        async { if permitted { dial(&context, &connection.target).await } else { std::future::pending().await } };
+    tokio::pin!(dialled);
+    let mut upstream: Option<Result<(Endpoint, Io), Unreachable>> = None;
+    let (mut read, mut greeting) = (BytesMut::new(), BytesMut::new());
+    loop {
+        tokio::select! {
+            n = io.read_buf(&mut read) => match (n, classify(&read)) {
+                (Err(_), _) => return,
+                (Ok(n), Kind::More) if n > 0 => {}
+                (Ok(_), Kind::Http) => {
+                    let io = Rewind { read: read.freeze(), io };
+                    return serve_http(context.clone(), connection.clone(), io).await;
+                }
+                (Ok(_), _) => {
+                    if !permitted {
+                        let reason = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
+                        return context.shared.observer.refused(&connection.facts, reason);
+                    }
+                    let upstream = match upstream {
+                        Some(upstream) => upstream,
+                        None => dialled.await,
+                    };
+                    let io = Rewind { read: read.freeze(), io };
+                    return relay(&context, &connection, io, upstream).await;
+                }
+            },
+            made = &mut dialled, if upstream.is_none() => upstream = Some(made),
+            n = first(&mut upstream, &mut greeting) => {
+                // The server speaks first, or has closed: no HTTP.
+                if let (Ok(_), Some(Ok((endpoint, up)))) = (n, upstream.take()) {
+                    let up = Rewind { read: greeting.freeze(), io: up };
+                    return relay_with(&context, &connection, Rewind { read: read.freeze(), io }, endpoint, up).await;
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// The first bytes of a server that is connected; never, where none is.
+async fn first(
+    upstream: &mut Option<Result<(Endpoint, Io), Unreachable>>,
+    greeting: &mut BytesMut,
+) -> std::io::Result<usize> {
+    match upstream {
+        Some(Ok((_, io))) => io.read_buf(greeting).await,
+        _ => std::future::pending().await,
+    }
+}
+
+async fn relay(
+    context: &Context,
+    connection: &Connection,
+    io: Rewind<TunnelIo>,
+    upstream: Result<(Endpoint, Io), Unreachable>,
+) {
+    match upstream {
+        Ok((endpoint, up)) => {
+            relay_with(context, connection, io, endpoint, Rewind { read: Bytes::new(), io: up }).await;
+        }
+        // Dropping the stream resets it.
+        Err(error) => context.shared.observer.refused(&connection.facts, error.to_string()),
+    }
+}
+
+async fn relay_with(
+    context: &Context,
+    connection: &Connection,
+    mut io: Rewind<TunnelIo>,
+    endpoint: Endpoint,
+    mut up: Rewind<Io>,
+) {
+    let start = Instant::now();
+    let mut facts = connection.facts.clone();
+    facts.dst = Some(endpoint.addr);
+    facts.dst_workload = Some(endpoint.workload);
+    let (from, to, error) = match copy_bidirectional(&mut io, &mut up).await {
+        Ok((from, to)) => (from, to, None),
+        Err(error) => (0, 0, Some(error.to_string())),
+    };
+    context.shared.observer.tcp(&facts, start, from, to, error);
+}
+
+async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind<TunnelIo>) {
+    let drain = context.shared.drain.clone();
+    let service = service_fn(move |request| request::handle(context.clone(), connection.clone(), request));
+    let mut server = auto::Builder::new(LocalExecutor);
+    server
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(MAX_HEAD)
+        .max_headers(MAX_HEADERS);
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(256)
+        .max_header_list_size(MAX_HEAD as u32)
+        .initial_stream_window_size(1024 * 1024)
+        .initial_connection_window_size(16 * 1024 * 1024)
+        .keep_alive_interval(Some(Duration::from_secs(30)));
+    let connection = server.serve_connection_with_upgrades(TokioIo::new(io), service);
+    tokio::pin!(connection);
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        () = drain.cancelled() => {
+            // The request that is under way is the last one.
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "HTTP");
+    }
+}
+
+/// A stream of which some bytes have been read already.
+#[derive(Debug)]
+pub struct Rewind<T> {
+    read: Bytes,
+    io: T,
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Rewind<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if self.read.is_empty() {
+            return Pin::new(&mut self.io).poll_read(cx, buf);
+        }
+        let n = self.read.len().min(buf.remaining());
+        buf.put_slice(&self.read[..n]);
+        self.read.advance(n);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Rewind<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        slices: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_bytes() {
+        for (bytes, kind) in [
+            (&b""[..], Kind::More),
+            (b"G", Kind::More),
+            (b"GET", Kind::More),
+            (b"GET ", Kind::Http),
+            (b"POST /x HTTP/1.1\r\n", Kind::Http),
+            (b"PRI * HTTP/2.0\r\n\r\n", Kind::More),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Kind::Http),
+            (b"GETX", Kind::Other),
+            (b"\x16\x03\x01", Kind::Other),
+            (b"EHLO x\r\n", Kind::Other),
+            (b"get ", Kind::Other),
+        ] {
+            assert_eq!(classify(bytes), kind, "{:?}", String::from_utf8_lossy(bytes));
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The waypoint: layer 7 for the services of a namespace. It takes HBONE, routes, protects and observes each request, and
+//! forwards it over HBONE to a pod.
+//!
+//! # Layout
+//! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker.
+//! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
+//! - [`request`]: one request from its head to its answer; [`filters`] are what routes do to it.
+//! - [`upstream`]: choosing a pod and getting to it. [`body`]: what travels with a request and its answer.
+//! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
+
+pub mod app;
+pub mod body;
+pub mod config;
+pub mod connection;
+pub mod explain;
+pub mod filters;
+pub mod mesh;
+pub mod observe;
+pub mod request;
+pub mod target;
+pub mod upstream;
+pub mod worker;

@@ -1,0 +1,145 @@
+//! What the controller sends, applied: addresses to the store, services of this waypoint to their compiled tables.
+//!
+//! Owns compiling, once a change and for the changed service alone. A configuration that cannot be read closes its service:
+//! what it was to forbid is not known.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ambit_model::NamespacedHostname;
+use ambit_model::l7::policy::PolicyTable;
+use ambit_model::l7::table::RouteTable;
+use ambit_model::l7::{RouteRule, ServiceConfig};
+use ambit_runtime::Readiness;
+use ambit_store::Store;
+use ambit_store::receive::{self, body, decode};
+use ambit_xds::client::Handler;
+use ambit_xds::proto::ambit::WaypointService;
+use ambit_xds::proto::discovery::Resource;
+use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
+use arc_swap::ArcSwap;
+
+/// A service of this waypoint.
+#[derive(Debug, Default)]
+pub struct Bound {
+    /// Its routes.
+    pub routes: RouteTable,
+    /// Its policies.
+    pub policies: PolicyTable,
+    /// Why every request is refused.
+    pub closed: Option<String>,
+    /// What requests follow where no route is attached.
+    pub default: Arc<RouteRule>,
+}
+
+/// Services of this waypoint; swapped whole.
+pub type Services = HashMap<NamespacedHostname, Arc<Bound>>;
+
+/// Applies responses.
+#[derive(Debug)]
+pub struct MeshHandler {
+    store: Arc<Store>,
+    services: Arc<ArcSwap<Services>>,
+    /// The next answer about services is the first of its stream, so it is the whole truth.
+    fresh: bool,
+    readiness: Readiness,
+}
+
+impl MeshHandler {
+    /// Readiness is pending until both types were answered.
+    pub fn new(store: Arc<Store>, services: Arc<ArcSwap<Services>>, readiness: Readiness) -> Self {
+        readiness.pending("addresses", "no answer from the controller yet");
+        readiness.pending("services", "no answer from the controller yet");
+        Self { store, services, fresh: true, readiness }
+    }
+
+    fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
+        let old = self.services.load();
+        let mut services = if std::mem::take(&mut self.fresh) { Services::new() } else { Services::clone(&old) };
+        for name in removed.iter().filter_map(|n| NamespacedHostname::parse(n)) {
+            services.remove(&name);
+        }
+        let mut rejected = Vec::new();
+        for resource in resources {
+            let Some(key) = NamespacedHostname::parse(&resource.name) else {
+                rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
+                continue;
+            };
+            let bound = compile(resource).unwrap_or_else(|reason| {
+                rejected.push((resource.name.clone(), reason.clone()));
+                Bound { closed: Some(reason), ..Bound::default() }
+            });
+            services.insert(key, Arc::new(bound));
+        }
+        self.services.store(Arc::new(services));
+        self.readiness.ready("services");
+        rejected
+    }
+}
+
+fn compile(resource: &Resource) -> Result<Bound, String> {
+    let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
+    let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
+    let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
+    Ok(Bound { routes, policies: PolicyTable::new(&config.policies), closed: None, default: Arc::default() })
+}
+
+impl Handler for MeshHandler {
+    fn apply(&mut self, type_url: &str, resources: Vec<Resource>, removed: Vec<String>) -> Vec<(String, String)> {
+        match type_url {
+            WAYPOINT_SERVICE => self.services(&resources, &removed),
+            ADDRESS => {
+                let (changes, rejected) = receive::changes(type_url, &resources, removed);
+                self.store.apply(changes);
+                self.readiness.ready("addresses");
+                rejected
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn connected(&mut self, connected: bool, _: &str) {
+        self.fresh |= connected;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_xds::proto::Any;
+
+    fn resource(name: &str, config: &str) -> Resource {
+        // Field 1 is text, field 2 bytes; both shorter than 128.
+        let mut value = vec![0x0a, name.len() as u8];
+        value.extend(name.bytes());
+        value.extend([0x12, config.len() as u8]);
+        value.extend(config.bytes());
+        let any = Any { type_url: WAYPOINT_SERVICE.into(), value: value.into() };
+        Resource { name: name.into(), resource: Some(any), ..Resource::default() }
+    }
+
+    #[test]
+    fn what_cannot_be_read_closes_its_service_and_no_other() {
+        let services = Arc::new(ArcSwap::default());
+        let readiness = Readiness::default();
+        let mut handler = MeshHandler::new(Arc::default(), services.clone(), readiness.clone());
+        let bad_action = r#"{"policies":[{"name":"n/p","action":"DANCE"}]}"#;
+        let bad_regex = r#"{"routes":[{"rules":[{"matches":[{"path":{"regex":"("}}]}]}]}"#;
+        let all = vec![
+            resource("ns/good", r#"{"routes":[],"new":1}"#),
+            resource("ns/action", bad_action),
+            resource("ns/regex", bad_regex),
+            resource("ns/json", "{"),
+        ];
+        let rejected = handler.apply(WAYPOINT_SERVICE, all, vec![]);
+        let names: Vec<&str> = rejected.iter().map(|(n, _)| n.as_str()).collect();
+        assert_eq!(names, ["ns/action", "ns/regex", "ns/json"]);
+        let closed = |name: &str| services.load()[&NamespacedHostname::new("ns", name)].closed.is_some();
+        assert!(!closed("good") && closed("action") && closed("regex") && closed("json"));
+        handler.apply(WAYPOINT_SERVICE, vec![], vec!["ns/json".into()]);
+        assert_eq!(services.load().len(), 3);
+        handler.connected(true, "");
+        handler.apply(WAYPOINT_SERVICE, vec![resource("ns/good", "{}")], vec![]);
+        assert_eq!(services.load().len(), 1, "the first answer of a stream is the whole truth");
+    }
+}

@@ -1,0 +1,531 @@
+//! One request, from its head to its answer: path, policy, route, filters, pod.
+//!
+//! Owns this order. What policy has evaluated is what is forwarded. Identity and address of the client come from its
+//! tunnel, never from a header. Every refusal says why in the log.
+
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ambit_hbone::headers::TraceParent;
+use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
+use ambit_model::l7::table::{Found, RequestView};
+use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule, path};
+use ambit_model::service::AppProtocol;
+use ambit_model::{NamespacedHostname, Str};
+use http::header::{self, HeaderName, HeaderValue};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::io::copy_bidirectional;
+
+use crate::body::Body;
+use crate::connection::Connection;
+use crate::filters;
+use crate::mesh::Bound;
+use crate::observe::Exchange;
+use crate::upstream::{Endpoint, Unreachable, Version};
+use crate::worker::Context;
+
+/// Endpoints tried while nobody has seen a byte of the request.
+const TRIES: usize = 3;
+const XFCC: &str = "x-forwarded-client-cert";
+const XFF: HeaderName = HeaderName::from_static("x-forwarded-for");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// An answer of the waypoint's own.
+struct Local {
+    status: StatusCode,
+    /// Envoy's response flag.
+    flag: &'static str,
+    /// For the client.
+    text: &'static str,
+    /// For the log.
+    reason: String,
+}
+
+impl Local {
+    fn new(status: StatusCode, flag: &'static str, text: &'static str, reason: impl ToString) -> Self {
+        Self { status, flag, text, reason: reason.to_string() }
+    }
+}
+
+/// What is done with a request.
+struct Plan {
+    rule: Arc<RouteRule>,
+    prefix: Option<Str>,
+    /// Where it goes; `None` where the rule answers by itself.
+    to: Option<(NamespacedHostname, u16)>,
+    backend: Option<Backend>,
+}
+
+/// Answers a request.
+pub async fn handle(
+    context: Rc<Context>,
+    connection: Rc<Connection>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let host = authority(&request).unwrap_or_default();
+    let grpc =
+        request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
+    let mut exchange = context.shared.observer.request(
+        connection.facts.clone(),
+        request.method().as_str(),
+        &host,
+        request.uri().path(),
+    );
+    exchange.grpc = grpc;
+    let upgrade = (request.headers().contains_key(header::UPGRADE) && request.version() == http::Version::HTTP_11)
+        .then(|| hyper::upgrade::on(&mut request));
+    let outcome = respond(&context, &connection, request, &host, &mut exchange, upgrade).await;
+    let response = match outcome {
+        Ok(response) => response,
+        Err(local) => {
+            exchange.flag = local.flag;
+            exchange.error = Some(local.reason);
+            local_answer(local.status, local.text, grpc)
+        }
+    };
+    exchange.answered(response.status().as_u16(), response.headers());
+    let (head, body) = response.into_parts();
+    Ok(Response::from_parts(head, body.told(exchange)))
+}
+
+/// The host that was asked for: the authority of HTTP/2 or of an absolute form, else the header.
+fn authority(request: &Request<Incoming>) -> Option<String> {
+    if let Some(authority) = request.uri().authority() {
+        return Some(authority.to_string());
+    }
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.to_str().ok().map(str::to_owned),
+        _ => None,
+    }
+}
+
+async fn respond(
+    context: &Rc<Context>,
+    connection: &Rc<Connection>,
+    request: Request<Incoming>,
+    host: &str,
+    exchange: &mut Exchange,
+    upgrade: Option<hyper::upgrade::OnUpgrade>,
+) -> Result<Response<Body>, Local> {
+    let bad = |text, reason: &str| Local::new(StatusCode::BAD_REQUEST, "DPE", text, reason);
+    if request.method() == Method::CONNECT {
+        return Err(Local::new(StatusCode::METHOD_NOT_ALLOWED, "DPE", "CONNECT is not forwarded\n", "CONNECT"));
+    }
+    if host.is_empty() || host.contains(['@', '/', '\\', ' ']) {
+        return Err(bad("exactly one valid host is needed\n", "no host, several, or one that is not valid"));
+    }
+    let uri_path =
+        if request.method() == Method::OPTIONS && request.uri().path() == "*" { "/" } else { request.uri().path() };
+    let path = path::normalise(uri_path).map_err(|e| bad("the path is not valid\n", &e.to_string()))?.into_owned();
+    let bound = current(context, connection);
+    if let Some(reason) = &bound.closed {
+        return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
+    }
+    let (mut head, incoming) = request.into_parts();
+    head.headers.remove(XFCC);
+    authorize(context, connection, &bound, &head, host, &path, exchange)?;
+    let query = head.uri.query().unwrap_or_default().to_owned();
+    let plan = plan(context, connection, &bound, &head, &path, &query, exchange)?;
+
+    let mut change = Change { headers: Vec::new(), cors: None, mirrors: Vec::new(), host: None, path: path.clone() };
+    let of_backend = plan.backend.iter().flat_map(|b| &b.filters);
+    for filter in plan.rule.filters.iter().chain(of_backend) {
+        if let Some(answer) =
+            apply(filter, &mut head.headers, &head.method, host, connection, &path, &query, &plan, &mut change)?
+        {
+            return Ok(answer);
+        }
+    }
+    let (Some((service, port)), true) = (&plan.to, true) else {
+        return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NR", "no backend\n", "the rule has no backend"));
+    };
+    if connection.target.service.as_ref().is_some_and(|s| s.key() != *service)
+        && let Some(other) = context.shared.services.load().get(service)
+    {
+        // A policy on the backend holds whatever route leads there.
+        authorize(context, connection, other, &head, host, &path, exchange)?;
+    }
+
+    forwarded(&mut head.headers, connection, exchange);
+    filters::strip_hop_by_hop(&mut head.headers, upgrade.is_some());
+    let version = version_for(context, service, *port, head.version, upgrade.is_some());
+    let deadline = plan.rule.timeout().map(|t| Instant::now() + t);
+    let mut body = Body::incoming(incoming);
+    exchange.request_bytes = body.counted.clone();
+    let to_host = change.host.as_deref().unwrap_or(host).to_owned();
+    let head = Head { method: head.method, headers: head.headers, host: to_host, path: change.path, query };
+    for mirror in change.mirrors {
+        let (context, head, body) = (context.clone(), head.clone(), body.copy());
+        // Nobody waits for its answer.
+        tokio::task::spawn_local(async move { mirror_to(&context, &mirror, &head, body).await });
+    }
+    let sent = forward(context, connection, service, *port, version, &head, body, exchange);
+    let response = match deadline {
+        None => sent.await?,
+        Some(at) => tokio::time::timeout_at(at.into(), sent).await.map_err(|_| {
+            Local::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "UT",
+                "upstream request timeout\n",
+                "the deadline of the route has passed",
+            )
+        })??,
+    };
+    let (mut head, incoming) = response.into_parts();
+    if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        let response = Response::from_parts(head, incoming);
+        return Ok(switch(response, upgrade));
+    }
+    filters::strip_hop_by_hop(&mut head.headers, false);
+    for one in &change.headers {
+        filters::change(&mut head.headers, one);
+    }
+    if let Some((cors, origin)) = change.cors {
+        filters::origin_headers(&cors, origin, &mut head.headers);
+    }
+    head.version = http::Version::default();
+    Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline)))
+}
+
+/// Routes and policies as they are now; a connection may be older than they are.
+fn current(context: &Context, connection: &Connection) -> Arc<Bound> {
+    let service = connection.target.service.as_ref();
+    let now = service.and_then(|s| context.shared.services.load().get(&s.key()).cloned());
+    now.unwrap_or_else(|| connection.target.bound.clone())
+}
+
+fn authorize(
+    context: &Context,
+    connection: &Connection,
+    bound: &Bound,
+    head: &http::request::Parts,
+    host: &str,
+    path: &str,
+    exchange: &mut Exchange,
+) -> Result<(), Local> {
+    let http = HttpSubject { method: &head.method, host, path, headers: &head.headers };
+    let subject = Subject { http: Some(http), ..connection.subject() };
+    for (name, action) in bound.policies.watched(&subject) {
+        tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");
+    }
+    let _ = context;
+    match bound.policies.decide(&subject) {
+        Verdict::Allow(by) => {
+            exchange.policy = by.map(|(name, rule)| format!("{name} rule {rule}")).or(exchange.policy.take());
+            Ok(())
+        }
+        Verdict::HiddenSlash => {
+            Err(Local::new(StatusCode::BAD_REQUEST, "DPE", "the path is not valid\n", Verdict::HiddenSlash))
+        }
+        refused => Err(Local::new(StatusCode::FORBIDDEN, "UAEX", "RBAC: access denied", refused)),
+    }
+}
+
+fn plan(
+    context: &Context,
+    connection: &Connection,
+    bound: &Bound,
+    head: &http::request::Parts,
+    path: &str,
+    query: &str,
+    exchange: &mut Exchange,
+) -> Result<Plan, Local> {
+    let target = &connection.target;
+    let view = RequestView { method: &head.method, path, query, headers: &head.headers };
+    let namespace = &connection.facts.src_identity.namespace;
+    let _ = context;
+    match bound.routes.find(&view, target.port, Some(namespace)) {
+        Found::Default => {
+            let to = target.service.as_ref().map(|s| (s.key(), target.port));
+            Ok(Plan { rule: bound.default.clone(), prefix: None, to, backend: None })
+        }
+        Found::None(kind) => {
+            let status = if kind == RouteKind::GRPCRoute { StatusCode::NOT_IMPLEMENTED } else { StatusCode::NOT_FOUND };
+            Err(Local::new(status, "NR", "no route matches\n", "no rule of the attached routes matches"))
+        }
+        Found::Rule(chosen) => {
+            let name = chosen.rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
+            exchange.route = Some(format!("{:?} {} rule {}{name}", chosen.kind, chosen.route, chosen.index));
+            let backend = pick(&chosen.rule.backends).cloned();
+            let to = match &backend {
+                Some(Backend { target: BackendTarget::Service(service, port), .. }) => Some((service.clone(), *port)),
+                Some(Backend { target: BackendTarget::Invalid(reason), .. }) => {
+                    return Err(Local::new(
+                        StatusCode::INTERNAL_SERVER_ERROR,
+                        "NC",
+                        "the backend is not valid\n",
+                        reason,
+                    ));
+                }
+                None => None,
+            };
+            Ok(Plan { rule: chosen.rule.clone(), prefix: chosen.prefix.clone(), to, backend })
+        }
+    }
+}
+
+/// One of the backends, by weight.
+fn pick(backends: &[Backend]) -> Option<&Backend> {
+    let total: u32 = backends.iter().map(|b| b.weight).sum();
+    if total == 0 {
+        return None;
+    }
+    let mut at = fastrand::u32(0..total);
+    backends.iter().find(|b| {
+        let here = at < b.weight;
+        at = at.saturating_sub(b.weight);
+        here
+    })
+}
+
+/// What filters have decided for later.
+struct Change {
+    /// For the answer.
+    headers: Vec<HeaderChange>,
+    cors: Option<(Cors, HeaderValue)>,
+    mirrors: Vec<Backend>,
+    host: Option<Str>,
+    path: String,
+}
+
+/// Applies one filter; its answer, where it answers by itself.
+#[allow(clippy::too_many_arguments, reason = "a filter may look at everything")]
+fn apply(
+    filter: &Filter,
+    headers: &mut HeaderMap,
+    method: &Method,
+    host: &str,
+    connection: &Connection,
+    path: &str,
+    query: &str,
+    plan: &Plan,
+    change: &mut Change,
+) -> Result<Option<Response<Body>>, Local> {
+    match filter {
+        Filter::RequestHeaders(h) => filters::change(headers, h),
+        Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
+        Filter::Redirect(r) => {
+            let port = connection.target.port;
+            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix.as_deref())));
+        }
+        Filter::Rewrite(r) => {
+            change.host = r.hostname.clone().or(change.host.take());
+            if let Some(p) = &r.path {
+                change.path = filters::path(path, p, plan.prefix.as_deref());
+            }
+        }
+        Filter::Mirror(m) => {
+            if fastrand::u32(0..m.denominator.max(1)) < m.numerator {
+                change.mirrors.push(m.backend.clone());
+            }
+        }
+        Filter::Cors(cors) => {
+            if filters::is_preflight(method, headers) {
+                return Ok(Some(filters::preflight(cors, headers)));
+            }
+            change.cors = filters::allowed_origin(cors, headers).map(|origin| (cors.clone(), origin));
+        }
+        Filter::Unknown(what) => {
+            return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NC", "a filter is not supported\n", what));
+        }
+    }
+    Ok(None)
+}
+
+/// Says whom the request is for and where it belongs.
+fn forwarded(headers: &mut HeaderMap, connection: &Connection, exchange: &mut Exchange) {
+    let ip = connection.facts.src.ip().to_string();
+    let all = match headers.get(XFF).and_then(|v| v.to_str().ok()) {
+        Some(before) => format!("{before}, {ip}"),
+        None => ip,
+    };
+    if let Ok(value) = HeaderValue::from_str(&all) {
+        headers.insert(XFF, value);
+    }
+    if !headers.contains_key(REQUEST_ID) {
+        let id = format!("{:032x}", fastrand::u128(..));
+        headers.insert(REQUEST_ID, HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("0")));
+    }
+    let known = headers.get(TRACEPARENT).and_then(|v| v.to_str().ok()).and_then(TraceParent::parse);
+    let trace = known.unwrap_or_else(|| {
+        let made = TraceParent::random();
+        if let Ok(value) = HeaderValue::from_str(&made.to_string()) {
+            headers.insert(TRACEPARENT, value);
+        }
+        made
+    });
+    exchange.trace = Some(format!("{:032x}", trace.trace));
+}
+
+/// HTTP/2 where the backend's port declares it, HTTP/1 where it declares that, else what the client speaks.
+fn version_for(
+    context: &Context,
+    service: &NamespacedHostname,
+    port: u16,
+    version: http::Version,
+    upgrade: bool,
+) -> Version {
+    let snapshot = context.shared.store.load();
+    let declared = snapshot.service(service).and_then(|s| s.ports.get(&port)).map(|p| p.protocol);
+    match declared {
+        _ if upgrade => Version::Http1,
+        Some(AppProtocol::Http2 | AppProtocol::Grpc) => Version::Http2,
+        _ if version == http::Version::HTTP_2 => Version::Http2,
+        _ => Version::Http1,
+    }
+}
+
+/// The head of a request as it is forwarded.
+#[derive(Clone)]
+struct Head {
+    method: Method,
+    headers: HeaderMap,
+    host: String,
+    path: String,
+    query: String,
+}
+
+impl Head {
+    fn request(&self, version: Version, body: Body) -> Result<Request<Body>, Local> {
+        let target = if self.query.is_empty() { self.path.clone() } else { format!("{}?{}", self.path, self.query) };
+        let failed =
+            |e: http::Error| Local::new(StatusCode::BAD_REQUEST, "DPE", "the request cannot be forwarded\n", e);
+        let uri: Uri = match version {
+            Version::Http1 => target.parse().map_err(|e: http::uri::InvalidUri| failed(e.into()))?,
+            Version::Http2 => {
+                Uri::builder().scheme("http").authority(&*self.host).path_and_query(target).build().map_err(failed)?
+            }
+        };
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = uri;
+        *request.headers_mut() = self.headers.clone();
+        match version {
+            Version::Http1 => {
+                let host = HeaderValue::from_str(&self.host).map_err(|e| failed(e.into()))?;
+                request.headers_mut().insert(header::HOST, host);
+            }
+            Version::Http2 => {
+                request.headers_mut().remove(header::HOST);
+                *request.version_mut() = http::Version::HTTP_2;
+            }
+        }
+        Ok(request)
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
+async fn forward(
+    context: &Rc<Context>,
+    connection: &Connection,
+    service: &NamespacedHostname,
+    port: u16,
+    version: Version,
+    head: &Head,
+    body: Body,
+    exchange: &mut Exchange,
+) -> Result<Response<Incoming>, Local> {
+    let unavailable = |e: &Unreachable| {
+        let flag = match e {
+            Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
+            Unreachable::Connect(..) => "UF",
+            Unreachable::Lost(..) => "UC",
+        };
+        Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, "no healthy upstream", e)
+    };
+    let mut request = head.request(version, body)?;
+    let mut avoid: Vec<Str> = Vec::new();
+    loop {
+        let endpoint = match (&connection.target.workload, connection.target.address) {
+            (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
+            _ => context.upstream.choose(service, port, &avoid).map_err(|e| unavailable(&e))?,
+        };
+        exchange.facts.dst = Some(endpoint.addr);
+        exchange.facts.dst_workload = Some(endpoint.workload.clone());
+        let start = Instant::now();
+        let sent = context.upstream.send(&endpoint, version, request).await;
+        exchange.waited += start.elapsed();
+        match sent {
+            Ok(response) => return Ok(response),
+            // Nobody has seen a byte of it: another one may.
+            Err((error, Some(unsent))) if avoid.len() + 1 < TRIES && connection.target.workload.is_none() => {
+                tracing::debug!(%error, "another endpoint is tried");
+                avoid.push(endpoint.workload.uid.clone());
+                request = unsent;
+            }
+            Err((error, _)) => return Err(unavailable(&error)),
+        }
+    }
+}
+
+async fn mirror_to(context: &Rc<Context>, backend: &Backend, head: &Head, body: Body) {
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let BackendTarget::Service(service, port) = &backend.target else { return };
+    let sent = async {
+        let version = version_for(context, service, *port, http::Version::HTTP_11, false);
+        let request = head.request(version, body).map_err(|e| e.reason)?;
+        let endpoint = context.upstream.choose(service, *port, &[]).map_err(|e| e.to_string())?;
+        let response = context.upstream.send(&endpoint, version, request).await.map_err(|(e, _)| e.to_string())?;
+        let mut body = response.into_body();
+        while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
+            frame.map_err(|e| e.to_string())?;
+        }
+        Ok::<(), String>(())
+    };
+    match tokio::time::timeout(PATIENCE, sent).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%service, error, "mirror"),
+        Err(_) => tracing::debug!(%service, "mirror: not answered in time"),
+    }
+}
+
+/// Hands both ends over to each other after the answer.
+fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade>) -> Response<Body> {
+    let (head, body) = response.into_parts();
+    let mut response = Response::from_parts(head, body);
+    let server = hyper::upgrade::on(&mut response);
+    tokio::task::spawn_local(async move {
+        let Some(client) = client else { return };
+        if let (Ok(client), Ok(server)) = tokio::join!(client, server) {
+            // How it ends is the applications' affair.
+            let _ = copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await;
+        }
+    });
+    let (head, _) = response.into_parts();
+    Response::from_parts(head, Body::whole(""))
+}
+
+/// An answer of our own. A gRPC client gets its status as gRPC has it.
+fn local_answer(status: StatusCode, text: &'static str, grpc: bool) -> Response<Body> {
+    if !grpc {
+        let mut response = Response::new(Body::whole(text));
+        *response.status_mut() = match status {
+            // Only gRPC has a word for it.
+            StatusCode::NOT_IMPLEMENTED => StatusCode::NOT_FOUND,
+            status => status,
+        };
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        return response;
+    }
+    let code = match status {
+        StatusCode::BAD_REQUEST => "13",
+        StatusCode::UNAUTHORIZED => "16",
+        StatusCode::FORBIDDEN => "7",
+        StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => "12",
+        StatusCode::GATEWAY_TIMEOUT => "4",
+        StatusCode::SERVICE_UNAVAILABLE => "14",
+        _ => "2",
+    };
+    let mut response = Response::new(Body::whole(""));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from_static(code));
+    headers.insert("grpc-message", HeaderValue::from_static(text.trim_ascii_end()));
+    response
+}

@@ -1,0 +1,122 @@
+//! Accepting on a worker: TLS, the tunnel, and a task for each stream in it.
+//!
+//! Owns nothing after the CONNECT has been read. A tunnel and its streams stay on the worker that accepted it.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ambit_hbone::server::serve;
+use ambit_net::{listen, orig_dst};
+use ambit_runtime::Worker;
+use ambit_store::Store;
+use ambit_tls::{Peer, handshake};
+use ambit_xds::certificates::Lease;
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use crate::config::Config;
+use crate::connection;
+use crate::mesh::Services;
+use crate::observe::Observer;
+use crate::upstream::Upstream;
+
+/// What all workers share.
+#[allow(missing_docs, reason = "the types are the documentation")]
+pub struct Shared {
+    pub config: Arc<Config>,
+    pub certificate: Lease,
+    pub store: Arc<Store>,
+    pub services: Arc<ArcSwap<Services>>,
+    pub observer: Observer,
+    pub drain: CancellationToken,
+    pub connections: TaskTracker,
+}
+
+/// What a worker has.
+pub struct Context {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// Its connections to pods.
+    pub upstream: Rc<Upstream>,
+}
+
+/// A client of the waypoint.
+#[derive(Debug)]
+pub struct Downstream {
+    /// Who it is, proven.
+    pub peer: Peer,
+    /// Its address.
+    pub source: SocketAddr,
+}
+
+/// Serves a listener on a worker.
+pub fn start(worker: &Worker, shared: Arc<Shared>, listener: std::net::TcpListener) {
+    worker.spawn(move || async move {
+        let listener = match TcpListener::from_std(listener) {
+            Ok(listener) => listener,
+            Err(error) => return warn!(%error, "the listener cannot be served"),
+        };
+        let upstream = Rc::new(Upstream::new(shared.clone()));
+        let context = Rc::new(Context { shared, upstream });
+        let sweeping = context.clone();
+        tokio::task::spawn_local(async move { sweeping.upstream.sweep().await });
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = context.shared.drain.cancelled() => return,
+            };
+            match accepted {
+                Ok((stream, source)) => {
+                    // Without these options the connection still works.
+                    let _ = listen::prepare_stream(&stream);
+                    tokio::task::spawn_local(tunnel(context.clone(), stream, orig_dst::canonical(source)));
+                }
+                Err(error) => {
+                    // Out of descriptors, mostly: wait for some connection to end.
+                    warn!(%error, "accept");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    });
+}
+
+async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr) {
+    let settings = &context.shared.config.hbone;
+    let Some(own) = context.shared.certificate.current() else {
+        return warn!(%source, "tunnel refused: no certificate yet");
+    };
+    let (tls, peer) = match handshake::accept(&own, stream, settings.handshake).await {
+        Ok(accepted) => accepted,
+        Err(error) => return warn!(%source, %error, "tunnel refused"),
+    };
+    let end = peer.not_after.min(own.facts.not_after);
+    let downstream = Rc::new(Downstream { peer, source });
+    let served = serve(tls, settings, until(&context, end), |incoming| {
+        let handled = connection::handle(context.clone(), downstream.clone(), incoming);
+        tokio::task::spawn_local(context.shared.connections.track_future(handled));
+    });
+    if let Err(error) = served.await {
+        debug!(%source, %error, "tunnel");
+    }
+}
+
+/// No new stream after either certificate's end, or when the process drains; then at some moment of the next seconds, so
+/// that not all clients come back at once.
+fn until(context: &Rc<Context>, end: SystemTime) -> impl Future<Output = ()> + use<> {
+    let drain = context.shared.drain.clone();
+    let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+    let spread = context.shared.config.drain_deadline / 4;
+    async move {
+        tokio::select! {
+            () = tokio::time::sleep(left) => {}
+            () = drain.cancelled() => tokio::time::sleep(spread.mul_f64(fastrand::f64())).await,
+        }
+    }
+}
