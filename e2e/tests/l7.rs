@@ -61,7 +61,8 @@ async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Result<Output, Failur
             return Ok(output);
         }
         if start.elapsed() > ambit_testing::mesh::PATIENCE {
-            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}")));
+            let said = mesh.debug("/debug/objects")?;
+            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}; {said}")));
         }
     }
 }
@@ -85,5 +86,308 @@ fn a_request_passes_one_waypoint_and_is_told_of() {
             return Err(Failure(format!("a client's own word about its certificate was believed: {answer:?}")));
         }
         Ok(())
+    });
+}
+
+/// An HTTPRoute for `web` with these rules.
+fn route(rules: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+         parentRefs: [{{group: \"\", kind: Service, name: web, port: 80}}]\n  rules:\n{rules}"
+    )
+}
+
+fn refused(output: &Output, text: &str) -> Result<(), Failure> {
+    if output.text.contains(text) {
+        return Err(Failure(format!("did not expect {text:?}: {output:?}")));
+    }
+    Ok(())
+}
+
+const ROUTES: &str = r#"  - name: v2
+    matches:
+    - path: {type: PathPrefix, value: /v2}
+    - headers: [{name: X-Version, value: v2}]
+    - queryParams: [{name: version, value: v2}]
+    backendRefs: [{name: web-v2, port: 80}]
+  - matches: [{path: {type: Exact, value: /echo/exact}, method: PUT}]
+    filters:
+    - type: RequestHeaderModifier
+      requestHeaderModifier: {set: [{name: x-set, value: new}], add: [{name: x-add, value: more}], remove: [x-remove]}
+    - type: ResponseHeaderModifier
+      responseHeaderModifier: {set: [{name: x-answered-by, value: waypoint}], remove: [content-type]}
+    backendRefs:
+    - name: web
+      port: 80
+      filters:
+      - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: x-backend, value: web}]}}
+  - matches: [{path: {value: /old}}]
+    filters:
+    - type: RequestRedirect
+      requestRedirect: {scheme: https, hostname: other.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /new}, statusCode: 301}
+  - matches: [{path: {value: /rewritten}}]
+    filters:
+    - type: URLRewrite
+      urlRewrite: {hostname: inner.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /echo/inner}}
+    backendRefs: [{name: web, port: 80}]
+  - matches: [{path: {type: RegularExpression, value: "/echo/[0-9]+"}}]
+    backendRefs: [{name: web, port: 80}]
+  - matches: [{path: {value: /nowhere}}]
+    backendRefs: [{name: missing, port: 80}]
+  - matches: [{path: {value: /half}}]
+    backendRefs: [{name: missing, port: 80, weight: 0}, {name: web-v2, port: 80}]
+  - matches: [{path: {value: /none}}]
+    backendRefs: [{name: web, port: 80, weight: 0}]
+  - matches: [{path: {value: /odd}}]
+    filters: [{type: ExtensionRef, extensionRef: {group: x, kind: Y, name: z}}]
+    backendRefs: [{name: web, port: 80}]
+  - matches: [{path: {value: /cors}}]
+    filters:
+    - type: CORS
+      cors: {allowOrigins: ["https://*.example"], allowMethods: [GET, PUT], allowHeaders: [x-a], allowCredentials: true, maxAge: 60}
+    backendRefs: [{name: web, port: 80}]
+  - matches: [{path: {value: /delay}}]
+    timeouts: {request: 100ms}
+    backendRefs: [{name: web, port: 80}]
+"#;
+
+#[test]
+fn requests_follow_routes() {
+    sandbox::test("requests_follow_routes", || async {
+        let mesh = layer7().await?;
+        mesh.apply("route.yaml", &route(ROUTES))?;
+        until(&mesh, &["GET", "http://web.shop/other"], "404 Not Found").await?;
+        for (what, words, expected, absent) in [
+            ("prefix", vec!["GET", "http://web.shop/v2/x"], vec!["hello from v2"], ""),
+            ("header", vec!["GET", "http://web.shop/any", "--header", "x-version: v2"], vec!["hello from v2"], ""),
+            ("query", vec!["GET", "http://web.shop/any?version=v2"], vec!["hello from v2"], ""),
+            ("no route", vec!["GET", "http://web.shop/v20"], vec!["404 Not Found"], ""),
+            ("another method", vec!["GET", "http://web.shop/echo/exact"], vec!["404 Not Found"], ""),
+            (
+                "headers",
+                vec![
+                    "PUT",
+                    "http://web.shop/echo/exact",
+                    "--header",
+                    "x-remove: old",
+                    "--header",
+                    "x-set: old",
+                    "--header",
+                    "x-add: one",
+                ],
+                vec!["x-set: new", "x-add: one", "x-add: more", "x-backend: web", "x-answered-by: waypoint"],
+                "old",
+            ),
+            (
+                "redirect",
+                vec!["GET", "http://web.shop/old/a?b=c"],
+                vec!["301 Moved Permanently", "location: https://other.example/new/a?b=c"],
+                "",
+            ),
+            (
+                "rewrite",
+                vec!["GET", "http://web.shop/rewritten/a?b=c"],
+                vec!["GET /echo/inner/a?b=c HTTP/1.1", "host: inner.example"],
+                "web.shop",
+            ),
+            ("expression", vec!["GET", "http://web.shop/echo/77"], vec!["GET /echo/77"], ""),
+            ("not as a whole", vec!["GET", "http://web.shop/echo/77x"], vec!["404 Not Found"], ""),
+            ("a backend that is not there", vec!["GET", "http://web.shop/nowhere"], vec!["500 Internal"], ""),
+            ("one without weight", vec!["GET", "http://web.shop/half"], vec!["hello from v2"], ""),
+            ("no weight at all", vec!["GET", "http://web.shop/none"], vec!["500 Internal"], ""),
+            ("a filter that nobody knows", vec!["GET", "http://web.shop/odd"], vec!["500 Internal"], ""),
+            (
+                "preflight",
+                vec![
+                    "OPTIONS",
+                    "http://web.shop/cors",
+                    "--header",
+                    "origin: https://a.example",
+                    "--header",
+                    "access-control-request-method: PUT",
+                ],
+                vec![
+                    "204 No Content",
+                    "access-control-allow-origin: https://a.example",
+                    "access-control-allow-methods: GET, PUT",
+                    "access-control-max-age: 60",
+                ],
+                "",
+            ),
+            (
+                "origin",
+                vec!["GET", "http://web.shop/cors", "--header", "origin: https://a.example"],
+                vec!["200 OK", "access-control-allow-credentials: true"],
+                "",
+            ),
+            (
+                "another origin",
+                vec!["GET", "http://web.shop/cors", "--header", "origin: https://evil"],
+                vec!["200 OK"],
+                "access-control",
+            ),
+            ("timeout", vec!["GET", "http://web.shop/delay/3000"], vec!["504 Gateway Timeout"], ""),
+            ("in time", vec!["GET", "http://web.shop/delay/1"], vec!["200 OK"], ""),
+        ] {
+            let output = request(&mesh, &words).await?;
+            for text in expected {
+                expect(&output, true, text).map_err(|f| Failure(format!("{what}: {f}")))?;
+            }
+            if !absent.is_empty() {
+                refused(&output, absent).map_err(|f| Failure(format!("{what}: {f}")))?;
+            }
+        }
+        let page = mesh.debug("/debug/objects")?.to_string();
+        for text in ["attached to Service shop/web, for all clients", "there is no such Service", "ExtensionRef"] {
+            if !page.contains(text) {
+                return Err(Failure(format!("the status does not say {text:?}: {page}")));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_namespace_may_route_its_own_clients() {
+    sandbox::test("a_namespace_may_route_its_own_clients", || async {
+        let mesh = layer7().await?;
+        let consumer = route("  - backendRefs: [{name: web-v2, namespace: shop, port: 80}]\n")
+            .replace("namespace: shop}\nspec", "namespace: front}\nspec")
+            .replace("name: web, port", "name: web, namespace: shop, port");
+        mesh.apply("consumer.yaml", &consumer)?;
+        // Another namespace's service needs a grant.
+        until(&mesh, &["GET", "http://web.shop/"], "500 Internal").await?;
+        let grant = "apiVersion: gateway.networking.k8s.io/v1beta1\nkind: ReferenceGrant\nmetadata: {name: g, namespace: shop}\nspec:\n  \
+                     from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: front}]\n  to: [{group: \"\", kind: Service}]\n";
+        mesh.apply("grant.yaml", grant)?;
+        until(&mesh, &["GET", "http://web.shop/"], "hello from v2").await?;
+        // A client of another namespace does not follow it.
+        let other = "apiVersion: v1\nkind: Pod\nmetadata: {name: other, namespace: shop}\n\
+                     spec: {nodeName: node1, containers: [{name: c, command: [ambit-app, sleep]}]}\n";
+        mesh.apply("other.yaml", other)?;
+        mesh.ready(&["shop/other"]).await?;
+        mesh.in_mesh(&["shop/other"]).await?;
+        expect(&mesh.exec("shop/other", &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")
+    });
+}
+
+#[test]
+fn traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request() {
+    sandbox::test("traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request", || async {
+        let mesh = layer7().await?;
+        let split = |old: u32, new: u32| {
+            route(&format!(
+                "  - backendRefs: [{{name: web, port: 80, weight: {old}}}, {{name: web-v2, port: 80, weight: {new}}}]\n"
+            ))
+        };
+        mesh.apply("route.yaml", &split(90, 10))?;
+        until(&mesh, &["GET", "http://web.shop/"], "hello from v2").await?;
+        let output = mesh.exec(CLIENT, &["ambit-app", "count", "400", "http://web.shop/"]).await?;
+        let share: u32 = output
+            .text
+            .lines()
+            .filter(|l| l.contains("hello from v2"))
+            .filter_map(|l| l.split(' ').next()?.parse::<u32>().ok())
+            .sum();
+        if !(16..=72).contains(&share) {
+            return Err(Failure(format!("{share} of 400 at a weight of 10 in 100: {output:?}")));
+        }
+        let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "3"])?;
+        mesh.apply("route.yaml", &split(0, 1))?;
+        let start = std::time::Instant::now();
+        // From one moment on nobody gets the old one.
+        loop {
+            let output = mesh.exec(CLIENT, &["ambit-app", "count", "20", "http://web.shop/"]).await?;
+            if output.text.starts_with("20 x HTTP/1.1 200 OK: hello from v2") {
+                break;
+            }
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("not shifted: {output:?}")));
+            }
+        }
+        mesh.wait("the load to end", |_| load.ended().is_some()).await?;
+        if load.text().ends_with(" failed=0\n") { Ok(()) } else { Err(Failure(load.text())) }
+    });
+}
+
+#[test]
+fn policies_on_a_service_decide_on_requests_and_cannot_be_gone_round() {
+    sandbox::test("policies_on_a_service_decide_on_requests_and_cannot_be_gone_round", || async {
+        let mesh = layer7().await?;
+        let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
+        let direct = format!("http://{web}:8080/private");
+        expect(&request(&mesh, &["GET", &direct]).await?, true, "200 OK")?;
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: readers, namespace: shop}\nspec:\n  \
+                      targetRefs: [{group: \"\", kind: Service, name: web}]\n  action: ALLOW\n  rules:\n  \
+                      - from: [{source: {principals: [cluster.local/ns/front/sa/client]}}]\n    \
+                      to: [{operation: {methods: [GET], paths: [/public*, \"/echo/{*}/x\"]}}]\n";
+        mesh.apply("policy.yaml", policy)?;
+        until(&mesh, &["GET", "http://web.shop/private"], "403 Forbidden").await?;
+        for (method, path, answer) in [
+            ("GET", "/public/a", "200 OK"),
+            ("POST", "/public/a", "403 Forbidden"),
+            ("GET", "/echo/7/x", "200 OK"),
+            ("GET", "/echo/7/8/x", "403 Forbidden"),
+            // What is forwarded is what was looked at.
+            ("GET", "/public/../private", "403 Forbidden"),
+            ("GET", "/public/%2e%2e/private", "403 Forbidden"),
+            ("GET", "//public/a", "200 OK"),
+            ("GET", "/public/..%2fprivate", "400 Bad Request"),
+            ("GET", "/PUBLIC/a", "403 Forbidden"),
+            ("GET", "/../public", "400 Bad Request"),
+        ] {
+            let output = request(&mesh, &[method, &format!("http://web.shop{path}")]).await?;
+            expect(&output, true, answer).map_err(|f| Failure(format!("{method} {path}: {f}")))?;
+        }
+        let seen = request(&mesh, &["GET", "http://web.shop/echo/./7//x"]).await?;
+        expect(&seen, true, "GET /echo/7/x HTTP/1.1")?;
+        // Nobody goes round the waypoint where a policy guards the service.
+        let start = std::time::Instant::now();
+        while request(&mesh, &["GET", &direct]).await?.success {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("the pod is still open to everybody"));
+            }
+        }
+        mesh.wait("the refusal to be told with its reason", |m| {
+            m.access_log(1)
+                .iter()
+                .any(|l| l["error"].as_str().is_some_and(|e| e.contains("waypoint-waypoint-only-web")))
+        })
+        .await?;
+        // A service of the namespace without a policy stays open, and so does this one when the policy goes.
+        expect(&request(&mesh, &["GET", "http://web-v2.shop/"]).await?, true, "200 OK")?;
+        mesh.delete("policy.yaml")?;
+        until(&mesh, &["GET", "http://web.shop/private"], "200 OK").await?;
+        until(&mesh, &["GET", &direct], "200 OK").await.map(drop)
+    });
+}
+
+#[test]
+fn other_protocols_pass_without_waiting() {
+    sandbox::test("other_protocols_pass_without_waiting", || async {
+        let mesh = layer7().await?;
+        let mail = "apiVersion: v1\nkind: Pod\nmetadata: {name: mail, namespace: shop, labels: {app: mail}}\nspec:\n  nodeName: node2\n  \
+                    containers: [{name: c, command: [ambit-app, echo, --port, \"2525\", --greet, \"220 ready\"], readinessProbe: {tcpSocket: {port: 2525}}}]\n---\n\
+                    apiVersion: v1\nkind: Service\nmetadata: {name: mail, namespace: shop}\nspec:\n  selector: {app: mail}\n  ports:\n  \
+                    - {name: undeclared, port: 25, targetPort: 2525}\n  - {name: tcp-declared, port: 26, targetPort: 2525}\n";
+        mesh.apply("mail.yaml", mail)?;
+        mesh.ready(&["shop/mail"]).await?;
+        mesh.in_mesh(&["shop/mail"]).await?;
+        for port in [25, 26] {
+            let target = format!("mail.shop:{port}");
+            let start = std::time::Instant::now();
+            let output = loop {
+                let output = mesh.exec(CLIENT, &["ambit-app", "ends", &target]).await?;
+                if output.success || start.elapsed() > ambit_testing::mesh::PATIENCE {
+                    break output;
+                }
+            };
+            expect(&output, true, "greeting=220 ready echoed-after-half-close=ping")
+                .map_err(|f| Failure(format!("port {port}: {f}")))?;
+        }
+        // A client that speaks first and no HTTP.
+        let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
+        mesh.wait("lines to come back", |_| held.text().contains("held 3")).await?;
+        if held.ended().is_some() { Err(Failure(held.text())) } else { Ok(()) }
     });
 }

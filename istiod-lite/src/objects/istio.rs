@@ -122,7 +122,7 @@ pub struct AuthorizationPolicySpec {
     pub target_refs: Vec<PolicyTarget>,
     pub action: PolicyAction,
     pub rules: Vec<PolicyRule>,
-    pub provider: Option<serde::de::IgnoredAny>,
+    pub provider: Option<serde_json::Value>,
 }
 
 impl AuthorizationPolicySpec {

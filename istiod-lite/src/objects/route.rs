@@ -2,7 +2,7 @@
 #![allow(missing_docs, reason = "field names of Gateway API")]
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde_json::Value;
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -38,8 +38,8 @@ pub struct HttpRule {
     pub filters: Vec<Filter>,
     pub backend_refs: Vec<BackendRef>,
     pub timeouts: Timeouts,
-    pub retry: Option<IgnoredAny>,
-    pub session_persistence: Option<IgnoredAny>,
+    pub retry: Option<Value>,
+    pub session_persistence: Option<Value>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -77,8 +77,8 @@ pub struct Filter {
     pub url_rewrite: Option<Rewrite>,
     pub request_mirror: Option<Mirror>,
     pub cors: Option<Cors>,
-    pub extension_ref: Option<IgnoredAny>,
-    pub external_auth: Option<IgnoredAny>,
+    pub extension_ref: Option<Value>,
+    pub external_auth: Option<Value>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -180,7 +180,7 @@ pub struct GrpcRule {
     pub matches: Vec<GrpcMatch>,
     pub filters: Vec<Filter>,
     pub backend_refs: Vec<BackendRef>,
-    pub session_persistence: Option<IgnoredAny>,
+    pub session_persistence: Option<Value>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
