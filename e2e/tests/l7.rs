@@ -391,3 +391,187 @@ fn other_protocols_pass_without_waiting() {
         if held.ended().is_some() { Err(Failure(held.text())) } else { Ok(()) }
     });
 }
+
+/// The waypoint's pod.
+fn waypoint(mesh: &Mesh) -> Result<ambit_testing::kubelet::Pod, Failure> {
+    let pods = mesh.kubelet.pods();
+    let found = pods.into_iter().find(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-"));
+    found.map(|(_, pod)| pod).ok_or_else(|| Failure::new("no waypoint"))
+}
+
+/// Lines of the waypoint's access log.
+fn told(mesh: &Mesh) -> Vec<serde_json::Value> {
+    let Ok(pod) = waypoint(mesh) else { return Vec::new() };
+    let text = std::fs::read_to_string(pod.logs.join("waypoint.log")).unwrap_or_default();
+    let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    lines.filter(|l| l["scope"] == "access").collect()
+}
+
+#[test]
+fn metrics_log_and_explain_tell_what_happened() {
+    sandbox::test("metrics_log_and_explain_tell_what_happened", || async {
+        let mesh = layer7().await?;
+        let rules = "  - name: news\n    matches: [{path: {value: /news}}]\n    backendRefs: [{name: web-v2, port: 80}]\n  \
+                     - matches: [{path: {value: /}}]\n    backendRefs: [{name: web, port: 80}]\n";
+        mesh.apply("route.yaml", &route(rules))?;
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-secrets, namespace: shop}\nspec:\n  \
+                      targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}]\n  action: DENY\n  \
+                      rules: [{to: [{operation: {paths: [/secret]}}]}]\n";
+        mesh.apply("policy.yaml", policy)?;
+        until(&mesh, &["GET", "http://web.shop/secret"], "403 Forbidden").await?;
+        until(
+            &mesh,
+            &[
+                "GET",
+                "http://web.shop/news",
+                "--header",
+                "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            ],
+            "hello from v2",
+        )
+        .await?;
+        mesh.wait("both requests to be in the log", |m| {
+            let lines = told(m);
+            let news = |l: &serde_json::Value| {
+                l["request"] == "GET /news"
+                    && l["status"] == 200
+                    && l["src.identity"] == "spiffe://cluster.local/ns/front/sa/client"
+                    && l["dst.workload"] == "web-v2"
+                    && l["route"] == "HTTPRoute shop/web rule 0 (news)"
+                    && l["trace.id"] == "0af7651916cd43dd8448eb211c80319c"
+            };
+            let secret = |l: &serde_json::Value| {
+                l["status"] == 403
+                    && l["flags"] == "UAEX"
+                    && l["error"] == "explicitly denied by: shop/no-secrets rule 0"
+                    && l["dst.workload"].is_null()
+            };
+            lines.iter().any(news) && lines.iter().any(secret)
+        })
+        .await?;
+        let pod = waypoint(&mesh)?;
+        let metrics = mesh.http_get(&pod.net.netns, 15020, "/metrics")?;
+        let line = |name: &str, parts: &[&str]| {
+            let found =
+                metrics.lines().any(|l| l.starts_with(&format!("{name}{{")) && parts.iter().all(|p| l.contains(p)));
+            if found { Ok(()) } else { Err(Failure(format!("no {name} with {parts:?} in {metrics}"))) }
+        };
+        let news = [
+            "reporter=\"waypoint\"",
+            "source_workload=\"client\"",
+            "destination_service_name=\"web\"",
+            "source_principal=\"spiffe://cluster.local/ns/front/sa/client\"",
+            "destination_workload=\"web-v2\"",
+            "request_protocol=\"http\"",
+            "response_code=\"200\"",
+            "connection_security_policy=\"mutual_tls\"",
+        ];
+        line("istio_requests_total", &news)?;
+        line("istio_request_duration_milliseconds_bucket", &[&news[..], &["le=\"+Inf\""]].concat())?;
+        line("istio_response_bytes_count", &news)?;
+        line(
+            "istio_requests_total",
+            &["response_code=\"403\"", "response_flags=\"UAEX\"", "destination_workload=\"unknown\""],
+        )?;
+        line("ambit_waypoint_added_milliseconds_count", &["destination_service=\"web.shop.svc.cluster.local\""])?;
+        let explain = |query: &str| mesh.http_get(&pod.net.netns, 15000, &format!("/explain?{query}"));
+        let source = "source=spiffe://cluster.local/ns/front/sa/client&host=web.shop.svc.cluster.local";
+        let news: serde_json::Value =
+            serde_json::from_str(&explain(&format!("{source}&path=/news/1"))?).map_err(|e| Failure(e.to_string()))?;
+        let taken = news["rules"].as_array().and_then(|r| r.iter().find(|r| r["outcome"] == "taken")).cloned();
+        if taken.is_none_or(|t| t["name"] != "news" || t["backends"][0]["endpoints"][0]["status"] != "Healthy") {
+            return Err(Failure(format!("not explained: {news}")));
+        }
+        let secret = explain(&format!("{source}&path=/a/../secret"))?;
+        if !secret.contains("explicitly denied by: shop/no-secrets rule 0") {
+            return Err(Failure(format!("not explained: {secret}")));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn mirrors_get_the_body_and_other_protocols_are_switched_to() {
+    sandbox::test("mirrors_get_the_body_and_other_protocols_are_switched_to", || async {
+        let mesh = layer7().await?;
+        let rules = "  - filters: [{type: RequestMirror, requestMirror: {backendRef: {name: web-v2, port: 80}}}]\n    \
+                     backendRefs: [{name: web, port: 80}]\n";
+        mesh.apply("route.yaml", &route(rules))?;
+        let logs = mesh.kubelet.pod("shop", "web-v2").ok_or_else(|| Failure::new("no web-v2"))?.logs.join("c.log");
+        let seen = |text: &str| std::fs::read_to_string(&logs).unwrap_or_default().contains(text);
+        let start = std::time::Instant::now();
+        while !seen("POST /mirrored HTTP/1.1 11 bytes") {
+            let output = request(&mesh, &["POST", "http://web.shop/mirrored", "--body", "hello world"]).await?;
+            expect(&output, true, "hello from web;")?;
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("no copy: {}", std::fs::read_to_string(&logs).unwrap_or_default())));
+            }
+        }
+        let output = mesh.exec(CLIENT, &["ambit-app", "upgrade", "http://web.shop:80/chat"]).await?;
+        expect(&output, true, "101 Switching Protocols")?;
+        expect(&output, true, "line 0\nline 1\nline 2\nend")
+    });
+}
+
+#[test]
+fn requests_that_could_be_read_in_two_ways_are_refused() {
+    sandbox::test("requests_that_could_be_read_in_two_ways_are_refused", || async {
+        let mesh = layer7().await?;
+        let long = format!("GET / HTTP/1.1\\r\\nhost: web.shop\\r\\nx: {}\\r\\n\\r\\n", "a".repeat(100_000));
+        let many = format!("GET / HTTP/1.1\\r\\nhost: web.shop\\r\\n{}\\r\\n", "x: y\\r\\n".repeat(200));
+        let after = "GET /smuggled HTTP/1.1\\r\\nhost: web.shop\\r\\n\\r\\n";
+        for (what, text) in [
+            (
+                "two lengths",
+                format!(
+                    "POST / HTTP/1.1\\r\\nhost: web.shop\\r\\ncontent-length: 5\\r\\ncontent-length: 6\\r\\n\\r\\nhello{after}"
+                ),
+            ),
+            (
+                "a length that is none",
+                format!("POST / HTTP/1.1\\r\\nhost: web.shop\\r\\ncontent-length: +5\\r\\n\\r\\nhello{after}"),
+            ),
+            (
+                "an encoding that is none",
+                format!(
+                    "POST / HTTP/1.1\\r\\nhost: web.shop\\r\\ntransfer-encoding: xchunked\\r\\n\\r\\n0\\r\\n\\r\\n{after}"
+                ),
+            ),
+            (
+                "chunked not last",
+                format!(
+                    "POST / HTTP/1.1\\r\\nhost: web.shop\\r\\ntransfer-encoding: chunked, gzip\\r\\n\\r\\n0\\r\\n\\r\\n{after}"
+                ),
+            ),
+            (
+                "a bad chunk",
+                format!(
+                    "POST / HTTP/1.1\\r\\nhost: web.shop\\r\\ntransfer-encoding: chunked\\r\\n\\r\\nzz\\r\\nhello\\r\\n0\\r\\n\\r\\n{after}"
+                ),
+            ),
+            ("a folded header", "GET / HTTP/1.1\\r\\nhost: web.shop\\r\\nx: a\\r\\n b\\r\\n\\r\\n".to_owned()),
+            ("a space before the colon", "GET / HTTP/1.1\\r\\nhost: web.shop\\r\\nx : a\\r\\n\\r\\n".to_owned()),
+            ("no host", "GET / HTTP/1.1\\r\\n\\r\\n".to_owned()),
+            ("two hosts", "GET / HTTP/1.1\\r\\nhost: web.shop\\r\\nhost: other\\r\\n\\r\\n".to_owned()),
+            ("CONNECT", "CONNECT web.shop:80 HTTP/1.1\\r\\nhost: web.shop\\r\\n\\r\\n".to_owned()),
+            ("a control character", "GET /a\\0b HTTP/1.1\\r\\nhost: web.shop\\r\\n\\r\\n".to_owned()),
+            ("a header that is too long", long),
+            ("too many headers", many),
+        ] {
+            let output = mesh.exec(CLIENT, &["ambit-app", "raw", "web.shop:80", &text]).await?;
+            let status = output.text.lines().next().unwrap_or_default();
+            // Refused, or the connection is given up; never answered, and never with a second answer after the first.
+            let bad = output.text.contains("hello from") || output.text.contains("smuggled");
+            if bad || !(status.is_empty() || status.contains(" 4")) {
+                return Err(Failure(format!("{what}: {output:?}")));
+            }
+        }
+        // Both a length and chunks: the chunks count, and the length goes no further.
+        let both = "POST /echo HTTP/1.1\\r\\nhost: web.shop\\r\\ncontent-length: 3\\r\\ntransfer-encoding: chunked\\r\\nconnection: close\\r\\n\\r\\n5\\r\\nhello\\r\\n0\\r\\n\\r\\n";
+        let output = mesh.exec(CLIENT, &["ambit-app", "raw", "web.shop:80", both]).await?;
+        if output.text.contains("200 OK") && output.text.contains("content-length: 3\n") {
+            return Err(Failure(format!("both lengths were forwarded: {output:?}")));
+        }
+        expect(&request(&mesh, &["GET", "http://web.shop/"]).await?, true, "hello from web")
+    });
+}

@@ -433,6 +433,7 @@ async fn forward(
 ) -> Result<Response<Incoming>, Local> {
     let unavailable = |e: &Unreachable| {
         let flag = match e {
+            Unreachable::Body(_) => return Local::new(StatusCode::BAD_REQUEST, "DPE", "the body is not valid\n", e),
             Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
             Unreachable::Connect(..) => "UF",
             Unreachable::Lost(..) => "UC",

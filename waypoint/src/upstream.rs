@@ -65,6 +65,9 @@ pub enum Unreachable {
     /// Its connection could not be made; nobody has seen a byte of the request.
     #[error("connect to {0}: {1}")]
     Connect(SocketAddr, String),
+    /// The client's body broke off or is not valid.
+    #[error("the body of the request: {0}")]
+    Body(String),
     /// It was lost after the request had been sent at least in part.
     #[error("{0}: {1}")]
     Lost(SocketAddr, String),
@@ -188,7 +191,10 @@ impl Upstream {
         mut request: Request<Body>,
     ) -> Result<Response<Incoming>, (Unreachable, Option<Request<Body>>)> {
         let key: ConnKey = (to.workload.uid.clone(), to.addr);
-        let lost = |e: hyper::Error| Unreachable::Lost(to.addr, chain(&e));
+        let lost = |e: hyper::Error| match e.is_user() {
+            true => Unreachable::Body(chain(&e)),
+            false => Unreachable::Lost(to.addr, chain(&e)),
+        };
         for _ in 0..3 {
             match version {
                 Version::Http1 => {

@@ -6,6 +6,8 @@
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
 //! ambit-app count N URL [--header N:V]...       N requests on connections of their own; prints each answer with its number
+//! ambit-app raw HOST:PORT TEXT                  sends TEXT, in which \\r and \\n are what they mean; prints the answer
+//! ambit-app upgrade http://HOST:PORT/PATH       asks for another protocol and speaks it: an echo
 //! ambit-app load http://HOST:PORT/ SECONDS      new connections one after the other; prints how many and how many failed
 //! ambit-app hold HOST:PORT                      one connection, a line every 50 ms; prints each answer, ends when it is lost
 //! ambit-app ends HOST:PORT                      reads a greeting, sends, closes its half, reads the echo to its end
@@ -28,6 +30,8 @@ fn main() -> ExitCode {
         ["echo", ..] => echo(&words),
         ["get", url] => get(url).map(|body| print!("{body}")),
         ["request", method, url, ..] => request(method, url, &words).map(|answer| print!("{answer}")),
+        ["raw", target, text] => raw(target, text).map(|answer| print!("{answer}")),
+        ["upgrade", url] => upgrade(url),
         ["count", times, url, ..] => count(times, url, &words),
         ["load", url, seconds] => load(url, seconds),
         ["hold", target] => hold(target, false),
@@ -37,7 +41,7 @@ fn main() -> ExitCode {
         ["sleep"] => loop {
             std::thread::park();
         },
-        _ => Err("usage: ambit-app serve|echo|get|request|count|load|hold|ends|resolve|sleep ...".into()),
+        _ => Err("usage: ambit-app serve|echo|get|request|raw|upgrade|count|load|hold|ends|resolve|sleep ...".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -93,6 +97,11 @@ fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
                 length = n.trim().parse().unwrap_or(0);
             }
             close |= header == "connection: close";
+        }
+        if seen.to_ascii_lowercase().contains("\nupgrade: echo") {
+            write!(stream, "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")?;
+            std::io::copy(&mut reader, &mut stream)?;
+            return stream.shutdown(std::net::Shutdown::Write);
         }
         let mut sent = Vec::new();
         (&mut reader).take(length).read_to_end(&mut sent)?;
@@ -187,6 +196,50 @@ fn request(method: &str, url: &str, words: &[&str]) -> Outcome<String> {
         return Err(format!("{host}: connection closed without an answer"));
     }
     Ok(String::from_utf8_lossy(&answer).replace("\r\n", "\n"))
+}
+
+fn raw(target: &str, text: &str) -> Outcome<String> {
+    let mut stream = connect(target)?;
+    let failed = |e: std::io::Error| format!("{target}: {e}");
+    let text = text.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t").replace("\\0", "\0");
+    stream.write_all(text.as_bytes()).map_err(failed)?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).map_err(failed)?;
+    let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+    // Ends with the connection, or when nothing more comes.
+    while let Ok(n) = stream.read(&mut buffer) {
+        if n == 0 {
+            break;
+        }
+        answer.extend_from_slice(&buffer[..n]);
+    }
+    Ok(String::from_utf8_lossy(&answer).replace("\r\n", "\n"))
+}
+
+fn upgrade(url: &str) -> Outcome<()> {
+    let (target, path) =
+        url.strip_prefix("http://").and_then(|r| r.split_once('/')).ok_or("expected http://HOST:PORT/PATH")?;
+    let mut stream = connect(target)?;
+    let failed = |e: std::io::Error| format!("{target}: {e}");
+    write!(stream, "GET /{path} HTTP/1.1\r\nhost: {target}\r\nconnection: Upgrade\r\nupgrade: echo\r\n\r\n")
+        .map_err(failed)?;
+    let mut reader = BufReader::new(stream.try_clone().map_err(failed)?);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        if reader.read_line(&mut head).map_err(failed)? == 0 {
+            return Err(format!("closed after {head:?}"));
+        }
+    }
+    for n in 0..3 {
+        stream.write_all(format!("line {n}\n").as_bytes()).map_err(failed)?;
+        let mut back = String::new();
+        reader.read_line(&mut back).map_err(failed)?;
+        head.push_str(&back);
+    }
+    stream.shutdown(std::net::Shutdown::Write).map_err(failed)?;
+    let mut rest = String::new();
+    reader.read_to_string(&mut rest).map_err(failed)?;
+    println!("{head}{rest}end");
+    Ok(())
 }
 
 fn count(times: &str, url: &str, words: &[&str]) -> Outcome<()> {
