@@ -9,6 +9,8 @@ use ambit_testing::wire::{self, Capture};
 use ambit_testing::{Doing, Failure, topology};
 use serde_json::Value;
 
+mod layer7;
+
 use crate::{CLIENT, OUTSIDER, SHOP, WEB, exec, expect, shop};
 
 /// Short, so that a rotation happens while one watches.
@@ -109,6 +111,13 @@ async fn show(mesh: &mut Mesh) -> bool {
     step!("deleting it", policy_gone(mesh));
     step!("writing a broken file", broken(mesh));
     step!("waiting for a certificate to be rotated under load", rotation(mesh));
+    println!("\nAct two: layer 7");
+    step!("applying a Gateway and labelling the namespace with it", layer7::waypoint(mesh));
+    step!("a canary: nine in ten to the old version, one to the new", layer7::canary(mesh));
+    step!("A and B by a header", layer7::by_header(mesh));
+    step!("guarding a path with a policy", layer7::guarded(mesh));
+    step!("following one request", layer7::trace(mesh));
+    step!("blue to green by one edit, under load", layer7::blue_green(mesh));
     all
 }
 

@@ -12,6 +12,9 @@ use ambit_testing::mesh::{Mesh, Options, Output};
 /// The example: a shop in the mesh, a client in the mesh on the other node, and a client outside.
 pub const SHOP: &str = include_str!("../../manifests/examples/shop.yaml");
 
+/// A waypoint for it, and a second version of the server.
+pub const WAYPOINT: &str = include_str!("../../manifests/examples/waypoint.yaml");
+
 /// Pods of the example.
 pub const CLIENT: &str = "front/client";
 /// The server, on the other node.
@@ -27,6 +30,28 @@ pub async fn shop(options: Options) -> Result<Mesh, Failure> {
     mesh.in_mesh(&[CLIENT, WEB]).await?;
     mesh.known(&[OUTSIDER], "TCP").await?;
     Ok(mesh)
+}
+
+/// Gives the example's namespace its waypoint and waits until clients go through it.
+pub async fn layer7(mesh: &Mesh) -> Result<(), Failure> {
+    const MODE: &str = "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient";
+    mesh.apply("waypoint.yaml", WAYPOINT)?;
+    mesh.apply("shop.yaml", &SHOP.replace(MODE, &format!("{MODE}\n    istio.io/use-waypoint: waypoint")))?;
+    mesh.ready(&["shop/web-v2"]).await?;
+    mesh.in_mesh(&[CLIENT, WEB, "shop/web-v2"]).await?;
+    mesh.wait("clients to know the waypoint", |m| {
+        let dump = m.dump(0).unwrap_or_default();
+        let services = dump["services"].as_array().cloned().unwrap_or_default();
+        services.iter().any(|s| s["hostname"] == "web.shop.svc.cluster.local" && !s["waypoint"].is_null())
+    })
+    .await
+}
+
+/// The pod of that waypoint.
+pub fn waypoint(mesh: &Mesh) -> Result<ambit_testing::kubelet::Pod, Failure> {
+    let pods = mesh.kubelet.pods();
+    let found = pods.into_iter().find(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-"));
+    found.map(|(_, pod)| pod).ok_or_else(|| Failure::new("no waypoint"))
 }
 
 /// Requests of a delta ADS stream that is driven by hand.

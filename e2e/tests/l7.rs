@@ -1,50 +1,13 @@
 //! Layer 7: requests to services of a namespace with a waypoint are routed, protected and told of by it. Everything is as
 //! users have it: a label, a Gateway, routes and policies as files; the controller renders the waypoint, the kubelet runs it.
 
-use ambit_e2e::{CLIENT, WEB, expect, shop};
-use ambit_testing::mesh::{Mesh, Options, Output};
+use ambit_e2e::{CLIENT, expect, layer7, waypoint};
+use ambit_testing::mesh::{Mesh, Output};
 use ambit_testing::{Failure, sandbox};
 
-/// The example's namespace gets a waypoint, and a second version of its server.
-const WAYPOINT: &str = "\
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: waypoint, namespace: shop}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web-v2, namespace: shop, labels: {app: web-v2}}
-spec:
-  nodeName: node1
-  serviceAccountName: web
-  containers: [{name: c, command: [ambit-app, serve, --port, \"8080\", --name, v2], readinessProbe: {tcpSocket: {port: 8080}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: web-v2, namespace: shop}
-spec: {selector: {app: web-v2}, ports: [{name: http, port: 80, targetPort: 8080}]}
-";
-
-/// A mesh whose namespace `shop` has a waypoint that serves.
-async fn layer7() -> Result<Mesh, Failure> {
-    let mesh = shop(Options::default()).await?;
-    let labelled = ambit_e2e::SHOP.replace(
-        "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient",
-        "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient\n    istio.io/use-waypoint: waypoint",
-    );
-    mesh.apply("waypoint.yaml", WAYPOINT)?;
-    mesh.apply("shop.yaml", &labelled)?;
-    mesh.ready(&["shop/web-v2"]).await?;
-    mesh.in_mesh(&[CLIENT, WEB, "shop/web-v2"]).await?;
-    mesh.wait("clients to know the waypoint", |m| {
-        let dump = m.dump(0).unwrap_or_default();
-        let services = dump["services"].as_array().cloned().unwrap_or_default();
-        services.iter().any(|s| s["hostname"] == "web.shop.svc.cluster.local" && !s["waypoint"].is_null())
-    })
-    .await?;
+async fn layer7_shop() -> Result<Mesh, Failure> {
+    let mesh = ambit_e2e::shop(ambit_testing::mesh::Options::default()).await?;
+    layer7(&mesh).await?;
     Ok(mesh)
 }
 
@@ -70,7 +33,7 @@ async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Result<Output, Failur
 #[test]
 fn a_request_passes_one_waypoint_and_is_told_of() {
     sandbox::test("a_request_passes_one_waypoint_and_is_told_of", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let answer = request(
             &mesh,
             &["POST", "http://web.shop/echo/a?b=c", "--body", "hello", "--header", "x-forwarded-client-cert: forged"],
@@ -154,7 +117,7 @@ const ROUTES: &str = r#"  - name: v2
 #[test]
 fn requests_follow_routes() {
     sandbox::test("requests_follow_routes", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         mesh.apply("route.yaml", &route(ROUTES))?;
         until(&mesh, &["GET", "http://web.shop/other"], "404 Not Found").await?;
         for (what, words, expected, absent) in [
@@ -250,7 +213,7 @@ fn requests_follow_routes() {
 #[test]
 fn a_namespace_may_route_its_own_clients() {
     sandbox::test("a_namespace_may_route_its_own_clients", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let consumer = route("  - backendRefs: [{name: web-v2, namespace: shop, port: 80}]\n")
             .replace("namespace: shop}\nspec", "namespace: front}\nspec")
             .replace("name: web, port", "name: web, namespace: shop, port");
@@ -274,7 +237,7 @@ fn a_namespace_may_route_its_own_clients() {
 #[test]
 fn traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request() {
     sandbox::test("traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let split = |old: u32, new: u32| {
             route(&format!(
                 "  - backendRefs: [{{name: web, port: 80, weight: {old}}}, {{name: web-v2, port: 80, weight: {new}}}]\n"
@@ -313,7 +276,7 @@ fn traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request() {
 #[test]
 fn policies_on_a_service_decide_on_requests_and_cannot_be_gone_round() {
     sandbox::test("policies_on_a_service_decide_on_requests_and_cannot_be_gone_round", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
         let direct = format!("http://{web}:8080/private");
         expect(&request(&mesh, &["GET", &direct]).await?, true, "200 OK")?;
@@ -365,7 +328,7 @@ fn policies_on_a_service_decide_on_requests_and_cannot_be_gone_round() {
 #[test]
 fn other_protocols_pass_without_waiting() {
     sandbox::test("other_protocols_pass_without_waiting", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let mail = "apiVersion: v1\nkind: Pod\nmetadata: {name: mail, namespace: shop, labels: {app: mail}}\nspec:\n  nodeName: node2\n  \
                     containers: [{name: c, command: [ambit-app, echo, --port, \"2525\", --greet, \"220 ready\"], readinessProbe: {tcpSocket: {port: 2525}}}]\n---\n\
                     apiVersion: v1\nkind: Service\nmetadata: {name: mail, namespace: shop}\nspec:\n  selector: {app: mail}\n  ports:\n  \
@@ -392,13 +355,6 @@ fn other_protocols_pass_without_waiting() {
     });
 }
 
-/// The waypoint's pod.
-fn waypoint(mesh: &Mesh) -> Result<ambit_testing::kubelet::Pod, Failure> {
-    let pods = mesh.kubelet.pods();
-    let found = pods.into_iter().find(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-"));
-    found.map(|(_, pod)| pod).ok_or_else(|| Failure::new("no waypoint"))
-}
-
 /// Lines of the waypoint's access log.
 fn told(mesh: &Mesh) -> Vec<serde_json::Value> {
     let Ok(pod) = waypoint(mesh) else { return Vec::new() };
@@ -410,7 +366,7 @@ fn told(mesh: &Mesh) -> Vec<serde_json::Value> {
 #[test]
 fn metrics_log_and_explain_tell_what_happened() {
     sandbox::test("metrics_log_and_explain_tell_what_happened", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let rules = "  - name: news\n    matches: [{path: {value: /news}}]\n    backendRefs: [{name: web-v2, port: 80}]\n  \
                      - matches: [{path: {value: /}}]\n    backendRefs: [{name: web, port: 80}]\n";
         mesh.apply("route.yaml", &route(rules))?;
@@ -493,7 +449,7 @@ fn metrics_log_and_explain_tell_what_happened() {
 #[test]
 fn mirrors_get_the_body_and_other_protocols_are_switched_to() {
     sandbox::test("mirrors_get_the_body_and_other_protocols_are_switched_to", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let rules = "  - filters: [{type: RequestMirror, requestMirror: {backendRef: {name: web-v2, port: 80}}}]\n    \
                      backendRefs: [{name: web, port: 80}]\n";
         mesh.apply("route.yaml", &route(rules))?;
@@ -516,7 +472,7 @@ fn mirrors_get_the_body_and_other_protocols_are_switched_to() {
 #[test]
 fn requests_that_could_be_read_in_two_ways_are_refused() {
     sandbox::test("requests_that_could_be_read_in_two_ways_are_refused", || async {
-        let mesh = layer7().await?;
+        let mesh = layer7_shop().await?;
         let long = format!("GET / HTTP/1.1\\r\\nhost: web.shop\\r\\nx: {}\\r\\n\\r\\n", "a".repeat(100_000));
         let many = format!("GET / HTTP/1.1\\r\\nhost: web.shop\\r\\n{}\\r\\n", "x: y\\r\\n".repeat(200));
         let after = "GET /smuggled HTTP/1.1\\r\\nhost: web.shop\\r\\n\\r\\n";

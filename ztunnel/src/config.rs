@@ -30,7 +30,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   altCaHostname        ALT_CA_HOSTNAME           name that its certificate carries [altXdsHostname]
   authToken            AUTH_TOKEN                file with the bound token [./var/run/secrets/tokens/istio-token]
   secretTtl            SECRET_TTL                lifetime to ask for [24h]
-  zdsSocket            INPOD_UDS                 socket of a foreign node agent; then our own agent is off []
+  zdsSocket            INPOD_UDS                 socket of a foreign node agent; then our own agent is off [none; where
+                                                 INPOD_ENABLED is true, as Istio's chart has it, /var/run/ztunnel/ztunnel.sock]
   agentSocket          AMBIT_AGENT_SOCKET        socket of our own agent [/var/run/ambit/agent.sock]
   nodeNetns            AMBIT_NODE_NETNS          network namespace of the node, where the kubelet is [/proc/self/ns/net]
   cniBinDir            AMBIT_CNI_BIN_DIR         the node's directory of CNI plugins; ours is installed where this is set []
@@ -59,6 +60,9 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   logFormat            LOG_FORMAT                plain or json [plain]
   instanceIp, podName, podNamespace, serviceAccount      INSTANCE_IP, POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT
 ";
+
+/// Where Istio's node agent listens; its chart leaves this to the default of its ztunnel.
+const ZDS_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
 
 /// What Istio's ztunnel can be told to do and ours cannot. Going on without would be weaker, or other, than was asked for.
 const REFUSED: &[(&str, &[&str], &str)] = &[
@@ -194,7 +198,10 @@ impl Config {
             alt_ca_hostname,
             auth_token: text(&mut s, "authToken", &["AUTH_TOKEN"], "./var/run/secrets/tokens/istio-token").into(),
             secret_ttl: time(&mut s, "secretTtl", &["SECRET_TTL"], Duration::from_secs(24 * 3600)),
-            zds_socket: s.get("zdsSocket", &["INPOD_UDS"], "a path"),
+            zds_socket: s.get("zdsSocket", &["INPOD_UDS"], "a path").or_else(|| {
+                let istio: Option<bool> = s.get("inpodEnabled", &["INPOD_ENABLED"], "true or false");
+                (istio == Some(true)).then(|| ZDS_SOCKET.into())
+            }),
             agent_socket: text(&mut s, "agentSocket", &["AMBIT_AGENT_SOCKET"], "/var/run/ambit/agent.sock").into(),
             node_netns: text(&mut s, "nodeNetns", &["AMBIT_NODE_NETNS"], "/proc/self/ns/net").into(),
             cni_bin_dir: s.get("cniBinDir", &["AMBIT_CNI_BIN_DIR"], "a directory"),
@@ -313,6 +320,16 @@ mod tests {
                 with(value).expect(variable);
             }
         }
+    }
+
+    #[test]
+    fn in_place_of_istios_it_listens_to_istios_agent() {
+        let socket = |more: &[(&str, &str)]| {
+            Config::read(Source::from_vars(&[&[("NODE_NAME", "n")], more].concat())).expect("valid").zds_socket
+        };
+        assert_eq!(socket(&[]), None);
+        assert_eq!(socket(&[("INPOD_ENABLED", "true")]), Some(ZDS_SOCKET.into()));
+        assert_eq!(socket(&[("INPOD_ENABLED", "true"), ("INPOD_UDS", "/x")]), Some("/x".into()));
     }
 
     #[test]

@@ -1,0 +1,161 @@
+//! Act two: a waypoint, and what it does with requests.
+
+use std::time::Instant;
+
+use ambit_testing::Failure;
+use ambit_testing::mesh::{Mesh, PATIENCE};
+use serde_json::Value;
+
+use super::Evidence;
+use crate::{CLIENT, expect, layer7, waypoint as pod};
+
+/// A route of the server with these rules.
+fn route(rules: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+         parentRefs: [{{group: \"\", kind: Service, name: web, port: 80}}]\n  rules:\n{rules}"
+    )
+}
+
+fn split(old: u32, new: u32) -> String {
+    let backend = |name: &str, weight: u32| format!("{{name: {name}, port: 80, weight: {weight}}}");
+    route(&format!("  - backendRefs: [{}, {}]\n", backend("web", old), backend("web-v2", new)))
+}
+
+/// Asks until the answer says something.
+async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Evidence {
+    let start = Instant::now();
+    loop {
+        let output = mesh.exec(CLIENT, &[&["ambit-app", "request"], words].concat()).await?;
+        if output.text.contains(text) {
+            return Ok(output.text);
+        }
+        if start.elapsed() > PATIENCE {
+            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}")));
+        }
+    }
+}
+
+/// Lines of the access log of the waypoint's container.
+fn log(mesh: &Mesh) -> Vec<Value> {
+    let text = pod(mesh)
+        .and_then(|p| std::fs::read_to_string(p.logs.join("waypoint.log")).map_err(|e| Failure(e.to_string())));
+    let lines: Vec<Value> = text.unwrap_or_default().lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+    lines.into_iter().filter(|l| l["message"] == "request complete").collect()
+}
+
+/// The waypoint serves.
+pub(super) async fn waypoint(mesh: &mut Mesh) -> Evidence {
+    let start = Instant::now();
+    layer7(mesh).await?;
+    let output = mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
+    expect(&output, true, "hello from web;")?;
+    mesh.wait("the waypoint to have logged a request", |m| !log(m).is_empty()).await?;
+    let name = &log(mesh)[0]["src.identity"];
+    Ok(format!(
+        "the controller rendered a waypoint, the cluster ran it, requests pass it after {} ms; it saw {}",
+        start.elapsed().as_millis(),
+        name.as_str().unwrap_or_default()
+    ))
+}
+
+/// Traffic is split by weight.
+pub(super) async fn canary(mesh: &mut Mesh) -> Evidence {
+    mesh.apply("route.yaml", &split(90, 10))?;
+    until(mesh, &["GET", "http://web.shop/"], "hello from v2").await?;
+    let output = mesh.exec(CLIENT, &["ambit-app", "count", "300", "http://web.shop/"]).await?;
+    let of = |name: &str| -> u32 {
+        let lines = output.text.lines().filter(|l| l.contains(&format!("200 OK: hello from {name};")));
+        lines.filter_map(|l| l.split(' ').next()?.parse::<u32>().ok()).sum()
+    };
+    let (old, new) = (of("web"), of("v2"));
+    if old + new != 300 || !(8..=60).contains(&new) {
+        return Err(Failure(format!("{old} and {new} of 300: {output:?}")));
+    }
+    Ok(format!("of 300 requests {old} went to web and {new} to web-v2, by weights of 90 and 10"))
+}
+
+/// A header decides.
+pub(super) async fn by_header(mesh: &mut Mesh) -> Evidence {
+    let rules = "  - matches: [{headers: [{name: x-group, value: b}]}]\n    backendRefs: [{name: web-v2, port: 80}]\n  \
+                 - backendRefs: [{name: web, port: 80}]\n";
+    mesh.apply("route.yaml", &route(rules))?;
+    let b = ["count", "20", "http://web.shop/", "--header", "x-group: b"];
+    let start = Instant::now();
+    loop {
+        let with = mesh.exec(CLIENT, &[&["ambit-app"], &b[..]].concat()).await?;
+        let without = mesh.exec(CLIENT, &["ambit-app", "count", "20", "http://web.shop/"]).await?;
+        if with.text.starts_with("20 x HTTP/1.1 200 OK: hello from v2")
+            && without.text.starts_with("20 x HTTP/1.1 200 OK: hello from web;")
+        {
+            return Ok("20 of 20 requests with `x-group: b` went to web-v2, 20 of 20 without it to web".into());
+        }
+        if start.elapsed() > PATIENCE {
+            return Err(Failure(format!("with: {with:?}, without: {without:?}")));
+        }
+    }
+}
+
+/// A policy decides by method and path, and nobody goes round it.
+pub(super) async fn guarded(mesh: &mut Mesh) -> Evidence {
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-admin, namespace: shop}\nspec:\n  \
+                  targetRefs: [{group: \"\", kind: Service, name: web}]\n  action: DENY\n  rules: [{to: [{operation: {paths: [/admin*]}}]}]\n";
+    mesh.apply("no-admin.yaml", policy)?;
+    until(mesh, &["GET", "http://web.shop/admin"], "403 Forbidden").await?;
+    until(mesh, &["GET", "http://web.shop/x/%2e%2e/admin"], "403 Forbidden").await?;
+    until(mesh, &["GET", "http://web.shop/"], "200 OK").await?;
+    let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
+    let direct = format!("http://{web}:8080/admin");
+    let start = Instant::now();
+    while mesh.exec(CLIENT, &["ambit-app", "get", &direct]).await?.success {
+        if start.elapsed() > PATIENCE {
+            return Err(Failure::new("the pod can be reached round the waypoint"));
+        }
+    }
+    let line = log(mesh).into_iter().rev().find(|l| l["status"] == 403).unwrap_or_default();
+    mesh.delete("no-admin.yaml")?;
+    until(mesh, &["GET", "http://web.shop/admin"], "200 OK").await?;
+    let said = line["error"].as_str().unwrap_or_default().to_owned();
+    if !said.contains("shop/no-admin") {
+        return Err(Failure(format!("the log does not name the policy: {line}")));
+    }
+    Ok(format!("/admin: 403 ({said}), however it is written; straight to the pod: refused; without the policy: 200"))
+}
+
+/// One request, as the three proxies tell of it.
+pub(super) async fn trace(mesh: &mut Mesh) -> Evidence {
+    let id = format!("{:032x}", fastrand::u128(1..));
+    let header = format!("traceparent: 00-{id}-00f067aa0ba902b7-01");
+    let words = ["ambit-app", "request", "GET", "http://web.shop/echo/traced", "--header", &header];
+    let output = mesh.exec(CLIENT, &words).await?;
+    expect(&output, true, &format!("traceparent: 00-{id}-"))?;
+    mesh.wait("the waypoint to tell of it", |m| log(m).iter().any(|l| l["trace.id"] == *id)).await?;
+    let l = log(mesh).into_iter().rev().find(|l| l["trace.id"] == *id).unwrap_or_default();
+    let text = |name: &str| l[name].as_str().unwrap_or("?").to_owned();
+    Ok(format!(
+        "trace {id}\n     client {} -> waypoint ({}, of it {} waiting for the pod) -> {} as {}",
+        text("src.identity"),
+        text("duration"),
+        text("upstream"),
+        text("dst.workload"),
+        text("dst.identity")
+    ))
+}
+
+/// All of the traffic moves by one edit.
+pub(super) async fn blue_green(mesh: &mut Mesh) -> Evidence {
+    mesh.apply("route.yaml", &split(1, 0))?;
+    let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "3"])?;
+    mesh.apply("route.yaml", &split(0, 1))?;
+    let start = Instant::now();
+    until(mesh, &["GET", "http://web.shop/"], "hello from v2").await?;
+    let took = start.elapsed().as_millis();
+    mesh.wait("the load to end", |_| load.ended().is_some()).await?;
+    let text = load.text();
+    if !text.ends_with(" failed=0\n") {
+        return Err(Failure(text));
+    }
+    let output = mesh.exec(CLIENT, &["ambit-app", "count", "20", "http://web.shop/"]).await?;
+    expect(&output, true, "20 x HTTP/1.1 200 OK: hello from v2")?;
+    Ok(format!("from web to web-v2 {took} ms after the edit; {}", text.trim().lines().last().unwrap_or_default()))
+}
