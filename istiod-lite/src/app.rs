@@ -121,6 +121,9 @@ async fn serve(config: Config) -> Result<(), RunError> {
             annotations = Some(sender);
         }
     }
+    if let Some(client) = &client {
+        tokio::spawn(crate::gateways::apply(client.clone(), mesh_seen.clone()));
+    }
     let pipeline = Pipeline {
         settings: Settings {
             cluster_id: config.cluster_id.as_str().into(),

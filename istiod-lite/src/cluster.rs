@@ -139,6 +139,8 @@ fn namespaces(state: &SourceState, own: &str) -> BTreeSet<String> {
         match key.kind {
             "Namespace" if ambient && loaded.meta.deletion_timestamp.is_none() => drop(names.insert(key.name.clone())),
             "Pod" if ambient => drop(names.insert(key.namespace.clone())),
+            // Its waypoint mounts them.
+            "Gateway" => drop(names.insert(key.namespace.clone())),
             _ => {}
         }
     }

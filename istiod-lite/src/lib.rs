@@ -16,6 +16,7 @@ pub mod certificates;
 pub mod cluster;
 pub mod config;
 pub mod debug;
+pub mod gateways;
 pub mod index;
 pub mod objects;
 pub mod overlay;

@@ -24,9 +24,13 @@ pub const CHECKS: &[Check] = &[
     ("kubectl logs, exec and port-forward work inside the mesh", tools),
     ("a rolling update under load loses no request", rolling),
     ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
+    ("a Gateway gives a namespace a waypoint, which routes and protects", waypoint),
     ("the label off takes pods out, without a restart", unlabel),
     ("uninstall leaves pods running and nothing of ours", uninstall),
 ];
+
+/// A waypoint for the shop, a route and a policy.
+const WAYPOINT: &str = include_str!("waypoint.yaml");
 
 const CLIENT: &str = "front/client";
 const OUTSIDER: &str = "outside/client";
@@ -377,4 +381,29 @@ fn uninstall(c: &Cluster) -> Result<String, Failure> {
         return Err(Failure::new("the namespace is still there"));
     }
     Ok("pods go on in plaintext, new ones start".into())
+}
+
+/// What a request answers, also where it is refused.
+fn answer(c: &Cluster, url: &str) -> String {
+    c.get(CLIENT, url).unwrap_or_else(|refused| refused.0)
+}
+
+fn waypoint(c: &Cluster) -> Result<String, Failure> {
+    c.apply(WAYPOINT)?;
+    c.kubectl(&["-n", "shop", "wait", "--for=condition=Programmed", "gateway/waypoint", "--timeout=60s"])?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint=waypoint", "--overwrite"])?;
+    c.wait("the route to answer", || has(&answer(c, "http://web.shop/moved"), "301 Moved"))?;
+    c.wait("the policy to refuse", || has(&answer(c, "http://web.shop/private"), "403 Forbidden"))?;
+    has(&c.get(CLIENT, URL)?, HELLO)?;
+    let lines = c.kubectl(&["-n", "shop", "logs", "deployment/waypoint"])?;
+    has(&lines, "explicitly denied by: shop/no-private")?;
+    has(&lines, "spiffe://cluster.local/ns/front/sa/client")?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint-"])?;
+    c.kubectl(&["-n", "shop", "delete", "gateway/waypoint", "httproute/web", "authorizationpolicy/no-private"])?;
+    c.wait("the waypoint to go with its Gateway", || {
+        let left = c.field(&["-n", "shop", "deployments"], "{.items[*].metadata.name}")?;
+        if left == "web" { Ok(()) } else { Err(Failure(format!("still there: {left}"))) }
+    })?;
+    c.wait("the server without it", || has(&c.get(CLIENT, "http://web.shop/private")?, HELLO))?;
+    Ok("programmed, routed (301) and refused (403) by it; it went with its Gateway".into())
 }

@@ -127,7 +127,7 @@ fn pod(world: &World<'_>, account: &str) -> Value {
         "containers": [{
             "name": "waypoint",
             "image": settings.image,
-            "command": ["waypoint"],
+            "command": ["/waypoint"],
             "env": [
                 field("POD_NAME", "metadata.name"),
                 field("POD_NAMESPACE", "metadata.namespace"),

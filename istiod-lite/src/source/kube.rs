@@ -47,6 +47,9 @@ const WATCHED: &[Watched] = &[
     watched("AuthorizationPolicy", "v1", "authorizationpolicies"),
     watched("PeerAuthentication", "v1", "peerauthentications"),
     watched("Gateway", "v1", "gateways"),
+    watched("HTTPRoute", "v1", "httproutes"),
+    watched("GRPCRoute", "v1", "grpcroutes"),
+    watched("ReferenceGrant", "v1beta1", "referencegrants"),
 ];
 
 /// Name of the DaemonSet of the node tunnels.

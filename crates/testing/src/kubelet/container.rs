@@ -59,8 +59,10 @@ pub(crate) fn spawn(netns: &Netns, spec: &Spec, out: Stdio, err: Stdio) -> Resul
 }
 
 fn find(program: &str, programs: &Path) -> PathBuf {
-    let ours = programs.join(program);
-    if !program.contains('/') && ours.exists() { ours } else { program.into() }
+    // Images of ours have them at the root.
+    let name = program.strip_prefix('/').unwrap_or(program);
+    let ours = programs.join(name);
+    if !name.contains('/') && ours.exists() { ours } else { program.into() }
 }
 
 impl Container {
