@@ -118,6 +118,7 @@ async fn show(mesh: &mut Mesh) -> bool {
     step!("guarding a path with a policy", layer7::guarded(mesh));
     step!("following one request", layer7::trace(mesh));
     step!("blue to green by one edit, under load", layer7::blue_green(mesh));
+    step!("taking the waypoint away again, under load", layer7::without(mesh));
     all
 }
 

@@ -12,7 +12,7 @@ use ambit_testing::{Doing, Failure, sandbox};
 use ambit_xds::ca::CaClient;
 use ambit_xds::channel::ControlPlane;
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Status};
-use ambit_xds::{ADDRESS, AUTHORIZATION, NODE_POD, service};
+use ambit_xds::{ADDRESS, AUTHORIZATION, NODE_POD, WAYPOINT_SERVICE, service};
 use tokio::sync::mpsc;
 
 fn control_plane(mesh: &Mesh, name: &str, token: &str) -> Result<ControlPlane, Failure> {
@@ -110,7 +110,7 @@ fn wrong_callers_are_refused_for_every_resource() {
             ("expired", mesh.issuer.issue(&expired)?, "ExpiredSignature"),
             ("audience", mesh.issuer.issue(&audience)?, "InvalidAudience"),
             ("unbound", mesh.issuer.issue(&unbound)?, "no node claim"),
-            ("pod", mesh.issuer.issue(&pod)?, "shop/web is not a node account"),
+            ("pod", mesh.issuer.issue(&pod)?, "shop/web is neither a node account nor that of a waypoint"),
         ] {
             let control_plane = control_plane(&mesh, name, &token)?;
             let named = |f: Failure| Failure(format!("{name}: {f}"));
@@ -143,6 +143,48 @@ fn wrong_callers_are_refused_for_every_resource() {
             })
             .await?;
         refused(stream.next().await, "is not served")
+    });
+}
+
+#[test]
+fn a_waypoint_sees_its_own_services_and_has_its_own_identity() {
+    sandbox::test("a_waypoint_sees_its_own_services_and_has_its_own_identity", || async {
+        let mesh = shop(Options::default()).await?;
+        // A second Gateway, to which nothing is bound.
+        let other =
+            ambit_e2e::WAYPOINT.split("---").next().unwrap_or_default().replace("name: waypoint", "name: other");
+        mesh.apply("other.yaml", &other)?;
+        ambit_e2e::layer7(&mesh).await?;
+        let of = |account: &str| -> Result<ControlPlane, Failure> {
+            let claims = Claims { namespace: "shop".into(), account: account.into(), ..Claims::ztunnel("node1") };
+            control_plane(&mesh, account, &mesh.issuer.issue(&claims)?)
+        };
+        let (own, other) = (of("waypoint")?, of("other")?);
+        let names = |response: DeltaDiscoveryResponse| -> Vec<String> {
+            response.resources.into_iter().map(|r| r.name).collect()
+        };
+        let mut stream = Stream::open(&own).await?;
+        let bound = names(stream.all(WAYPOINT_SERVICE, HashMap::new()).await?);
+        if bound != ["shop/web-v2.shop.svc.cluster.local", "shop/web.shop.svc.cluster.local"] {
+            return Err(Failure(format!("the waypoint is told of {bound:?}")));
+        }
+        let bound = names(Stream::open(&other).await?.all(WAYPOINT_SERVICE, HashMap::new()).await?);
+        if !bound.is_empty() {
+            return Err(Failure(format!("another waypoint is told of {bound:?}")));
+        }
+        // Neither sees what is for nodes, and no node what is for waypoints.
+        for (who, type_url) in [(&own, AUTHORIZATION), (&own, NODE_POD), (&as_node(&mesh, "node1")?, WAYPOINT_SERVICE)]
+        {
+            let mut stream = Stream::open(who).await?;
+            refused(stream.all(type_url, HashMap::new()).await, "is not served to")?;
+        }
+        let ca = CaClient::new(own, Duration::from_secs(60)).doing("client")?;
+        ca.fetch(&Identity::new("cluster.local", "shop", "waypoint")).await.doing("its own identity")?;
+        for stolen in ["web", "other"] {
+            let asked = ca.fetch(&Identity::new("cluster.local", "shop", stolen)).await;
+            refused(asked, "it asks for its own identity only")?;
+        }
+        Ok(())
     });
 }
 

@@ -23,7 +23,7 @@ use crate::authorize;
 use crate::observe::{Facts, Failure, Flag, Reporter};
 use crate::outbound::baggage;
 use crate::pods::Pod;
-use crate::worker::Context;
+use crate::worker::{self, Context};
 
 /// One tunnel.
 struct Tunnel {
@@ -70,8 +70,11 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
     let served = serve(tls, settings, drain, |incoming| {
         let (tunnel, gone) = (tunnel.clone(), pod.gone.clone());
         let Ok(place) = pod.places(Reporter::Destination).clone().try_acquire_owned() else {
-            let limit = context.shared.config.pod_connections;
-            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, &format!("the pod has {limit} connections"));
+            let mut facts = facts.clone();
+            facts.src_identity = Some(tunnel.peer.identity.clone());
+            let reason = worker::too_many(&context, &pod);
+            context.shared.observer.refused(&facts, &Failure::new(Flag::Overflow, &reason), "connection refused");
+            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, &reason);
         };
         let work = context.shared.connections.track_future(async move {
             let _place = place;

@@ -195,12 +195,17 @@ fn accept<F>(
     });
 }
 
+/// Why a pod gets no further connection.
+pub(crate) fn too_many(context: &Context, pod: &Pod) -> String {
+    let limit = context.shared.config.pod_connections;
+    format!("pod {}/{} has {limit} connections (podConnections)", pod.info.namespace, pod.info.name)
+}
+
 /// One pod that leaks connections must not take those of the others.
 fn refuse(context: &Context, pod: &Pod, reporter: Reporter, stream: &TcpStream, peer: SocketAddr) {
     let to = ambit_net::orig_dst::original_destination(stream).or_else(|_| stream.local_addr());
     let facts = Facts::new(reporter, peer, to.unwrap_or(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)));
-    let limit = context.shared.config.pod_connections;
-    let reason = format!("pod {}/{} has {limit} connections (podConnections)", pod.info.namespace, pod.info.name);
+    let reason = too_many(context, pod);
     context.shared.observer.refused(&facts, &Failure::new(Flag::Overflow, reason), "connection refused");
     relay::reset(stream);
 }

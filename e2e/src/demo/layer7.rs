@@ -7,7 +7,7 @@ use ambit_testing::mesh::{Mesh, PATIENCE};
 use serde_json::Value;
 
 use super::Evidence;
-use crate::{CLIENT, expect, layer7, waypoint as pod};
+use crate::{CLIENT, SHOP, expect, layer7, waypoint as pod};
 
 /// A route of the server with these rules.
 fn route(rules: &str) -> String {
@@ -158,4 +158,21 @@ pub(super) async fn blue_green(mesh: &mut Mesh) -> Evidence {
     let output = mesh.exec(CLIENT, &["ambit-app", "count", "20", "http://web.shop/"]).await?;
     expect(&output, true, "20 x HTTP/1.1 200 OK: hello from v2")?;
     Ok(format!("from web to web-v2 {took} ms after the edit; {}", text.trim().lines().last().unwrap_or_default()))
+}
+
+/// Without the label and the Gateway all is as before.
+pub(super) async fn without(mesh: &mut Mesh) -> Evidence {
+    let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "2"])?;
+    mesh.delete("route.yaml")?;
+    mesh.apply("shop.yaml", SHOP)?;
+    let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?.net.ips[0];
+    until(mesh, &["GET", "http://web.shop/"], &format!("hello from web; you are {client};")).await?;
+    mesh.wait("the load to end", |_| load.ended().is_some()).await?;
+    mesh.delete("waypoint.yaml")?;
+    mesh.wait("the waypoint to end", |m| pod(m).is_err()).await?;
+    let text = load.text();
+    if !text.ends_with(" failed=0\n") {
+        return Err(Failure(text));
+    }
+    Ok(format!("straight to the pod, which sees {client}; {}", text.trim().lines().last().unwrap_or_default()))
 }
