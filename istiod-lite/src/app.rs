@@ -286,7 +286,7 @@ impl Pipeline {
         mesh: watch::Sender<Arc<Mesh>>,
         resources: watch::Sender<Arc<Resources>>,
     ) {
-        let mut rendered = crate::overlay::Rendered::default();
+        let mut rendered = self.overlay.as_deref().map(crate::overlay::Rendered::new);
         loop {
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
@@ -305,8 +305,9 @@ impl Pipeline {
             }
             let built = index::build(&state.objects, &self.enrolments.by_node, &self.settings);
             self.write_allocations(&built);
-            if let Some(overlay) = &self.overlay {
-                rendered.write(overlay, &built);
+            // Before the source has been read nothing is known to be gone.
+            if let (Some(rendered), true) = (&mut rendered, state.ready) {
+                rendered.write(&built);
             }
             self.problems.of(&[]).set(i64::try_from(state.problems.len()).unwrap_or(i64::MAX));
             let mut next = Resources::clone(&resources.borrow());

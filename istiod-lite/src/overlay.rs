@@ -13,14 +13,27 @@ use crate::app::write_atomically;
 use crate::index::Mesh;
 
 /// The files written so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rendered {
+    overlay: PathBuf,
     files: BTreeSet<PathBuf>,
 }
 
 impl Rendered {
+    /// Knows what an earlier life of the controller has left.
+    pub fn new(overlay: &Path) -> Self {
+        let left = |dir: &str| std::fs::read_dir(overlay.join(dir)).into_iter().flatten().flatten().map(|e| e.path());
+        let ours = |path: &PathBuf| {
+            let name = path.file_name().and_then(|n| n.to_str());
+            name.is_some_and(|n| n.starts_with("gateway-") && n.ends_with(".yaml"))
+        };
+        let files = left("objects/rendered").chain(left("patches")).filter(ours).collect();
+        Self { overlay: overlay.to_owned(), files }
+    }
+
     /// Writes what a mesh asks for, and removes what it no longer does.
-    pub fn write(&mut self, overlay: &Path, mesh: &Mesh) {
+    pub fn write(&mut self, mesh: &Mesh) {
+        let overlay = &self.overlay;
         let mut files = BTreeSet::new();
         for (key, rendered) in &mesh.rendered {
             let name = format!("gateway-{}-{}.yaml", key.namespace, key.name);

@@ -121,8 +121,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_closes_its_service_and_no_other() {
         let services = Arc::new(ArcSwap::default());
-        let readiness = Readiness::default();
-        let mut handler = MeshHandler::new(Arc::default(), services.clone(), readiness.clone());
+        let mut handler = MeshHandler::new(Arc::default(), services.clone(), Readiness::default());
         let bad_action = r#"{"policies":[{"name":"n/p","action":"DANCE"}]}"#;
         let bad_regex = r#"{"routes":[{"rules":[{"matches":[{"path":{"regex":"("}}]}]}]}"#;
         let all = vec![

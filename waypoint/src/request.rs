@@ -129,9 +129,9 @@ async fn respond(
     }
     let (mut head, incoming) = request.into_parts();
     head.headers.remove(XFCC);
-    authorize(context, connection, &bound, &head, host, &path, exchange)?;
+    authorize(connection, &bound, &head, host, &path, exchange)?;
     let query = head.uri.query().unwrap_or_default().to_owned();
-    let plan = plan(context, connection, &bound, &head, &path, &query, exchange)?;
+    let plan = plan(connection, &bound, &head, &path, &query, exchange)?;
 
     let mut change = Change { headers: Vec::new(), cors: None, mirrors: Vec::new(), host: None, path: path.clone() };
     let of_backend = plan.backend.iter().flat_map(|b| &b.filters);
@@ -142,14 +142,14 @@ async fn respond(
             return Ok(answer);
         }
     }
-    let (Some((service, port)), true) = (&plan.to, true) else {
+    let Some((service, port)) = &plan.to else {
         return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NR", "no backend\n", "the rule has no backend"));
     };
     if connection.target.service.as_ref().is_some_and(|s| s.key() != *service)
         && let Some(other) = context.shared.services.load().get(service)
     {
         // A policy on the backend holds whatever route leads there.
-        authorize(context, connection, other, &head, host, &path, exchange)?;
+        authorize(connection, other, &head, host, &path, exchange)?;
     }
 
     forwarded(&mut head.headers, connection, exchange);
@@ -201,7 +201,6 @@ fn current(context: &Context, connection: &Connection) -> Arc<Bound> {
 }
 
 fn authorize(
-    context: &Context,
     connection: &Connection,
     bound: &Bound,
     head: &http::request::Parts,
@@ -214,7 +213,6 @@ fn authorize(
     for (name, action) in bound.policies.watched(&subject) {
         tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");
     }
-    let _ = context;
     match bound.policies.decide(&subject) {
         Verdict::Allow(by) => {
             exchange.policy = by.map(|(name, rule)| format!("{name} rule {rule}")).or(exchange.policy.take());
@@ -228,7 +226,6 @@ fn authorize(
 }
 
 fn plan(
-    context: &Context,
     connection: &Connection,
     bound: &Bound,
     head: &http::request::Parts,
@@ -239,7 +236,6 @@ fn plan(
     let target = &connection.target;
     let view = RequestView { method: &head.method, path, query, headers: &head.headers };
     let namespace = &connection.facts.src_identity.namespace;
-    let _ = context;
     match bound.routes.find(&view, target.port, Some(namespace)) {
         Found::Default => {
             let to = target.service.as_ref().map(|s| (s.key(), target.port));

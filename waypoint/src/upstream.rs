@@ -95,12 +95,14 @@ struct TunnelKey {
 }
 
 type ConnKey = (Str, SocketAddr);
+/// Connections that wait for another request, and since when.
+type Idle = Vec<(http1::SendRequest<Body>, Instant)>;
 
 /// Connections of one worker.
 pub struct Upstream {
     shared: Arc<Shared>,
     tunnels: Pool<TunnelKey, Unreachable>,
-    http1: RefCell<HashMap<ConnKey, Vec<(http1::SendRequest<Body>, Instant)>>>,
+    http1: RefCell<HashMap<ConnKey, Idle>>,
     http2: RefCell<HashMap<ConnKey, http2::SendRequest<Body>>>,
 }
 

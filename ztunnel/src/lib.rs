@@ -5,7 +5,7 @@
 //!
 //! # Layout
 //! - [`app`]: wiring, start and end. [`config`]: every knob. [`admin`]: pages on localhost.
-//! - [`mesh`]: what the controller sends, applied. [`certificates`]: one per identity, kept fresh.
+//! - [`mesh`]: what the controller sends, applied.
 //! - [`pods`]: enrolment and its audit; [`agent`] and [`zds`]: who asks for it.
 //! - [`worker`]: listeners of a pod on one worker, and what handles a connection: [`outbound`] (with [`route`]),
 //!   [`inbound`] (HBONE), [`passthrough`] (plaintext), [`dns`].
