@@ -531,3 +531,54 @@ fn requests_that_could_be_read_in_two_ways_are_refused() {
         expect(&request(&mesh, &["GET", "http://web.shop/"]).await?, true, "hello from web")
     });
 }
+
+#[test]
+fn tokens_are_verified_and_policies_use_their_claims() {
+    sandbox::test("tokens_are_verified_and_policies_use_their_claims", || async {
+        let mesh = layer7_shop().await?;
+        let issuer = ambit_testing::tokens::Issuer::new()?;
+        let rule = format!(
+            "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: ids, namespace: shop}}\nspec:\n  \
+             targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  jwtRules:\n  - issuer: https://id.example\n    \
+             jwks: '{}'\n    outputClaimToHeaders: [{{header: x-who, claim: sub}}]\n",
+            issuer.key_set()
+        );
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: members, namespace: shop}\nspec:\n  \
+                      targetRefs: [{group: \"\", kind: Service, name: web}]\n  action: DENY\n  rules:\n  \
+                      - to: [{operation: {paths: [/members*, /echo/members]}}]\n    from: [{source: {notRequestPrincipals: [\"https://id.example/*\"]}}]\n  \
+                      - to: [{operation: {paths: [/admin]}}]\n    when: [{key: \"request.auth.claims[roles]\", notValues: [admin]}]\n";
+        mesh.apply("ids.yaml", &rule)?;
+        mesh.apply("members.yaml", policy)?;
+        until(&mesh, &["GET", "http://web.shop/members"], "403 Forbidden").await?;
+        let sign = |claims: serde_json::Value| -> Result<String, Failure> {
+            Ok(format!("authorization: Bearer {}", issuer.sign(&claims)?))
+        };
+        let base = serde_json::json!({ "iss": "https://id.example", "sub": "anna", "exp": 4_000_000_000_u64 });
+        let mut admin = base.clone();
+        admin["roles"] = serde_json::json!(["reader", "admin"]);
+        let mut old = base.clone();
+        old["exp"] = serde_json::json!(1_000_000_000);
+        let (member, admin, old) = (sign(base)?, sign(admin)?, sign(old)?);
+        for (path, header, answer) in [
+            ("/public", "x-none: 1", "200 OK"),
+            ("/members", &*member, "200 OK"),
+            ("/members", &*old, "401 Unauthorized"),
+            ("/public", &*old, "401 Unauthorized"),
+            ("/public", "authorization: Bearer rubbish", "401 Unauthorized"),
+            ("/admin", &*member, "403 Forbidden"),
+            ("/admin", &*admin, "200 OK"),
+        ] {
+            let output = request(&mesh, &["GET", &format!("http://web.shop{path}"), "--header", header]).await?;
+            expect(&output, true, answer).map_err(|f| Failure(format!("{path} with {header}: {f}")))?;
+        }
+        let seen =
+            request(&mesh, &["GET", "http://web.shop/echo/members", "--header", &member, "--header", "x-who: forged"])
+                .await?;
+        expect(&seen, true, "x-who: anna")?;
+        refused(&seen, "Bearer")?;
+        mesh.wait("the reason to be told", |m| {
+            told(m).iter().any(|l| l["status"] == 401 && l["error"] == "the token is refused: ExpiredSignature")
+        })
+        .await
+    });
+}

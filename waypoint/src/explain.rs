@@ -54,7 +54,7 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
         source_ip: address,
         destination_ip: None,
         port,
-        http: Some(HttpSubject { method: &method, host, path: &path, headers: &headers }),
+        http: Some(HttpSubject { method: &method, host, path: &path, headers: &headers, token: None }),
     };
     let view = RequestView { method: &method, path: &path, query, headers: &headers };
     let mut taken = false;

@@ -4,7 +4,8 @@
 //! # Layout
 //! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
-//! - [`request`]: one request from its head to its answer; [`filters`] are what routes do to it.
+//! - [`request`]: one request from its head to its answer; [`filters`] are what routes do to it;
+//!   [`token`]: its JWT.
 //! - [`upstream`]: choosing a pod and getting to it. [`body`]: what travels with a request and its answer.
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
@@ -18,5 +19,6 @@ pub mod mesh;
 pub mod observe;
 pub mod request;
 pub mod target;
+pub mod token;
 pub mod upstream;
 pub mod worker;

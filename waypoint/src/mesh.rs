@@ -19,11 +19,15 @@ use ambit_xds::proto::discovery::Resource;
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 
+use crate::token::TokenTable;
+
 /// A service of this waypoint.
 #[derive(Debug, Default)]
 pub struct Bound {
     /// Its routes.
     pub routes: RouteTable,
+    /// Tokens that requests may have.
+    pub tokens: TokenTable,
     /// Its policies.
     pub policies: PolicyTable,
     /// Why every request is refused.
@@ -81,7 +85,8 @@ fn compile(resource: &Resource) -> Result<Bound, String> {
     let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
     let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
     let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
-    Ok(Bound { routes, policies: PolicyTable::new(&config.policies), closed: None, default: Arc::default() })
+    let tokens = TokenTable::new(&config.tokens)?;
+    Ok(Bound { routes, tokens, policies: PolicyTable::new(&config.policies), closed: None, default: Arc::default() })
 }
 
 impl Handler for MeshHandler {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ambit_hbone::headers::TraceParent;
 use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
 use ambit_model::l7::table::{Found, RequestView};
+use ambit_model::l7::token::Token;
 use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule, path};
 use ambit_model::service::AppProtocol;
 use ambit_model::{NamespacedHostname, Str};
@@ -129,8 +130,10 @@ async fn respond(
     }
     let (mut head, incoming) = request.into_parts();
     head.headers.remove(XFCC);
-    authorize(connection, &bound, &head, host, &path, exchange)?;
-    let query = head.uri.query().unwrap_or_default().to_owned();
+    let mut query = head.uri.query().unwrap_or_default().to_owned();
+    let token = bound.tokens.check(&mut head.headers, &mut query);
+    let token = token.map_err(|e| Local::new(StatusCode::UNAUTHORIZED, "UAEX", "the token is not valid\n", e))?;
+    authorize(connection, &bound, &head, host, &path, token.as_ref(), exchange)?;
     let plan = plan(connection, &bound, &head, &path, &query, exchange)?;
 
     let mut change = Change { headers: Vec::new(), cors: None, mirrors: Vec::new(), host: None, path: path.clone() };
@@ -149,7 +152,7 @@ async fn respond(
         && let Some(other) = context.shared.services.load().get(service)
     {
         // A policy on the backend holds whatever route leads there.
-        authorize(connection, other, &head, host, &path, exchange)?;
+        authorize(connection, other, &head, host, &path, token.as_ref(), exchange)?;
     }
 
     forwarded(&mut head.headers, connection, exchange);
@@ -206,9 +209,10 @@ fn authorize(
     head: &http::request::Parts,
     host: &str,
     path: &str,
+    token: Option<&Token>,
     exchange: &mut Exchange,
 ) -> Result<(), Local> {
-    let http = HttpSubject { method: &head.method, host, path, headers: &head.headers };
+    let http = HttpSubject { method: &head.method, host, path, headers: &head.headers, token };
     let subject = Subject { http: Some(http), ..connection.subject() };
     for (name, action) in bound.policies.watched(&subject) {
         tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");

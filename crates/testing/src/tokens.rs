@@ -98,7 +98,12 @@ impl Issuer {
             "iat": now.as_secs(),
             "kubernetes.io": kubernetes,
         });
+        self.sign(&body)
+    }
+
+    /// Signs any claims.
+    pub fn sign(&self, claims: &Value) -> Result<String, Failure> {
         let header = Header { kid: Some(self.key_id.clone()), ..Header::new(Algorithm::ES256) };
-        jsonwebtoken::encode(&header, &body, &self.key).doing("sign a token")
+        jsonwebtoken::encode(&header, claims, &self.key).doing("sign a token")
     }
 }

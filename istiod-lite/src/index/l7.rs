@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use ambit_model::l7::policy::{
     Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
 };
+use ambit_model::l7::token::{TokenPlace, TokenRule};
 use ambit_model::l7::{Route, ServiceConfig};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use ambit_model::{Identity, NamespacedHostname, Str};
@@ -39,6 +40,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
         }
     }
     attach_routes(world, &mut bound, mesh);
+    attach_tokens(world, &mut bound, mesh);
     attach_policies(world, &mut bound, mesh);
     close(world, &bound, mesh);
     for ((namespace, name), entry) in bound {
@@ -46,13 +48,14 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     }
 }
 
-/// Where a policy guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
+/// Where a policy or a rule about tokens guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
 /// Services without policies stay open, so that scrapes and gateways outside the mesh go on.
 fn close(world: &World<'_>, bound: &BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
     for service in &world.services {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
         let spec = &service.object.spec;
-        let guarded = bound.get(&(namespace, name)).filter(|b| !b.config.policies.is_empty());
+        let guarded =
+            bound.get(&(namespace, name)).filter(|b| !b.config.policies.is_empty() || !b.config.tokens.is_empty());
         let Some(guarded) = guarded.filter(|_| !spec.is_headless() && !spec.selector.is_empty()) else { continue };
         let pods = world.pods.iter().filter(|p| p.key.namespace == namespace && p.meta.has_labels(&spec.selector));
         let mut ports: Vec<u16> =
@@ -204,24 +207,26 @@ fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>,
             }
         };
         for target in targets {
-            statuses.push(attach_policy(world, entry.key, target, &policy, bound));
+            let give = |config: &mut ServiceConfig| config.policies.push(policy.clone());
+            statuses.push(attach_to(world, entry.key, target, bound, &give));
         }
     }
 }
 
-fn attach_policy(
+/// Gives something to all services that a target names; what is to be said of it.
+fn attach_to(
     world: &World<'_>,
     key: &Key,
     target: &PolicyTarget,
-    policy: &HttpPolicy,
     bound: &mut BTreeMap<(&str, &str), Bound>,
+    give: &dyn Fn(&mut ServiceConfig),
 ) -> Condition {
     let namespace = if target.namespace.is_empty() { &key.namespace } else { &target.namespace };
     let no = |reason, text: String| Condition::no("WaypointAccepted", reason, text);
     let of = |bound: &mut BTreeMap<(&str, &str), Bound>, wanted: &dyn Fn(&(&str, &str), &Bound) -> bool| {
         let mut count = 0;
         for (_, one) in bound.iter_mut().filter(|(service, one)| wanted(service, one)) {
-            one.config.policies.push(policy.clone());
+            give(&mut one.config);
             count += 1;
         }
         count
@@ -271,6 +276,68 @@ fn targets(spec: &AuthorizationPolicySpec) -> Vec<&PolicyTarget> {
     spec.target_ref.iter().chain(&spec.target_refs).collect()
 }
 
+fn attach_tokens(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+    for entry in &world.tokens {
+        let spec = &entry.object.spec;
+        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
+        let targets: Vec<&PolicyTarget> = spec.target_ref.iter().chain(&spec.target_refs).collect();
+        if targets.is_empty() {
+            let text = "spec.targetRefs: waypoints verify tokens, and they look at targets only, not at selectors";
+            statuses.push(Condition::no("WaypointAccepted", "UnsupportedValue", text));
+        }
+        let mut rules = Vec::new();
+        for (n, rule) in spec.jwt_rules.iter().enumerate() {
+            match token_rule(entry.key, n, rule) {
+                Ok(rule) => rules.push(rule),
+                Err(Invalid { path, value, expected }) => {
+                    let text = format!("{path}: {value:?}: expected {expected}; tokens of this issuer are refused");
+                    statuses.push(Condition::no("WaypointAccepted", "Invalid", text));
+                    // Without keys no token of it is good.
+                    let (name, issuer, jwks) = (name(entry.key), rule.issuer.as_str().into(), NO_KEYS.into());
+                    rules.push(TokenRule { name, issuer, jwks, ..TokenRule::default() });
+                }
+            }
+        }
+        for target in targets {
+            let give = |config: &mut ServiceConfig| config.tokens.extend(rules.iter().cloned());
+            statuses.push(attach_to(world, entry.key, target, bound, &give));
+        }
+    }
+}
+
+const NO_KEYS: &str = r#"{"keys":[]}"#;
+
+fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, Invalid> {
+    let invalid = |field: &str, value: &str, expected| {
+        Err(Invalid { path: format!("spec.jwtRules[{n}].{field}"), value: value.to_owned(), expected })
+    };
+    if rule.issuer.is_empty() {
+        return invalid("issuer", "", "the issuer of the tokens");
+    }
+    if rule.jwks.is_empty() {
+        return invalid("jwksUri", &rule.jwks_uri, "keys in jwks: fetching them is not supported yet");
+    }
+    let keys: Result<serde_json::Value, _> = serde_json::from_str(&rule.jwks);
+    if !keys.is_ok_and(|k| k["keys"].is_array()) {
+        return invalid("jwks", &rule.jwks, "a JSON web key set (RFC 7517)");
+    }
+    let text = |s: &String| Str::from(s.as_str());
+    let headers =
+        rule.from_headers.iter().map(|h| TokenPlace::Header(h.name.to_ascii_lowercase().into(), text(&h.prefix)));
+    let params = rule.from_params.iter().map(|p| TokenPlace::Parameter(text(p)));
+    let cookies = rule.from_cookies.iter().map(|c| TokenPlace::Cookie(text(c)));
+    Ok(TokenRule {
+        name: name(key),
+        issuer: text(&rule.issuer),
+        audiences: rule.audiences.iter().map(text).collect(),
+        jwks: text(&rule.jwks),
+        places: headers.chain(params).chain(cookies).collect(),
+        payload_header: Some(text(&rule.output_payload_to_header)).filter(|h| !h.is_empty()),
+        claim_headers: rule.output_claim_to_headers.iter().map(|c| (text(&c.header), text(&c.claim))).collect(),
+        forward: rule.forward_original_token,
+    })
+}
+
 /// A policy with targets, as waypoints evaluate it.
 fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, Invalid> {
     let spec = &entry.object.spec;
@@ -311,7 +378,8 @@ fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, I
                 return Err(Invalid {
                     path: format!("spec.rules[{n}].when[{m}].key"),
                     value: when.key.clone(),
-                    expected: "request.headers[NAME], source.ip, source.namespace, source.principal, \
+                    expected: "request.headers[NAME], request.auth.principal, request.auth.audiences, request.auth.presenter, \
+                               request.auth.claims[NAME], source.ip, source.namespace, source.principal, \
                                source.serviceAccount, remote.ip, destination.ip or destination.port",
                 });
             }

@@ -42,6 +42,7 @@ pub struct World<'a> {
     pub workload_entries: Vec<Entry<'a, istio::WorkloadEntry>>,
     pub authorization: Vec<Entry<'a, istio::AuthorizationPolicy>>,
     pub authentication: Vec<Entry<'a, istio::PeerAuthentication>>,
+    pub tokens: Vec<Entry<'a, istio::RequestAuthentication>>,
     pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
     pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
     pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
@@ -63,6 +64,7 @@ impl<'a> World<'a> {
             workload_entries: Vec::new(),
             authorization: Vec::new(),
             authentication: Vec::new(),
+            tokens: Vec::new(),
             gateways: BTreeMap::new(),
             http_routes: Vec::new(),
             grpc_routes: Vec::new(),
@@ -100,6 +102,7 @@ impl<'a> World<'a> {
             Object::WorkloadEntry(object) => self.workload_entries.push(Entry { key, meta, object }),
             Object::AuthorizationPolicy(object) => self.authorization.push(Entry { key, meta, object }),
             Object::PeerAuthentication(object) => self.authentication.push(Entry { key, meta, object }),
+            Object::RequestAuthentication(object) => self.tokens.push(Entry { key, meta, object }),
             Object::Gateway(object) => {
                 self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
             }

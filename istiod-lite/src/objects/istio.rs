@@ -208,3 +208,47 @@ pub struct When {
     pub values: Vec<String>,
     pub not_values: Vec<String>,
 }
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct RequestAuthentication {
+    pub spec: RequestAuthenticationSpec,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RequestAuthenticationSpec {
+    pub selector: Option<Selector>,
+    pub target_ref: Option<PolicyTarget>,
+    pub target_refs: Vec<PolicyTarget>,
+    pub jwt_rules: Vec<JwtRule>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct JwtRule {
+    pub issuer: String,
+    pub audiences: Vec<String>,
+    pub jwks_uri: String,
+    pub jwks: String,
+    pub from_headers: Vec<JwtHeader>,
+    pub from_params: Vec<String>,
+    pub from_cookies: Vec<String>,
+    pub output_payload_to_header: String,
+    pub output_claim_to_headers: Vec<ClaimToHeader>,
+    pub forward_original_token: bool,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct JwtHeader {
+    pub name: String,
+    pub prefix: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ClaimToHeader {
+    pub header: String,
+    pub claim: String,
+}

@@ -42,6 +42,7 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "ServiceEntry", group: "networking.istio.io", namespaced: true, unread: &["status.conditions*"] },
     Kind { kind: "WorkloadEntry", group: "networking.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "AuthorizationPolicy", group: "security.istio.io", namespaced: true, unread: &["status*"] },
+    Kind { kind: "RequestAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "PeerAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
     Kind {
         kind: "Gateway",
@@ -194,7 +195,6 @@ impl Kind {
             ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
             ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
             ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
-            ("security.istio.io", "RequestAuthentication") => "tokens are not verified yet",
             ("telemetry.istio.io", "Telemetry") => "telemetry is not configurable yet",
             (GATEWAY_API, "TCPRoute" | "TLSRoute" | "UDPRoute") => "TCP, TLS and UDP are not routed",
             (GATEWAY_API, _) => "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute or ReferenceGrant",

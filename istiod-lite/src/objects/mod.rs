@@ -52,6 +52,7 @@ pub enum Object {
     WorkloadEntry(istio::WorkloadEntry),
     AuthorizationPolicy(istio::AuthorizationPolicy),
     PeerAuthentication(istio::PeerAuthentication),
+    RequestAuthentication(istio::RequestAuthentication),
     Gateway(gateway::Gateway),
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),

@@ -188,6 +188,7 @@ impl<I: Input> Reader<'_, I> {
             "WorkloadEntry" => Object::WorkloadEntry(self.read()?),
             "AuthorizationPolicy" => Object::AuthorizationPolicy(self.read()?),
             "PeerAuthentication" => Object::PeerAuthentication(self.read()?),
+            "RequestAuthentication" => Object::RequestAuthentication(self.read()?),
             "Gateway" => Object::Gateway(self.read()?),
             "HTTPRoute" => Object::HttpRoute(self.read()?),
             "GRPCRoute" => Object::GrpcRoute(self.read()?),

@@ -46,6 +46,7 @@ const WATCHED: &[Watched] = &[
     watched("WorkloadEntry", "v1", "workloadentries"),
     watched("AuthorizationPolicy", "v1", "authorizationpolicies"),
     watched("PeerAuthentication", "v1", "peerauthentications"),
+    watched("RequestAuthentication", "v1", "requestauthentications"),
     watched("Gateway", "v1", "gateways"),
     watched("HTTPRoute", "v1", "httproutes"),
     watched("GRPCRoute", "v1", "grpcroutes"),

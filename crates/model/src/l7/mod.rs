@@ -7,6 +7,7 @@
 pub mod path;
 pub mod policy;
 pub mod table;
+pub mod token;
 
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,9 @@ pub struct ServiceConfig {
     /// Routes attached to the service, the one that wins a tie first. None at all means straight to the service.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub routes: Vec<Route>,
+    /// Tokens that requests may have.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<token::TokenRule>,
     /// Policies that target the service or its waypoint.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<policy::HttpPolicy>,

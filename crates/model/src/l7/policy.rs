@@ -10,6 +10,7 @@ use http::{HeaderMap, Method};
 use serde::{Deserialize, Serialize};
 
 use super::path;
+use super::token::{Token, claim_path};
 use crate::{Cidr, Identity, Str};
 
 /// What a policy does with requests that it matches.
@@ -125,6 +126,8 @@ pub struct HttpSubject<'a> {
     pub path: &'a str,
     /// Headers.
     pub headers: &'a HeaderMap,
+    /// Its verified token, where it has one.
+    pub token: Option<&'a Token>,
 }
 
 /// Policies of one service, compiled.
@@ -294,6 +297,10 @@ fn path_pattern(value: &str, wanted: &str) -> bool {
     segments(&value, &wanted)
 }
 
+fn request_principal(h: HttpSubject<'_>) -> &str {
+    h.token.map_or("", |t| &t.principal)
+}
+
 fn block(ip: IpAddr, wanted: &str) -> bool {
     wanted.parse::<Cidr>().is_ok_and(|c| c.contains(ip))
 }
@@ -307,8 +314,7 @@ fn account(source: &Identity, wanted: &str, own: &str) -> bool {
 impl Source {
     fn matches(&self, s: &Subject<'_>, principal: &str, own: &str, unknown: bool) -> bool {
         self.principals.test(|p| pattern(principal, p))
-            // Nobody has proven one, until tokens are verified.
-            && self.request_principals.test_some(s.http.map(|_| ""), unknown, pattern)
+            && self.request_principals.test_some(s.http.map(request_principal), unknown, pattern)
             && self.namespaces.test(|n| pattern(&s.source.namespace, n))
             && self.service_accounts.test(|a| account(s.source, a, own))
             && self.ip_blocks.test(|b| block(s.source_ip, b))
@@ -335,6 +341,12 @@ impl Condition {
             "source.serviceAccount" => v.test(|a| account(s.source, a, own)),
             "destination.ip" => v.test_some(s.destination_ip, unknown, block),
             "destination.port" => v.test(|p| p.parse() == Ok(s.port)),
+            "request.auth.principal" => v.test_some(s.http.map(request_principal), unknown, pattern),
+            "request.auth.audiences" => self.claim(s, &["aud"], unknown),
+            "request.auth.presenter" => self.claim(s, &["azp"], unknown),
+            key if key.starts_with("request.auth.claims") => {
+                self.claim(s, &claim_path(key).unwrap_or_default(), unknown)
+            }
             key => match key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']')) {
                 Some(name) => {
                     let value = |h: HttpSubject<'_>| -> String {
@@ -351,6 +363,16 @@ impl Condition {
     }
 }
 
+impl Condition {
+    /// A claim fits where one of its values does, and none is excluded.
+    fn claim(&self, s: &Subject<'_>, path: &[&str], unknown: bool) -> bool {
+        let Some(http) = s.http else { return self.values.is_empty() || unknown };
+        let has = http.token.map(|t| t.values(path)).unwrap_or_default();
+        let fits = |wanted: &Str| has.iter().any(|v| pattern(v, wanted));
+        (self.values.yes.is_empty() || self.values.yes.iter().any(fits)) && !self.values.no.iter().any(fits)
+    }
+}
+
 /// Whether a `when` key is understood.
 pub fn is_known_key(key: &str) -> bool {
     const KEYS: &[&str] = &[
@@ -361,7 +383,12 @@ pub fn is_known_key(key: &str) -> bool {
         "source.serviceAccount",
         "destination.ip",
         "destination.port",
+        "request.auth.principal",
+        "request.auth.audiences",
+        "request.auth.presenter",
     ];
     let header = key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']'));
-    KEYS.contains(&key) || header.is_some_and(|name| name.parse::<http::HeaderName>().is_ok())
+    KEYS.contains(&key)
+        || claim_path(key).is_some()
+        || header.is_some_and(|name| name.parse::<http::HeaderName>().is_ok())
 }

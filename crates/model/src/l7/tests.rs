@@ -163,7 +163,13 @@ fn verdict(policies: &str, method: &str, path: &str, headers: &[(&'static str, &
         source_ip: "10.0.0.7".parse().expect("an address"),
         destination_ip: None,
         port: 80,
-        http: (path != "tcp").then_some(HttpSubject { method: &method, host: "Web.shop:80", path, headers: &map }),
+        http: (path != "tcp").then_some(HttpSubject {
+            method: &method,
+            host: "Web.shop:80",
+            path,
+            headers: &map,
+            token: None,
+        }),
     };
     PolicyTable::new(&policies).decide(&subject)
 }

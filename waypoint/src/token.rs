@@ -1,0 +1,209 @@
+//! Verifying the tokens (JWTs) of requests.
+//!
+//! Owns finding them, the algorithms that count, and what goes on to the application. A token that is there must be good,
+//! whatever policies say; a request without one passes, and policies decide whether it needed one.
+
+use ambit_model::l7::token::{Token, TokenPlace, TokenRule};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use jsonwebtoken::jwk::{Jwk, JwkSet};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use serde_json::Value;
+
+/// Clocks differ by this much at most, in seconds.
+const LEEWAY: u64 = 60;
+/// Longer tokens are refused unread.
+const MAX_TOKEN: usize = 16 * 1024;
+/// Only signatures that the issuer alone can make; never `none`, never a shared secret.
+const ALGORITHMS: &[Algorithm] = &[
+    Algorithm::RS256,
+    Algorithm::RS384,
+    Algorithm::RS512,
+    Algorithm::PS256,
+    Algorithm::PS384,
+    Algorithm::PS512,
+    Algorithm::ES256,
+    Algorithm::ES384,
+    Algorithm::EdDSA,
+];
+
+/// Rules of one service, with their keys read.
+#[derive(Debug, Default)]
+pub struct TokenTable {
+    rules: Vec<Rule>,
+}
+
+#[derive(Debug)]
+struct Rule {
+    rule: TokenRule,
+    places: Vec<TokenPlace>,
+    keys: JwkSet,
+}
+
+/// Why a token is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    /// It is none.
+    #[error("the token is not a JWT: {0}")]
+    Malformed(String),
+    /// It is too long.
+    #[error("the token is longer than {MAX_TOKEN} bytes")]
+    TooLong,
+    /// Its algorithm does not count.
+    #[error("the token's algorithm {0:?} is not accepted")]
+    Algorithm(Algorithm),
+    /// No rule is for its issuer.
+    #[error("the token's issuer {0:?} is not one of those configured")]
+    Issuer(String),
+    /// No key of the issuer is for it.
+    #[error("no key of {0} is for this token (kid {1:?})")]
+    Key(String, Option<String>),
+    /// Signature, audience or time are wrong.
+    #[error("the token is refused: {0}")]
+    Refused(String),
+}
+
+impl TokenTable {
+    /// Reads the keys of each rule.
+    pub fn new(rules: &[TokenRule]) -> Result<Self, String> {
+        let one = |rule: &TokenRule| {
+            let keys = serde_json::from_str(&rule.jwks).map_err(|e| format!("{}: jwks: {e}", rule.name))?;
+            let places = match rule.places.is_empty() {
+                true => vec![
+                    TokenPlace::Header("authorization".into(), "Bearer ".into()),
+                    TokenPlace::Parameter("access_token".into()),
+                ],
+                false => rule.places.clone(),
+            };
+            Ok(Rule { rule: rule.clone(), places, keys })
+        };
+        Ok(Self { rules: rules.iter().map(one).collect::<Result<_, String>>()? })
+    }
+
+    /// Verifies the token of a request and takes it off, where it does not go on. `query` is without `?`.
+    pub fn check(&self, headers: &mut HeaderMap, query: &mut String) -> Result<Option<Token>, TokenError> {
+        // What claims are told in is never believed from outside.
+        for rule in &self.rules {
+            for name in rule.rule.payload_header.iter().chain(rule.rule.claim_headers.iter().map(|(header, _)| header))
+            {
+                headers.remove(&**name);
+            }
+        }
+        let places = self.rules.iter().flat_map(|r| &r.places);
+        let Some((place, text)) = places.into_iter().find_map(|p| Some((p, read(p, headers, query)?))) else {
+            return Ok(None);
+        };
+        let place = place.clone();
+        let (rule, token) = self.verify(&text)?;
+        if !rule.forward {
+            take_off(&place, headers, query);
+        }
+        let set = |headers: &mut HeaderMap, name: &str, value: &str| {
+            if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+                headers.insert(name, value);
+            }
+        };
+        if let Some(name) = &rule.payload_header {
+            // The middle part, as it came.
+            set(headers, name, text.split('.').nth(1).unwrap_or_default());
+        }
+        for (name, claim) in &rule.claim_headers {
+            let path: Vec<&str> = claim.split('.').collect();
+            if let Some(value) = token.values(&path).first() {
+                set(headers, name, value);
+            }
+        }
+        Ok(Some(token))
+    }
+
+    fn verify(&self, text: &str) -> Result<(&TokenRule, Token), TokenError> {
+        if text.len() > MAX_TOKEN {
+            return Err(TokenError::TooLong);
+        }
+        let malformed = |e: jsonwebtoken::errors::Error| TokenError::Malformed(e.to_string());
+        let header = jsonwebtoken::decode_header(text).map_err(malformed)?;
+        if !ALGORITHMS.contains(&header.alg) {
+            return Err(TokenError::Algorithm(header.alg));
+        }
+        let unverified = jsonwebtoken::dangerous::insecure_decode::<Value>(text).map_err(malformed)?.claims;
+        let issuer = unverified["iss"].as_str().unwrap_or_default();
+        let mut last = TokenError::Issuer(issuer.to_owned());
+        for rule in self.rules.iter().filter(|r| *r.rule.issuer == *issuer) {
+            match rule.verify(text, header.alg, header.kid.as_deref()) {
+                Ok(claims) => return Ok((&rule.rule, Token::new(claims))),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Rule {
+    fn verify(&self, text: &str, algorithm: Algorithm, kid: Option<&str>) -> Result<Value, TokenError> {
+        let mut rules = Validation::new(algorithm);
+        rules.leeway = LEEWAY;
+        rules.validate_nbf = true;
+        rules.set_issuer(&[&*self.rule.issuer]);
+        rules.set_required_spec_claims(&["iss"]);
+        match self.rule.audiences.is_empty() {
+            true => rules.validate_aud = false,
+            false => {
+                rules.set_audience(&self.rule.audiences.iter().map(|a| &**a).collect::<Vec<_>>());
+                // A token that names no audience is for nobody.
+                rules.set_required_spec_claims(&["iss", "aud"]);
+            }
+        }
+        let named = |key: &&Jwk| kid.is_none() || key.common.key_id.is_none() || key.common.key_id.as_deref() == kid;
+        let mut last = TokenError::Key(self.rule.issuer.to_string(), kid.map(str::to_owned));
+        for key in self.keys.keys.iter().filter(named) {
+            let Ok(key) = DecodingKey::from_jwk(key) else { continue };
+            match jsonwebtoken::decode::<Value>(text, &key, &rules) {
+                Ok(token) => return Ok(token.claims),
+                Err(error) => last = TokenError::Refused(error.to_string()),
+            }
+        }
+        Err(last)
+    }
+}
+
+fn read(place: &TokenPlace, headers: &HeaderMap, query: &str) -> Option<String> {
+    match place {
+        TokenPlace::Header(name, prefix) => {
+            let value = headers.get(&**name)?.to_str().ok()?;
+            let matches = value.get(..prefix.len()).is_some_and(|p| p.eq_ignore_ascii_case(prefix));
+            matches.then(|| value[prefix.len()..].trim().to_owned())
+        }
+        TokenPlace::Parameter(name) => {
+            let mut pairs = form_urlencoded::parse(query.as_bytes());
+            pairs.find(|(n, _)| *n == **name).map(|(_, value)| value.into_owned())
+        }
+        TokenPlace::Cookie(name) => cookies(headers).find(|(n, _)| **n == **name).map(|(_, value)| value.to_owned()),
+    }
+}
+
+fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    let lines = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
+    lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='))
+}
+
+fn take_off(place: &TokenPlace, headers: &mut HeaderMap, query: &mut String) {
+    match place {
+        TokenPlace::Header(name, _) => drop(headers.remove(&**name)),
+        TokenPlace::Parameter(name) => {
+            let kept = query
+                .split('&')
+                .filter(|pair| form_urlencoded::parse(pair.as_bytes()).next().is_none_or(|(n, _)| *n != **name));
+            *query = kept.collect::<Vec<_>>().join("&");
+        }
+        TokenPlace::Cookie(name) => {
+            let kept: Vec<String> =
+                cookies(headers).filter(|(n, _)| **n != **name).map(|(n, v)| format!("{n}={v}")).collect();
+            headers.remove(header::COOKIE);
+            if let (false, Ok(value)) = (kept.is_empty(), HeaderValue::from_str(&kept.join("; "))) {
+                headers.insert(header::COOKIE, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
