@@ -116,6 +116,7 @@ async fn show(mesh: &mut Mesh) -> bool {
     step!("a canary: nine in ten to the old version, one to the new", layer7::canary(mesh));
     step!("A and B by a header", layer7::by_header(mesh));
     step!("guarding a path with a policy", layer7::guarded(mesh));
+    step!("guarding a path with tokens", layer7::tokens(mesh));
     step!("following one request", layer7::trace(mesh));
     step!("blue to green by one edit, under load", layer7::blue_green(mesh));
     step!("taking the waypoint away again, under load", layer7::without(mesh));

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use ambit_testing::Failure;
 use ambit_testing::mesh::{Mesh, PATIENCE};
-use serde_json::Value;
+use ambit_testing::tokens::Issuer;
+use serde_json::{Value, json};
 
 use super::Evidence;
 use crate::{CLIENT, SHOP, expect, layer7, waypoint as pod};
@@ -120,6 +121,29 @@ pub(super) async fn guarded(mesh: &mut Mesh) -> Evidence {
         return Err(Failure(format!("the log does not name the policy: {line}")));
     }
     Ok(format!("/admin: 403 ({said}), however it is written; straight to the pod: refused; without the policy: 200"))
+}
+
+/// A path needs a token: none, a bad one, a good one.
+pub(super) async fn tokens(mesh: &mut Mesh) -> Evidence {
+    let issuer = Issuer::new()?;
+    let rules = format!(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: ids, namespace: shop}}\nspec:\n  \
+         targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  jwtRules: [{{issuer: https://id.example, jwks: '{}'}}]\n---\n\
+         apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: members, namespace: shop}}\nspec:\n  \
+         targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  action: DENY\n  rules:\n  \
+         - to: [{{operation: {{paths: [/members]}}}}]\n    from: [{{source: {{notRequestPrincipals: [\"*\"]}}}}]\n",
+        issuer.key_set()
+    );
+    mesh.apply("tokens.yaml", &rules)?;
+    until(mesh, &["GET", "http://web.shop/members"], "403 Forbidden").await?;
+    let sign = |end: u64| issuer.sign(&json!({ "iss": "https://id.example", "sub": "anna", "exp": end }));
+    let good = format!("authorization: Bearer {}", sign(4_000_000_000)?);
+    let old = format!("authorization: Bearer {}", sign(1_000_000_000)?);
+    until(mesh, &["GET", "http://web.shop/members", "--header", &old], "401 Unauthorized").await?;
+    until(mesh, &["GET", "http://web.shop/members", "--header", &good], "200 OK").await?;
+    mesh.delete("tokens.yaml")?;
+    until(mesh, &["GET", "http://web.shop/members"], "200 OK").await?;
+    Ok("/members: 403 without a token, 401 with one that has ended, 200 with a good one".into())
 }
 
 /// One request, as the three proxies tell of it.
