@@ -582,3 +582,98 @@ fn tokens_are_verified_and_policies_use_their_claims() {
         .await
     });
 }
+
+/// Two versions of a gRPC server, and a name for both.
+const GRPC: &str = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: grpc-1, namespace: shop, labels: {app: grpc, version: one}}
+spec:
+  nodeName: node2
+  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", one], readinessProbe: {tcpSocket: {port: 7070}}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: grpc-2, namespace: shop, labels: {app: grpc, version: two}}
+spec:
+  nodeName: node1
+  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", two], readinessProbe: {tcpSocket: {port: 7070}}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: grpc, namespace: shop}
+spec: {selector: {app: grpc}, ports: [{name: grpc, port: 7070}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: grpc-two, namespace: shop}
+spec: {selector: {version: two}, ports: [{name: grpc, port: 7070}]}
+";
+
+/// Calls on one connection.
+async fn grpc(mesh: &Mesh, path: &str, times: &str) -> Result<Output, Failure> {
+    mesh.exec(CLIENT, &["ambit-grpc", "call", "grpc.shop:7070", path, times]).await
+}
+
+#[test]
+fn grpc_is_routed_and_balanced_call_by_call() {
+    sandbox::test("grpc_is_routed_and_balanced_call_by_call", || async {
+        let mesh = layer7_shop().await?;
+        mesh.apply("grpc.yaml", GRPC)?;
+        mesh.ready(&["shop/grpc-1", "shop/grpc-2"]).await?;
+        mesh.in_mesh(&["shop/grpc-1", "shop/grpc-2"]).await?;
+        let from = |output: &Output, name: &str| -> u32 {
+            let lines = output.text.lines().filter(|l| l.contains(&format!("grpc-status 0 from {name}, 10 bytes")));
+            lines.filter_map(|l| l.split(' ').next()?.parse::<u32>().ok()).sum()
+        };
+        // One connection, and each call goes where it is best.
+        let start = std::time::Instant::now();
+        loop {
+            let output = grpc(&mesh, "/echo.Echo/Say", "100").await?;
+            let (one, two) = (from(&output, "one"), from(&output, "two"));
+            if one + two == 100 && one > 20 && two > 20 {
+                break;
+            }
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("not spread: {output:?}")));
+            }
+        }
+        let failed = grpc(&mesh, "/echo.Echo/SayFail", "1").await?;
+        expect(&failed, true, "grpc-status 5 from")?;
+        let routes = "apiVersion: gateway.networking.k8s.io/v1\nkind: GRPCRoute\nmetadata: {name: grpc, namespace: shop}\nspec:\n  \
+                      parentRefs: [{group: \"\", kind: Service, name: grpc}]\n  rules:\n  \
+                      - matches: [{method: {service: echo.Echo, method: Say}}, {method: {type: RegularExpression, service: \"other[.].*\"}}]\n    \
+                      backendRefs: [{name: grpc-two, port: 7070}]\n";
+        let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-secrets, namespace: shop}\nspec:\n  \
+                    targetRefs: [{group: \"\", kind: Service, name: grpc}]\n  action: DENY\n  rules: [{to: [{operation: {paths: [/other.Secrets/*]}}]}]\n";
+        mesh.apply("routes.yaml", routes)?;
+        mesh.apply("deny.yaml", deny)?;
+        for (path, outcome) in [
+            ("/other.Secrets/Read", "grpc-status 7 from nobody"),
+            ("/echo.Echo/Say", "20 x grpc-status 0 from two"),
+            ("/other.Things/Do", "20 x grpc-status 0 from two"),
+            ("/echo.Echo/Shout", "grpc-status 12 from nobody"),
+        ] {
+            let start = std::time::Instant::now();
+            loop {
+                let output = grpc(&mesh, path, "20").await?;
+                if output.text.contains(outcome) {
+                    break;
+                }
+                if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                    return Err(Failure(format!("{path}: expected {outcome}: {output:?}")));
+                }
+            }
+        }
+        let metrics = mesh.http_get(&waypoint(&mesh)?.net.netns, 15020, "/metrics")?;
+        let counted = |status: &str| {
+            let wanted =
+                ["request_protocol=\"grpc\"", &format!("grpc_response_status=\"{status}\"")].map(str::to_owned);
+            metrics.lines().any(|l| l.starts_with("istio_requests_total") && wanted.iter().all(|w| l.contains(&**w)))
+        };
+        match ["0", "5", "7", "12"].into_iter().find(|s| !counted(s)) {
+            Some(status) => Err(Failure(format!("no metric of status {status}: {metrics}"))),
+            None => Ok(()),
+        }
+    });
+}

@@ -1,0 +1,108 @@
+//! A gRPC client and server for tests, by hand on HTTP/2 without TLS: every call is an echo.
+//!
+//! ```text
+//! ambit-grpc serve PORT NAME                          `x-from: NAME`, the body back, `grpc-status: 0` in the trailers;
+//!                                                     5 for methods whose name ends in `Fail`
+//! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
+//!                                                     with its number
+//! ```
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use tokio::net::{TcpListener, TcpStream};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["serve", port, name] => serve(port, name).await,
+        ["call", target, path, times, ref headers @ ..] => call(target, path, times, headers).await,
+        _ => Err("usage: ambit-grpc serve PORT NAME | call HOST:PORT PATH TIMES [HEADER:VALUE]...".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(port: &str, name: &str) -> Outcome<()> {
+    let listener = TcpListener::bind(("0.0.0.0", port.parse()?)).await?;
+    let name = http::HeaderValue::from_str(name)?;
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let name = name.clone();
+        tokio::spawn(async move {
+            let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                let name = name.clone();
+                tokio::spawn(async move {
+                    let code = if request.uri().path().ends_with("Fail") { "5" } else { "0" };
+                    let body = read(request.into_body()).await.unwrap_or_default();
+                    let head = Response::builder().header("content-type", "application/grpc").header("x-from", name);
+                    let mut trailers = HeaderMap::new();
+                    trailers.insert("grpc-status", http::HeaderValue::from_static(code));
+                    // A client that has gone needs no answer.
+                    if let Ok(Ok(mut send)) = head.body(()).map(|head| respond.send_response(head, false)) {
+                        let _ = send.send_data(body, false).and_then(|()| send.send_trailers(trailers));
+                    }
+                });
+            }
+        });
+    }
+}
+
+async fn read(mut body: h2::RecvStream) -> Outcome<Bytes> {
+    let mut all = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all.into())
+}
+
+async fn call(target: &str, path: &str, times: &str, headers: &[&str]) -> Outcome<()> {
+    let stream = TcpStream::connect(target).await?;
+    let (mut client, connection) = h2::client::handshake(stream).await?;
+    tokio::spawn(connection);
+    let mut outcomes = BTreeMap::<String, u32>::new();
+    for _ in 0..times.parse::<u32>()? {
+        let mut request = Request::post(format!("http://{target}{path}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers");
+        for header in headers {
+            let (name, value) = header.split_once(':').ok_or("expected HEADER:VALUE")?;
+            request = request.header(name.trim(), value.trim());
+        }
+        client = client.ready().await?;
+        let (answer, mut send) = client.send_request(request.body(())?, false)?;
+        // One message: not compressed, five bytes long.
+        send.send_data(Bytes::from_static(b"\0\0\0\0\x05hello"), true)?;
+        let answer = answer.await?;
+        let (head, mut body) = answer.into_parts();
+        let mut length = 0;
+        while let Some(chunk) = body.data().await {
+            let chunk = chunk?;
+            body.flow_control().release_capacity(chunk.len())?;
+            length += chunk.len();
+        }
+        let trailers = body.trailers().await?.unwrap_or_default();
+        let text = |map: &HeaderMap, name: &str| map.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let status = text(&trailers, "grpc-status").or_else(|| text(&head.headers, "grpc-status")).unwrap_or_default();
+        let from = text(&head.headers, "x-from").unwrap_or_else(|| "nobody".into());
+        *outcomes.entry(format!("grpc-status {status} from {from}, {length} bytes")).or_default() += 1;
+    }
+    for (outcome, n) in outcomes {
+        println!("{n} x {outcome}");
+    }
+    Ok(())
+}
