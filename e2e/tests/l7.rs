@@ -677,3 +677,31 @@ fn grpc_is_routed_and_balanced_call_by_call() {
         }
     });
 }
+
+#[test]
+fn a_waypoint_is_replaced_under_load_without_a_failed_request() {
+    sandbox::test("a_waypoint_is_replaced_under_load_without_a_failed_request", || async {
+        let mut mesh = layer7_shop().await?;
+        let old = waypoint(&mesh)?.uid;
+        let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "6"])?;
+        // Another version of the programs: the controller renders another template, and the cluster rolls.
+        mesh.restart_istiod(&[("AMBIT_IMAGE", "ambit:next")])?;
+        mesh.wait("the old one to be gone and the new one to be there", |m| {
+            let uids: Vec<String> = m
+                .kubelet
+                .pods()
+                .into_iter()
+                .filter(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-"))
+                .map(|(_, pod)| pod.uid)
+                .collect();
+            uids.len() == 1 && uids[0] != old
+        })
+        .await?;
+        mesh.wait("the load to end", |_| load.ended().is_some()).await?;
+        if !load.text().ends_with(" failed=0\n") {
+            return Err(Failure(load.text()));
+        }
+        expect(&request(&mesh, &["GET", "http://web.shop/"]).await?, true, "hello from web")?;
+        mesh.wait("the new one to have been used", |m| told(m).iter().any(|l| l["status"] == 200)).await
+    });
+}

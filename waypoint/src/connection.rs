@@ -20,6 +20,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio_util::sync::CancellationToken;
 
 use crate::observe::Facts;
 use crate::request;
@@ -42,6 +43,8 @@ pub struct Connection {
     pub target: Target,
     /// What is known of both sides.
     pub facts: Facts,
+    /// A request has come.
+    pub begun: CancellationToken,
 }
 
 impl Connection {
@@ -87,7 +90,7 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         Err(refusal) => return refuse(&facts, incoming, refusal.status(), refusal.to_string()),
     };
     facts.service = target.service.clone();
-    let connection = Rc::new(Connection { downstream, target, facts });
+    let connection = Rc::new(Connection { downstream, target, facts, begun: CancellationToken::new() });
     let verdict = connection.target.bound.policies.decide(&connection.subject());
     let permitted = matches!(verdict, Verdict::Allow(_)) && connection.target.bound.closed.is_none();
     match connection.target.protocol {
@@ -254,7 +257,12 @@ async fn relay_with(
 }
 
 async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind<TunnelIo>) {
-    let drain = context.shared.drain.clone();
+    let (drain, begun) = (context.shared.drain.clone(), connection.begun.clone());
+    // A client that was let in before it heard of the end gets its answer.
+    let last = async {
+        drain.cancelled().await;
+        begun.cancelled().await;
+    };
     let service = service_fn(move |request| request::handle(context.clone(), connection.clone(), request));
     let mut server = auto::Builder::new(LocalExecutor);
     server
@@ -275,7 +283,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
     tokio::pin!(connection);
     let served = tokio::select! {
         served = connection.as_mut() => served,
-        () = drain.cancelled() => {
+        () = last => {
             // The request that is under way is the last one.
             connection.as_mut().graceful_shutdown();
             connection.await

@@ -68,6 +68,7 @@ pub async fn handle(
     connection: Rc<Connection>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
+    connection.begun.cancel();
     let host = authority(&request).unwrap_or_default();
     let grpc =
         request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));

@@ -75,7 +75,10 @@ pub fn start(worker: &Worker, shared: Arc<Shared>, listener: std::net::TcpListen
                 Ok((stream, source)) => {
                     // Without these options the connection still works.
                     let _ = listen::prepare_stream(&stream);
-                    tokio::task::spawn_local(tunnel(context.clone(), stream, orig_dst::canonical(source)));
+                    // The whole tunnel is waited for at the end, not only its streams: what they wrote last may not have
+                    // been sent.
+                    let served = tunnel(context.clone(), stream, orig_dst::canonical(source));
+                    tokio::task::spawn_local(context.shared.connections.track_future(served));
                 }
                 Err(error) => {
                     // Out of descriptors, mostly: wait for some connection to end.
@@ -99,8 +102,7 @@ async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr) {
     let end = peer.not_after.min(own.facts.not_after);
     let downstream = Rc::new(Downstream { peer, source });
     let served = serve(tls, settings, until(&context, end), |incoming| {
-        let handled = connection::handle(context.clone(), downstream.clone(), incoming);
-        tokio::task::spawn_local(context.shared.connections.track_future(handled));
+        tokio::task::spawn_local(connection::handle(context.clone(), downstream.clone(), incoming));
     });
     if let Err(error) = served.await {
         debug!(%source, %error, "tunnel");

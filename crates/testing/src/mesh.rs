@@ -158,6 +158,13 @@ impl Mesh {
         Ok(())
     }
 
+    /// Starts the controller again with another environment.
+    pub fn restart_istiod(&mut self, env: &[(&str, &str)]) -> Result<(), Failure> {
+        self.kill_istiod();
+        self.options.istiod_env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        self.start_istiod()
+    }
+
     /// Kills the controller.
     pub fn kill_istiod(&mut self) {
         self.istiod = None;
