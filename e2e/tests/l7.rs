@@ -705,3 +705,80 @@ fn a_waypoint_is_replaced_under_load_without_a_failed_request() {
         mesh.wait("the new one to have been used", |m| told(m).iter().any(|l| l["status"] == 200)).await
     });
 }
+
+#[test]
+fn a_route_leads_nobody_round_the_policies_of_where_it_leads() {
+    sandbox::test("a_route_leads_nobody_round_the_policies_of_where_it_leads", || async {
+        let mesh = layer7_shop().await?;
+        let policies = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: v2-admin, namespace: shop}\nspec:\n  \
+                        targetRefs: [{group: \"\", kind: Service, name: web-v2}]\n  action: DENY\n  rules: [{to: [{operation: {paths: [/admin*]}}]}]\n---\n\
+                        apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: web-secret, namespace: shop}\nspec:\n  \
+                        targetRefs: [{group: \"\", kind: Service, name: web}]\n  action: DENY\n  rules:\n  \
+                        - to: [{operation: {paths: [/secret*]}}]\n  - when: [{key: \"request.headers[x-role]\", values: [\"admin*\"]}]\n";
+        let rewrite = |to: &str| {
+            format!("{{type: URLRewrite, urlRewrite: {{path: {{type: ReplaceFullPath, replaceFullPath: {to}}}}}}}")
+        };
+        let rules = format!(
+            "  - matches: [{{path: {{value: /to-admin}}}}]\n    filters: [{}]\n    backendRefs: [{{name: web-v2, port: 80}}]\n  \
+             - matches: [{{path: {{value: /to-secret}}}}]\n    filters: [{}]\n    backendRefs: [{{name: web, port: 80}}]\n  \
+             - matches: [{{path: {{value: /to-role}}}}]\n    filters: [{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: x-role, value: admin}}]}}}}]\n    \
+             backendRefs: [{{name: web, port: 80}}]\n  \
+             - matches: [{{path: {{value: /admin}}}}]\n    filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: web-v2, port: 80}}}}}}]\n    \
+             backendRefs: [{{name: web, port: 80}}]\n  - backendRefs: [{{name: web-v2, port: 80}}]\n",
+            rewrite("/admin"),
+            rewrite("/secret")
+        );
+        mesh.apply("policies.yaml", policies)?;
+        mesh.apply("route.yaml", &route(&rules))?;
+        until(&mesh, &["GET", "http://web.shop/to-admin"], "403 Forbidden").await?;
+        for (path, header, answer) in [
+            ("/to-secret", "x-a: b", "403 Forbidden"),
+            ("/to-role", "x-a: b", "403 Forbidden"),
+            ("/any", "x-a: b", "hello from v2"),
+            ("/any", "x-role: admin\u{ff}", "403 Forbidden"),
+            // What a client calls its connection's own cannot be taken away from those who look.
+            ("/any", "connection: x-role, close", "hello from v2"),
+            ("/echo/any", "connection: x-forwarded-for, close", "x-forwarded-for: "),
+            ("/admin", "x-a: b", "hello from web;"),
+        ] {
+            let output = request(&mesh, &["GET", &format!("http://web.shop{path}"), "--header", header]).await?;
+            expect(&output, true, answer).map_err(|f| Failure(format!("{path} with {header}: {f}")))?;
+        }
+        // The mirror of /admin is not sent where a policy denies it.
+        let logs = mesh.kubelet.pod("shop", "web-v2").ok_or_else(|| Failure::new("no web-v2"))?.logs.join("c.log");
+        let seen = std::fs::read_to_string(&logs).unwrap_or_default();
+        if seen.contains("/admin") {
+            return Err(Failure(format!("the mirror was let in: {seen}")));
+        }
+        let h2c = "GET /any HTTP/1.1\\r\\nhost: web.shop\\r\\nconnection: Upgrade, HTTP2-Settings\\r\\nupgrade: h2c\\r\\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\\r\\n\\r\\n";
+        let output = mesh.exec(CLIENT, &["ambit-app", "raw", "web.shop:80", h2c]).await?;
+        expect(&output, true, "hello from v2")?;
+        refused(&output, "101")
+    });
+}
+
+#[test]
+fn pods_may_be_addressed_through_a_waypoint_unless_policies_guard_its_services() {
+    sandbox::test("pods_may_be_addressed_through_a_waypoint_unless_policies_guard_its_services", || async {
+        let mesh = layer7_shop().await?;
+        let all = ambit_e2e::WAYPOINT.replace(
+            "metadata: {name: waypoint, namespace: shop}",
+            "metadata: {name: waypoint, namespace: shop, labels: {istio.io/waypoint-for: all}}",
+        );
+        mesh.apply("waypoint.yaml", &all)?;
+        let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
+        let direct = format!("http://{web}:8080/echo/direct");
+        until(&mesh, &["GET", &direct], "traceparent: ").await?;
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no, namespace: shop}\nspec:\n  \
+                      targetRefs: [{group: \"\", kind: Service, name: web}]\n  action: DENY\n  rules: [{to: [{operation: {paths: [/admin]}}]}]\n";
+        mesh.apply("policy.yaml", &policy.replace("name: no,", "name: no-admin,"))?;
+        until(&mesh, &["GET", "http://web.shop/admin"], "403 Forbidden").await?;
+        let start = std::time::Instant::now();
+        while request(&mesh, &["GET", &direct]).await?.success {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("the policy can be gone round by the pod's address"));
+            }
+        }
+        Ok(())
+    });
+}

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::index::Mesh;
-use crate::index::gateways::Rendered;
+use crate::index::gateways::{MANAGED, Rendered};
 use crate::objects::Key;
 
 const MANAGER: &str = "ambit-istiod-lite";
@@ -79,6 +79,19 @@ async fn write(client: &Client, key: &Key, object: Value, status: bool) -> bool 
     let (group, version) = version.rsplit_once('/').unwrap_or(("", &version));
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, &kind));
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
+    if !status {
+        match api.get_opt(&key.name).await {
+            Ok(Some(there)) if !there.metadata.labels.as_ref().is_some_and(|l| l.contains_key(MANAGED)) => {
+                warn!(%key, kind, "there is one of this name that is not ours; give the Gateway another name");
+                return false;
+            }
+            Ok(_) => {}
+            Err(error) => {
+                warn!(%key, kind, %error, "not read; trying again");
+                return false;
+            }
+        }
+    }
     let (params, patch) = (PatchParams::apply(MANAGER).force(), Patch::Apply(&object));
     let result = match status {
         true => api.patch_status(&key.name, &params, &patch).await,

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
 use crate::observe::Exchange;
+use crate::upstream::Held;
 
 /// Frames of a copy that wait for the mirror.
 const COPIES: usize = 16;
@@ -28,6 +29,8 @@ pub struct Body {
     /// What is told when the body has ended, or when nobody wants it any more.
     exchange: Option<Box<Exchange>>,
     deadline: Option<Pin<Box<Sleep>>>,
+    /// Given back when the body is done with.
+    held: Option<Held>,
 }
 
 enum Source {
@@ -45,13 +48,21 @@ pub enum Cut {
     /// The copy of a body could not keep up with it.
     #[error("the mirror could not keep up")]
     Mirror,
+    /// The body that is copied broke off.
+    #[error("the body broke off")]
+    Source,
+}
+
+/// Ends a copy with an error: what has been sent must not look like the whole.
+fn cut(copy: mpsc::Sender<Result<Frame<Bytes>, Cut>>, why: Cut) {
+    tokio::task::spawn_local(async move { copy.send(Err(why)).await });
 }
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 impl Body {
     fn of(source: Source) -> Self {
-        Self { source, counted: Arc::default(), copies: Vec::new(), exchange: None, deadline: None }
+        Self { source, counted: Arc::default(), copies: Vec::new(), exchange: None, deadline: None, held: None }
     }
 
     /// Known bytes.
@@ -77,6 +88,12 @@ impl Body {
     /// Ends the body with an error when the time has come.
     pub fn until(mut self, deadline: Option<Instant>) -> Self {
         self.deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at.into())));
+        self
+    }
+
+    /// Keeps a place on a connection until the body is done with.
+    pub fn holding(mut self, held: Option<Held>) -> Self {
+        self.held = held;
         self
     }
 
@@ -115,9 +132,7 @@ impl HttpBody for Body {
                     this.copies.retain(|copy| match copy.try_send(Ok(Frame::data(data.clone()))) {
                         Ok(()) => true,
                         Err(_) => {
-                            // What has been sent must not look like the whole.
-                            let copy = copy.clone();
-                            tokio::task::spawn_local(async move { copy.send(Err(Cut::Mirror)).await });
+                            cut(copy.clone(), Cut::Mirror);
                             false
                         }
                     });
@@ -127,6 +142,7 @@ impl HttpBody for Body {
                 }
             }
             Some(Err(error)) => {
+                this.copies.drain(..).for_each(|copy| cut(copy, Cut::Source));
                 if let Some(exchange) = &mut this.exchange {
                     exchange.flag = "UC";
                     exchange.error = Some(format!("the answer broke off: {error}"));
@@ -162,6 +178,9 @@ impl HttpBody for Body {
 impl Drop for Body {
     fn drop(&mut self) {
         let ended = self.is_end_stream();
+        if !ended {
+            self.copies.drain(..).for_each(|copy| cut(copy, Cut::Source));
+        }
         if let Some(mut exchange) = self.exchange.take() {
             if !ended && exchange.error.is_none() {
                 exchange.flag = "DC";

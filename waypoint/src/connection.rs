@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::server::Incoming;
+use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::l7::policy::{Subject, Verdict};
 use ambit_model::service::AppProtocol;
@@ -92,7 +93,10 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
     facts.service = target.service.clone();
     let connection = Rc::new(Connection { downstream, target, facts, begun: CancellationToken::new() });
     let verdict = connection.target.bound.policies.decide(&connection.subject());
-    let permitted = matches!(verdict, Verdict::Allow(_)) && connection.target.bound.closed.is_none();
+    let bound = &connection.target.bound;
+    let permitted = matches!(verdict, Verdict::Allow(_)) && bound.closed.is_none();
+    // Where tokens are asked for, what does not look like HTTP may be HTTP that hides.
+    let permitted = permitted && (bound.tokens.is_empty() || connection.target.protocol != AppProtocol::Unknown);
     match connection.target.protocol {
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
             if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
@@ -277,7 +281,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .max_concurrent_streams(256)
         .max_header_list_size(MAX_HEAD as u32)
         .initial_stream_window_size(1024 * 1024)
-        .initial_connection_window_size(16 * 1024 * 1024)
+        .initial_connection_window_size(MAX_WINDOW)
         .keep_alive_interval(Some(Duration::from_secs(30)));
     let connection = server.serve_connection_with_upgrades(TokioIo::new(io), service);
     tokio::pin!(connection);

@@ -30,12 +30,10 @@ pub fn path(path: &str, change: &PathChange, prefix: Option<&str>) -> String {
     match change {
         PathChange::Full(full) => full.to_string(),
         PathChange::Prefix(new) => {
-            let rest = prefix.and_then(|p| path.strip_prefix(p)).unwrap_or(path).trim_start_matches('/');
-            let new = new.trim_end_matches('/');
-            match (new, rest) {
-                ("", "") => "/".to_owned(),
-                (new, "") => new.to_owned(),
-                (new, rest) => format!("{new}/{rest}"),
+            let rest = prefix.and_then(|p| path.strip_prefix(p)).unwrap_or(path);
+            match format!("{}{rest}", new.trim_end_matches('/')) {
+                empty if empty.is_empty() => "/".to_owned(),
+                changed => changed,
             }
         }
     }
@@ -132,8 +130,21 @@ pub fn origin_headers(cors: &Cors, origin: HeaderValue, out: &mut HeaderMap) {
     }
 }
 
+/// The protocol that a request wants to switch to. Not to HTTP itself, nor to TLS: what came after would be requests that
+/// nobody looks at.
+pub fn wanted_upgrade(method: &Method, version: http::Version, headers: &HeaderMap) -> Option<HeaderValue> {
+    let mut values = headers.get_all(header::UPGRADE).iter();
+    let (Some(one), None) = (values.next(), values.next()) else { return None };
+    let protocol = one.to_str().ok()?.to_ascii_lowercase();
+    let listed = headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
+    let wanted = listed.map(str::trim).any(|name| name.eq_ignore_ascii_case("upgrade"));
+    let hidden = protocol.contains(',') || ["h2", "http", "tls"].iter().any(|p| protocol.trim().starts_with(p));
+    let fits = method == Method::GET && version == http::Version::HTTP_11 && wanted && !hidden;
+    fits.then(|| one.clone())
+}
+
 /// Takes off what concerns one connection only (RFC 9110 section 7.6.1); an upgrade is kept where it is wanted.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
+pub fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
     let listed: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -141,20 +152,19 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
         .flat_map(|v| v.split(','))
         .filter_map(|name| name.trim().parse().ok())
         .collect();
-    let kept = upgrade.then(|| headers.get(header::UPGRADE).cloned()).flatten();
     for name in listed {
         headers.remove(name);
     }
-    for name in ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"] {
+    for name in ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "http2-settings"] {
         headers.remove(name);
     }
     let trailers = headers.get(header::TE).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"trailers"));
     if !trailers {
         headers.remove(header::TE);
     }
-    if let Some(upgrade) = kept {
+    if let Some(upgrade) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(header::UPGRADE, upgrade);
+        headers.insert(header::UPGRADE, upgrade.clone());
     }
 }
 
@@ -168,7 +178,8 @@ mod tests {
             ("/v1/items", "/v1", "/v2", "/v2/items"),
             ("/v1/items", "/v1", "/v2/", "/v2/items"),
             ("/v1", "/v1", "/", "/"),
-            ("/v1/", "/v1", "/x", "/x"),
+            ("/v1/", "/v1", "/x", "/x/"),
+            ("/v1", "/v1", "/x/", "/x"),
             ("/v1/items", "/v1", "/", "/items"),
             ("/v1/items", "/v1", "", "/items"),
             ("/items", "", "/all", "/all/items"),
@@ -214,6 +225,29 @@ mod tests {
     }
 
     #[test]
+    fn nobody_switches_to_http_itself() {
+        let wanted = |method: Method, connection: &str, upgrade: &str| {
+            let headers: HeaderMap = [(header::CONNECTION, connection), (header::UPGRADE, upgrade)]
+                .map(|(n, v)| (n, v.parse().expect("a value")))
+                .into_iter()
+                .collect();
+            wanted_upgrade(&method, http::Version::HTTP_11, &headers).is_some()
+        };
+        assert!(wanted(Method::GET, "keep-alive, Upgrade", "websocket"));
+        for (connection, upgrade) in [
+            ("Upgrade, HTTP2-Settings", "h2c"),
+            ("upgrade", "H2C"),
+            ("upgrade", "websocket, h2c"),
+            ("upgrade", "HTTP/2.0"),
+            ("upgrade", "TLS/1.2"),
+            ("close", "websocket"),
+        ] {
+            assert!(!wanted(Method::GET, connection, upgrade), "{connection}: {upgrade}");
+        }
+        assert!(!wanted(Method::POST, "upgrade", "websocket"));
+    }
+
+    #[test]
     fn what_concerns_one_connection_stays_there() {
         let all =
             [("connection", "close, x-secret"), ("x-secret", "1"), ("te", "gzip"), ("upgrade", "h2c"), ("x-a", "1")];
@@ -221,7 +255,7 @@ mod tests {
             .into_iter()
             .map(|(n, v)| (n.parse::<HeaderName>().expect("a name"), v.parse().expect("a value")))
             .collect();
-        strip_hop_by_hop(&mut headers, false);
+        strip_hop_by_hop(&mut headers, None);
         assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-a"]);
     }
 }

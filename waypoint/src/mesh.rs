@@ -36,6 +36,13 @@ pub struct Bound {
     pub default: Arc<RouteRule>,
 }
 
+impl Bound {
+    /// Not everybody may do everything.
+    pub fn is_guarded(&self) -> bool {
+        self.closed.is_some() || !self.tokens.is_empty() || !self.policies.is_empty()
+    }
+}
+
 /// Services of this waypoint; swapped whole.
 pub type Services = HashMap<NamespacedHostname, Arc<Bound>>;
 

@@ -14,7 +14,7 @@ use ambit_model::l7::table::{Found, RequestView};
 use ambit_model::l7::token::Token;
 use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule, path};
 use ambit_model::service::AppProtocol;
-use ambit_model::{NamespacedHostname, Str};
+use ambit_model::{NamespacedHostname, Str, Workload};
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -26,7 +26,8 @@ use crate::connection::Connection;
 use crate::filters;
 use crate::mesh::Bound;
 use crate::observe::Exchange;
-use crate::upstream::{Endpoint, Unreachable, Version};
+use crate::token::TokenError;
+use crate::upstream::{Endpoint, Held, Unreachable, Version};
 use crate::worker::Context;
 
 /// Endpoints tried while nobody has seen a byte of the request.
@@ -79,8 +80,8 @@ pub async fn handle(
         request.uri().path(),
     );
     exchange.grpc = grpc;
-    let upgrade = (request.headers().contains_key(header::UPGRADE) && request.version() == http::Version::HTTP_11)
-        .then(|| hyper::upgrade::on(&mut request));
+    let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
+    let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
     let outcome = respond(&context, &connection, request, &host, &mut exchange, upgrade).await;
     let response = match outcome {
         Ok(response) => response,
@@ -113,7 +114,7 @@ async fn respond(
     request: Request<Incoming>,
     host: &str,
     exchange: &mut Exchange,
-    upgrade: Option<hyper::upgrade::OnUpgrade>,
+    upgrade: Option<Upgrade>,
 ) -> Result<Response<Body>, Local> {
     let bad = |text, reason: &str| Local::new(StatusCode::BAD_REQUEST, "DPE", text, reason);
     if request.method() == Method::CONNECT {
@@ -131,43 +132,64 @@ async fn respond(
     }
     let (mut head, incoming) = request.into_parts();
     head.headers.remove(XFCC);
-    let mut query = head.uri.query().unwrap_or_default().to_owned();
-    let token = bound.tokens.check(&mut head.headers, &mut query);
-    let token = token.map_err(|e| Local::new(StatusCode::UNAUTHORIZED, "UAEX", "the token is not valid\n", e))?;
-    authorize(connection, &bound, &head, host, &path, token.as_ref(), exchange)?;
+    // Before anybody looks: what a client lists as its connection's own is nobody else's.
+    filters::strip_hop_by_hop(&mut head.headers, upgrade.as_ref().map(|(protocol, _)| protocol));
+    let named = HeaderValue::from_str(host).map_err(|_| bad("the host is not valid\n", "the host is not valid"))?;
+    head.headers.insert(header::HOST, named);
+    let original = Original { headers: head.headers.clone(), query: head.uri.query().unwrap_or_default().to_owned() };
+    let mut query = original.query.clone();
+    let token = bound.tokens.check(&mut head.headers, &mut query).map_err(bad_token)?;
+    let port = connection.target.port;
+    let asked = Asked { method: &head.method, host, path: &path, port };
+    exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;
     let plan = plan(connection, &bound, &head, &path, &query, exchange)?;
 
     let mut change = Change { headers: Vec::new(), cors: None, mirrors: Vec::new(), host: None, path: path.clone() };
     let of_backend = plan.backend.iter().flat_map(|b| &b.filters);
     for filter in plan.rule.filters.iter().chain(of_backend) {
-        if let Some(answer) =
-            apply(filter, &mut head.headers, &head.method, host, connection, &path, &query, &plan, &mut change)?
-        {
+        if let Some(answer) = apply(filter, &mut head.headers, &asked, &query, &plan, &mut change)? {
             return Ok(answer);
         }
     }
     let Some((service, port)) = &plan.to else {
         return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NR", "no backend\n", "the rule has no backend"));
     };
-    if connection.target.service.as_ref().is_some_and(|s| s.key() != *service)
-        && let Some(other) = context.shared.services.load().get(service)
-    {
-        // A policy on the backend holds whatever route leads there.
-        authorize(connection, other, &head, host, &path, token.as_ref(), exchange)?;
+    let to_path =
+        path::normalise(&change.path).map_err(|e| bad("the path is not valid\n", &e.to_string()))?.into_owned();
+    let to_host = change.host.as_deref().unwrap_or(host).to_owned();
+    // What has been evaluated is what goes on: whatever a route has changed, and wherever it leads, is looked at again as
+    // it will arrive.
+    let here = connection.target.service.as_ref().is_none_or(|s| s.key() == *service);
+    let changed = !plan.rule.filters.is_empty() || plan.backend.as_ref().is_some_and(|b| !b.filters.is_empty());
+    let arrives = Asked { method: &head.method, host: &to_host, path: &to_path, port: *port };
+    if !here {
+        admit(context, connection, service, &arrives, &mut head.headers, &original)?;
+    } else if changed {
+        authorize(connection, &bound, &arrives, &head.headers, token.as_ref())?;
     }
-
+    let mut mirrors = Vec::new();
+    for mirror in change.mirrors {
+        let BackendTarget::Service(service, port) = mirror.target else { continue };
+        let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
+        match admit(context, connection, &service, &arrives, &mut headers, &original) {
+            Ok(()) => mirrors.push((service, port)),
+            Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
+        }
+    }
     forwarded(&mut head.headers, connection, exchange);
-    filters::strip_hop_by_hop(&mut head.headers, upgrade.is_some());
     let version = version_for(context, service, *port, head.version, upgrade.is_some());
     let deadline = plan.rule.timeout().map(|t| Instant::now() + t);
     let mut body = Body::incoming(incoming);
     exchange.request_bytes = body.counted.clone();
-    let to_host = change.host.as_deref().unwrap_or(host).to_owned();
-    let head = Head { method: head.method, headers: head.headers, host: to_host, path: change.path, query };
-    for mirror in change.mirrors {
+    let head = Head { method: head.method, headers: head.headers, host: to_host, path: to_path, query };
+    for (service, port) in mirrors {
+        let Some(place) = context.upstream.mirror_place() else { break };
         let (context, head, body) = (context.clone(), head.clone(), body.copy());
         // Nobody waits for its answer.
-        tokio::task::spawn_local(async move { mirror_to(&context, &mirror, &head, body).await });
+        tokio::task::spawn_local(async move {
+            let _place = place;
+            mirror_to(&context, &service, port, &head, body).await;
+        });
     }
     let sent = forward(context, connection, service, *port, version, &head, body, exchange);
     let response = match deadline {
@@ -183,10 +205,16 @@ async fn respond(
     };
     let (mut head, incoming) = response.into_parts();
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        let asked = upgrade.as_ref().map(|(protocol, _)| protocol);
+        if asked.is_none() || head.headers.get(header::UPGRADE) != asked {
+            let reason = "the pod has switched to a protocol that nobody asked for";
+            return Err(Local::new(StatusCode::BAD_GATEWAY, "UPE", "bad answer\n", reason));
+        }
         let response = Response::from_parts(head, incoming);
-        return Ok(switch(response, upgrade));
+        return Ok(switch(response, upgrade.map(|(_, client)| client)));
     }
-    filters::strip_hop_by_hop(&mut head.headers, false);
+    let held = head.extensions.remove::<Held>();
+    filters::strip_hop_by_hop(&mut head.headers, None);
     for one in &change.headers {
         filters::change(&mut head.headers, one);
     }
@@ -194,7 +222,7 @@ async fn respond(
         filters::origin_headers(&cors, origin, &mut head.headers);
     }
     head.version = http::Version::default();
-    Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline)))
+    Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline).holding(held)))
 }
 
 /// Routes and policies as they are now; a connection may be older than they are.
@@ -204,25 +232,71 @@ fn current(context: &Context, connection: &Connection) -> Arc<Bound> {
     now.unwrap_or_else(|| connection.target.bound.clone())
 }
 
+/// A request as policies look at it, without its headers.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    method: &'a Method,
+    host: &'a str,
+    path: &'a str,
+    port: u16,
+}
+
+/// What a request brought along, before a token was taken off.
+struct Original {
+    headers: HeaderMap,
+    query: String,
+}
+
+/// The protocol that a client wants to switch to, and its end of the connection after that.
+type Upgrade = (HeaderValue, hyper::upgrade::OnUpgrade);
+
+fn bad_token(error: TokenError) -> Local {
+    Local::new(StatusCode::UNAUTHORIZED, "UAEX", "the token is not valid\n", error)
+}
+
+/// Lets a request through to another service than the one that was asked for: its own configuration, its own tokens and its
+/// own policies hold, whatever route leads there.
+fn admit(
+    context: &Context,
+    connection: &Connection,
+    service: &NamespacedHostname,
+    asked: &Asked<'_>,
+    headers: &mut HeaderMap,
+    original: &Original,
+) -> Result<(), Local> {
+    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(()) };
+    if let Some(reason) = &bound.closed {
+        return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
+    }
+    let (mut brought, mut query) = (original.headers.clone(), original.query.clone());
+    let token = bound.tokens.check(&mut brought, &mut query).map_err(bad_token)?;
+    for name in bound.tokens.told() {
+        headers.remove(name);
+        if let Some(value) = brought.get(name) {
+            // Its own table has set it.
+            if let Ok(name) = name.parse::<HeaderName>() {
+                headers.insert(name, value.clone());
+            }
+        }
+    }
+    authorize(connection, &bound, asked, headers, token.as_ref()).map(drop)
+}
+
+/// Whether policies let a request through; the one that did so, if there is any.
 fn authorize(
     connection: &Connection,
     bound: &Bound,
-    head: &http::request::Parts,
-    host: &str,
-    path: &str,
+    asked: &Asked<'_>,
+    headers: &HeaderMap,
     token: Option<&Token>,
-    exchange: &mut Exchange,
-) -> Result<(), Local> {
-    let http = HttpSubject { method: &head.method, host, path, headers: &head.headers, token };
-    let subject = Subject { http: Some(http), ..connection.subject() };
+) -> Result<Option<String>, Local> {
+    let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
+    let subject = Subject { http: Some(http), port: asked.port, ..connection.subject() };
     for (name, action) in bound.policies.watched(&subject) {
         tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");
     }
     match bound.policies.decide(&subject) {
-        Verdict::Allow(by) => {
-            exchange.policy = by.map(|(name, rule)| format!("{name} rule {rule}")).or(exchange.policy.take());
-            Ok(())
-        }
+        Verdict::Allow(by) => Ok(by.map(|(name, rule)| format!("{name} rule {rule}"))),
         Verdict::HiddenSlash => {
             Err(Local::new(StatusCode::BAD_REQUEST, "DPE", "the path is not valid\n", Verdict::HiddenSlash))
         }
@@ -243,7 +317,9 @@ fn plan(
     let namespace = &connection.facts.src_identity.namespace;
     match bound.routes.find(&view, target.port, Some(namespace)) {
         Found::Default => {
-            let to = target.service.as_ref().map(|s| (s.key(), target.port));
+            let of_workload = |w: &Arc<Workload>| NamespacedHostname::new(w.namespace.clone(), w.name.clone());
+            let key = target.service.as_ref().map(|s| s.key()).or_else(|| target.workload.as_ref().map(of_workload));
+            let to = key.map(|key| (key, target.port));
             Ok(Plan { rule: bound.default.clone(), prefix: None, to, backend: None })
         }
         Found::None(kind) => {
@@ -273,14 +349,14 @@ fn plan(
 
 /// One of the backends, by weight.
 fn pick(backends: &[Backend]) -> Option<&Backend> {
-    let total: u32 = backends.iter().map(|b| b.weight).sum();
+    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
     if total == 0 {
         return None;
     }
-    let mut at = fastrand::u32(0..total);
+    let mut at = fastrand::u64(0..total);
     backends.iter().find(|b| {
-        let here = at < b.weight;
-        at = at.saturating_sub(b.weight);
+        let here = at < u64::from(b.weight);
+        at = at.saturating_sub(u64::from(b.weight));
         here
     })
 }
@@ -296,23 +372,19 @@ struct Change {
 }
 
 /// Applies one filter; its answer, where it answers by itself.
-#[allow(clippy::too_many_arguments, reason = "a filter may look at everything")]
 fn apply(
     filter: &Filter,
     headers: &mut HeaderMap,
-    method: &Method,
-    host: &str,
-    connection: &Connection,
-    path: &str,
+    asked: &Asked<'_>,
     query: &str,
     plan: &Plan,
     change: &mut Change,
 ) -> Result<Option<Response<Body>>, Local> {
+    let Asked { method, host, path, port } = *asked;
     match filter {
         Filter::RequestHeaders(h) => filters::change(headers, h),
         Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
         Filter::Redirect(r) => {
-            let port = connection.target.port;
             return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix.as_deref())));
         }
         Filter::Rewrite(r) => {
@@ -364,7 +436,7 @@ fn forwarded(headers: &mut HeaderMap, connection: &Connection, exchange: &mut Ex
     exchange.trace = Some(format!("{:032x}", trace.trace));
 }
 
-/// HTTP/2 where the backend's port declares it, HTTP/1 where it declares that, else what the client speaks.
+/// HTTP/2 where the backend's port declares it, else what the client speaks.
 fn version_for(
     context: &Context,
     service: &NamespacedHostname,
@@ -466,13 +538,12 @@ async fn forward(
     }
 }
 
-async fn mirror_to(context: &Rc<Context>, backend: &Backend, head: &Head, body: Body) {
+async fn mirror_to(context: &Rc<Context>, service: &NamespacedHostname, port: u16, head: &Head, body: Body) {
     const PATIENCE: Duration = Duration::from_secs(15);
-    let BackendTarget::Service(service, port) = &backend.target else { return };
     let sent = async {
-        let version = version_for(context, service, *port, http::Version::HTTP_11, false);
+        let version = version_for(context, service, port, http::Version::HTTP_11, false);
         let request = head.request(version, body).map_err(|e| e.reason)?;
-        let endpoint = context.upstream.choose(service, *port, &[]).map_err(|e| e.to_string())?;
+        let endpoint = context.upstream.choose(service, port, &[]).map_err(|e| e.to_string())?;
         let response = context.upstream.send(&endpoint, version, request).await.map_err(|(e, _)| e.to_string())?;
         let mut body = response.into_body();
         while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {

@@ -41,6 +41,9 @@ pub enum Refusal {
     /// It is there, but not behind this waypoint.
     #[error("{0} is not bound to this waypoint")]
     NotMine(String),
+    /// A pod was asked for by its own address, and policies of this waypoint speak of services.
+    #[error("{0}: policies guard services of this waypoint, so its pods are reached through their services only")]
+    Guarded(String),
     /// The service has no such port.
     #[error("service {0} has no port {1}")]
     NoPort(String, u16),
@@ -49,7 +52,10 @@ pub enum Refusal {
 impl Refusal {
     /// The answer to the CONNECT.
     pub fn status(&self) -> StatusCode {
-        StatusCode::NOT_FOUND
+        match self {
+            Self::Guarded(_) => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::NOT_FOUND,
+        }
     }
 }
 
@@ -84,6 +90,10 @@ pub fn resolve(
         Destination::Workload(workload) => {
             if !workload.waypoint.as_ref().is_some_and(|w| is_ours(config, snapshot, w)) {
                 return Err(Refusal::NotMine(workload.uid.to_string()));
+            }
+            // Which of them would hold for a pod by itself cannot be told from a service's table.
+            if services.values().any(|b| b.is_guarded()) {
+                return Err(Refusal::Guarded(workload.uid.to_string()));
             }
             let declared = workload.services.iter().find_map(|(key, ports)| {
                 let (service_port, _) = ports.iter().find(|(_, target)| **target == port)?;

@@ -66,7 +66,10 @@ impl TokenTable {
     /// Reads the keys of each rule.
     pub fn new(rules: &[TokenRule]) -> Result<Self, String> {
         let one = |rule: &TokenRule| {
-            let keys = serde_json::from_str(&rule.jwks).map_err(|e| format!("{}: jwks: {e}", rule.name))?;
+            let set: Value = serde_json::from_str(&rule.jwks).map_err(|e| format!("{}: jwks: {e}", rule.name))?;
+            let all = set["keys"].as_array().ok_or_else(|| format!("{}: jwks has no keys", rule.name))?;
+            // A key of a kind that nobody here knows is no reason to refuse the others.
+            let keys = JwkSet { keys: all.iter().filter_map(|k| serde_json::from_value(k.clone()).ok()).collect() };
             let places = match rule.places.is_empty() {
                 true => vec![
                     TokenPlace::Header("authorization".into(), "Bearer ".into()),
@@ -82,40 +85,56 @@ impl TokenTable {
     /// Verifies the token of a request and takes it off, where it does not go on. `query` is without `?`.
     pub fn check(&self, headers: &mut HeaderMap, query: &mut String) -> Result<Option<Token>, TokenError> {
         // What claims are told in is never believed from outside.
-        for rule in &self.rules {
-            for name in rule.rule.payload_header.iter().chain(rule.rule.claim_headers.iter().map(|(header, _)| header))
-            {
-                headers.remove(&**name);
+        for name in self.told() {
+            headers.remove(name);
+        }
+        let mut found: Vec<(TokenPlace, String)> = Vec::new();
+        for place in self.rules.iter().flat_map(|r| &r.places) {
+            if !found.iter().any(|(p, _)| p == place) {
+                found.extend(read(place, headers, query).into_iter().map(|text| (place.clone(), text)));
             }
         }
-        let places = self.rules.iter().flat_map(|r| &r.places);
-        let Some((place, text)) = places.into_iter().find_map(|p| Some((p, read(p, headers, query)?))) else {
-            return Ok(None);
-        };
-        let place = place.clone();
-        let (rule, token) = self.verify(&text)?;
-        if !rule.forward {
-            take_off(&place, headers, query);
+        // Each one that is there must be good; the first says who asks.
+        let mut first = None;
+        let mut told = Vec::new();
+        for (place, text) in &found {
+            let (rule, token) = self.verify(place, text)?;
+            if !rule.forward {
+                take_off(place, headers, query);
+            }
+            if first.is_none() {
+                // The middle part, as it came.
+                let payload = text.split('.').nth(1).unwrap_or_default().to_owned();
+                told.extend(rule.payload_header.clone().map(|name| (name, payload)));
+                for (name, claim) in &rule.claim_headers {
+                    let path: Vec<&str> = claim.split('.').collect();
+                    told.extend(token.values(&path).into_iter().next().map(|value| (name.clone(), value)));
+                }
+                first = Some(token);
+            }
         }
-        let set = |headers: &mut HeaderMap, name: &str, value: &str| {
-            if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+        for (name, value) in told {
+            if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(&value)) {
                 headers.insert(name, value);
             }
-        };
-        if let Some(name) = &rule.payload_header {
-            // The middle part, as it came.
-            set(headers, name, text.split('.').nth(1).unwrap_or_default());
         }
-        for (name, claim) in &rule.claim_headers {
-            let path: Vec<&str> = claim.split('.').collect();
-            if let Some(value) = token.values(&path).first() {
-                set(headers, name, value);
-            }
-        }
-        Ok(Some(token))
+        Ok(first)
     }
 
-    fn verify(&self, text: &str) -> Result<(&TokenRule, Token), TokenError> {
+    /// Headers in which claims are told.
+    pub fn told(&self) -> impl Iterator<Item = &str> {
+        self.rules.iter().flat_map(|r| {
+            r.rule.payload_header.iter().map(|h| &**h).chain(r.rule.claim_headers.iter().map(|(h, _)| &**h))
+        })
+    }
+
+    /// No token is looked for.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// Verifies a token by the rules that look at its place.
+    fn verify(&self, place: &TokenPlace, text: &str) -> Result<(&TokenRule, Token), TokenError> {
         if text.len() > MAX_TOKEN {
             return Err(TokenError::TooLong);
         }
@@ -127,7 +146,7 @@ impl TokenTable {
         let unverified = jsonwebtoken::dangerous::insecure_decode::<Value>(text).map_err(malformed)?.claims;
         let issuer = unverified["iss"].as_str().unwrap_or_default();
         let mut last = TokenError::Issuer(issuer.to_owned());
-        for rule in self.rules.iter().filter(|r| *r.rule.issuer == *issuer) {
+        for rule in self.rules.iter().filter(|r| *r.rule.issuer == *issuer && r.places.contains(place)) {
             match rule.verify(text, header.alg, header.kid.as_deref()) {
                 Ok(claims) => return Ok((&rule.rule, Token::new(claims))),
                 Err(error) => last = error,
@@ -165,18 +184,21 @@ impl Rule {
     }
 }
 
-fn read(place: &TokenPlace, headers: &HeaderMap, query: &str) -> Option<String> {
+/// All tokens in a place.
+fn read(place: &TokenPlace, headers: &HeaderMap, query: &str) -> Vec<String> {
     match place {
         TokenPlace::Header(name, prefix) => {
-            let value = headers.get(&**name)?.to_str().ok()?;
-            let matches = value.get(..prefix.len()).is_some_and(|p| p.eq_ignore_ascii_case(prefix));
-            matches.then(|| value[prefix.len()..].trim().to_owned())
+            let values = headers.get_all(&**name).iter().filter_map(|v| v.to_str().ok());
+            let fits = |v: &&str| v.get(..prefix.len()).is_some_and(|p| p.eq_ignore_ascii_case(prefix));
+            values.filter(fits).map(|v| v[prefix.len()..].trim().to_owned()).collect()
         }
         TokenPlace::Parameter(name) => {
-            let mut pairs = form_urlencoded::parse(query.as_bytes());
-            pairs.find(|(n, _)| *n == **name).map(|(_, value)| value.into_owned())
+            let pairs = form_urlencoded::parse(query.as_bytes());
+            pairs.filter(|(n, _)| *n == **name).map(|(_, value)| value.into_owned()).collect()
         }
-        TokenPlace::Cookie(name) => cookies(headers).find(|(n, _)| **n == **name).map(|(_, value)| value.to_owned()),
+        TokenPlace::Cookie(name) => {
+            cookies(headers).filter(|(n, _)| **n == **name).map(|(_, value)| value.to_owned()).collect()
+        }
     }
 }
 

@@ -9,11 +9,14 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::pool::ConnectLost;
+use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders, OpenError, Pool, Tunnel};
 use ambit_model::service::ClientPlace;
 use ambit_model::workload::Protocol;
@@ -26,6 +29,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::body::Body;
 use crate::worker::Shared;
@@ -33,6 +37,12 @@ use crate::worker::Shared;
 const HBONE_PORT: u16 = 15008;
 /// An idle HTTP/1 connection is kept for this long, shorter than most servers do.
 const IDLE: Duration = Duration::from_secs(30);
+/// Requests on one HTTP/2 connection before another is made; most servers allow a hundred.
+const PER_CONNECTION: usize = 90;
+/// HTTP/2 connections to one pod from one worker.
+const CONNECTIONS: usize = 8;
+/// Mirrored requests under way on one worker.
+const MIRRORS: usize = 256;
 /// Idle HTTP/1 connections to one pod.
 const MAX_IDLE: usize = 128;
 
@@ -103,7 +113,35 @@ pub struct Upstream {
     shared: Arc<Shared>,
     tunnels: Pool<TunnelKey, Unreachable>,
     http1: RefCell<HashMap<ConnKey, Idle>>,
-    http2: RefCell<HashMap<ConnKey, http2::SendRequest<Body>>>,
+    http2: RefCell<HashMap<ConnKey, Vec<Shared2>>>,
+    mirrors: Arc<Semaphore>,
+}
+
+/// An HTTP/2 connection, and the requests on it whose answers have not been read.
+#[derive(Clone)]
+struct Shared2 {
+    sender: http2::SendRequest<Body>,
+    requests: Arc<AtomicUsize>,
+}
+
+/// A place on a connection; given back when the last clone is gone.
+#[derive(Clone, Debug)]
+pub struct Held(#[allow(dead_code, reason = "held for its end")] Arc<Place2>);
+
+#[derive(Debug)]
+struct Place2(Arc<AtomicUsize>);
+
+impl Place2 {
+    fn take(requests: &Arc<AtomicUsize>) -> Held {
+        requests.fetch_add(1, Relaxed);
+        Held(Arc::new(Self(requests.clone())))
+    }
+}
+
+impl Drop for Place2 {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Runs what hyper starts on this thread.
@@ -120,7 +158,8 @@ impl Upstream {
     /// No connection yet.
     pub fn new(shared: Arc<Shared>) -> Self {
         let tunnels = Pool::new(shared.config.hbone.clone());
-        Self { shared, tunnels, http1: RefCell::default(), http2: RefCell::default() }
+        let mirrors = Arc::new(Semaphore::new(MIRRORS));
+        Self { shared, tunnels, http1: RefCell::default(), http2: RefCell::default(), mirrors }
     }
 
     /// Chooses an endpoint of a service, other than those in `avoid`.
@@ -220,19 +259,25 @@ impl Upstream {
                     }
                 }
                 Version::Http2 => {
-                    let kept = self.http2.borrow().get(&key).filter(|s| !s.is_closed()).cloned();
-                    let mut sender = match kept {
-                        Some(sender) => sender,
+                    let mut shared = match self.shared2(&key) {
+                        Some(shared) => shared,
                         None => match self.http2(to, &key).await {
-                            Ok(sender) => sender,
+                            Ok(shared) => shared,
                             Err(error) => return Err((error, Some(request))),
                         },
                     };
-                    match sender.try_send_request(request).await {
-                        Ok(response) => return Ok(response),
+                    let held = Place2::take(&shared.requests);
+                    match shared.sender.try_send_request(request).await {
+                        Ok(mut response) => {
+                            response.extensions_mut().insert(held);
+                            return Ok(response);
+                        }
                         Err(mut error) => match error.take_message() {
                             Some(unsent) => {
-                                self.http2.borrow_mut().remove(&key);
+                                let this = |s: &Shared2| Arc::ptr_eq(&s.requests, &shared.requests);
+                                if let Some(all) = self.http2.borrow_mut().get_mut(&key) {
+                                    all.retain(|s| !this(s));
+                                }
                                 request = unsent;
                             }
                             None => return Err((lost(error.into_error()), None)),
@@ -242,6 +287,21 @@ impl Upstream {
             }
         }
         Err((Unreachable::Connect(to.addr, "connections end as soon as they are made".into()), Some(request)))
+    }
+
+    /// The connection with the fewest requests, unless all are full and there may be another.
+    fn shared2(&self, key: &ConnKey) -> Option<Shared2> {
+        let mut all = self.http2.borrow_mut();
+        let connections = all.get_mut(key)?;
+        connections.retain(|s| !s.sender.is_closed());
+        let least = connections.iter().min_by_key(|s| s.requests.load(Relaxed))?;
+        let full = least.requests.load(Relaxed) >= PER_CONNECTION && connections.len() < CONNECTIONS;
+        (!full).then(|| least.clone())
+    }
+
+    /// A place for a mirrored request; none where too many are under way.
+    pub fn mirror_place(&self) -> Option<OwnedSemaphorePermit> {
+        self.mirrors.clone().try_acquire_owned().ok()
     }
 
     fn take_idle(&self, key: &ConnKey) -> Option<http1::SendRequest<Body>> {
@@ -281,19 +341,20 @@ impl Upstream {
         Ok(sender)
     }
 
-    async fn http2(&self, to: &Endpoint, key: &ConnKey) -> Result<http2::SendRequest<Body>, Unreachable> {
+    async fn http2(&self, to: &Endpoint, key: &ConnKey) -> Result<Shared2, Unreachable> {
         let io = self.connect(to).await?;
         let made = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(1024 * 1024)
-            .initial_connection_window_size(16 * 1024 * 1024)
+            .initial_connection_window_size(MAX_WINDOW)
             .keep_alive_interval(Duration::from_secs(30))
             .handshake(TokioIo::new(io))
             .await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         tokio::task::spawn_local(async move { drop(connection.await) });
-        self.http2.borrow_mut().insert(key.clone(), sender.clone());
-        Ok(sender)
+        let shared = Shared2 { sender, requests: Arc::default() };
+        self.http2.borrow_mut().entry(key.clone()).or_default().push(shared.clone());
+        Ok(shared)
     }
 
     /// Closes what is idle or belongs to workloads that are gone; for ever.
@@ -309,7 +370,10 @@ impl Upstream {
             let snapshot = self.shared.store.load();
             let there = |uid: &Str, ip: IpAddr| snapshot.workload(uid).is_some_and(|w| w.workload_ips.contains(&ip));
             self.tunnels.sweep(|key| there(&key.uid, key.peer.ip()));
-            self.http2.borrow_mut().retain(|(uid, addr), s| !s.is_closed() && there(uid, addr.ip()));
+            self.http2.borrow_mut().retain(|(uid, addr), all| {
+                all.retain(|s| !s.sender.is_closed());
+                !all.is_empty() && there(uid, addr.ip())
+            });
             self.http1.borrow_mut().retain(|(uid, addr), idle| {
                 idle.retain(|(sender, since)| sender.is_ready() && since.elapsed() < IDLE);
                 !idle.is_empty() && there(uid, addr.ip())

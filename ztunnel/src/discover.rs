@@ -63,6 +63,10 @@ pub async fn run(proc: PathBuf, node: NetnsId, pods: Arc<Pods>, mut told: watch:
             }
         };
         for uid in deleted.into_iter().filter(|uid| !namespaces.contains_key(*uid)) {
+            // It may have come while we looked.
+            if told.borrow().as_ref().is_none_or(|now| now.contains_key(uid)) {
+                continue;
+            }
             info!(uid, "deleted, and its last process has ended");
             pods.remove(uid).await;
         }

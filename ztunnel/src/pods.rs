@@ -234,12 +234,16 @@ impl Pods {
     /// nobody told, goes when it is found to be gone.
     pub async fn remove_sandbox(&self, uid: &str, sandbox: &str) {
         let Some(slot) = self.slots().get(uid).cloned() else { return };
-        let current = slot.lock().await.info.sandbox.clone();
-        if current == sandbox {
-            self.remove(uid).await;
-        } else {
+        // Under the lock to the end: the pod may be told anew meanwhile.
+        let mut known = slot.lock().await;
+        if known.info.sandbox != sandbox {
+            let current = &known.info.sandbox;
             info!(uid, sandbox, current, "the end of a sandbox that is not the pod's any more");
+            return;
         }
+        self.slots().retain(|_, s| !Arc::ptr_eq(s, &slot));
+        self.leave(&mut known, true).await;
+        known.netns = None;
     }
 
     /// A pod is gone.

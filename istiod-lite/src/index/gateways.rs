@@ -13,7 +13,8 @@ use crate::objects::{Key, core};
 
 /// Label by which the objects of a Gateway are known.
 pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
-const MANAGED: &str = "gateway.istio.io/managed";
+/// Label of objects that we have made for a Gateway.
+pub const MANAGED: &str = "gateway.istio.io/managed";
 const CONTROLLER: &str = "ambit.dev-mesh-controller";
 
 /// What is to be applied for a Gateway.

@@ -169,7 +169,11 @@ fn attach<'a>(
     };
     let kind = routes::kind(candidate.key);
     let consumers = (candidate.key.namespace != namespace).then(|| Str::from(&*candidate.key.namespace));
-    let other = |r: &Route| r.kind != kind && r.consumers == consumers && (r.port == parent.port || r.port.is_none());
+    let other = |r: &Route| {
+        r.kind != kind
+            && r.consumers == consumers
+            && (r.port == parent.port || r.port.is_none() || parent.port.is_none())
+    };
     if let Some(winner) = bound.config.routes.iter().find(|r| other(r)) {
         return no("Conflicted", format!("{:?} {} is attached to the same port", winner.kind, winner.name));
     }
@@ -373,6 +377,12 @@ fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, I
             methods: text(&o.methods, &o.not_methods),
             paths: text(&o.paths, &o.not_paths),
         });
+        let many = |p: &&String| p.matches("{**}").count() > 1;
+        let paths = rule.to.iter().flat_map(|t| t.operation.paths.iter().chain(&t.operation.not_paths));
+        if let Some(path) = paths.into_iter().find(many) {
+            let (path, value) = (format!("spec.rules[{n}].to.operation.paths"), path.clone());
+            return Err(Invalid { path, value, expected: "at most one {**} in a path" });
+        }
         for (m, when) in rule.when.iter().enumerate() {
             if !is_known_key(&when.key) {
                 return Err(Invalid {

@@ -91,6 +91,9 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
             ..RouteRule::default()
         });
     }
+    if spec.rules.is_empty() {
+        compiled.rules.push(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() });
+    }
     Ok(compiled)
 }
 

@@ -87,6 +87,15 @@ fn tokens_must_be_good_where_they_are() {
         let error = check(&token).expect_err(what).to_string();
         assert!(error.contains(expected), "{what}: {error}");
     }
+    let mut two = bearer(&ours.sign(json!({ "aud": "shop" })));
+    let mut forged = format!("access_token={}", issuer().sign(json!({ "aud": "shop" })));
+    assert!(table.check(&mut two, &mut forged).is_err(), "each token that is there must be good");
+    let odd = ours.jwks.replace("[{", r#"[{"kty":"EC","crv":"secp256k1","x":"","y":""},{"#);
+    let table = TokenTable::new(&[TokenRule { jwks: odd.as_str().into(), ..rule(&ours) }]).expect("compiles");
+    assert!(
+        table.check(&mut bearer(&ours.sign(json!({}))), &mut String::new()).is_ok(),
+        "beside a key of another kind"
+    );
     assert!(TokenTable::new(&[TokenRule { jwks: "{".into(), ..rule(&ours) }]).is_err());
 }
 

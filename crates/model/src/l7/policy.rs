@@ -191,9 +191,14 @@ impl PolicyTable {
         table
     }
 
+    /// Nothing is refused.
+    pub fn is_empty(&self) -> bool {
+        self.deny.is_empty() && self.allow.is_empty()
+    }
+
     /// Decides.
     pub fn decide(&self, subject: &Subject<'_>) -> Verdict {
-        if self.deny.is_empty() && self.allow.is_empty() {
+        if self.is_empty() {
             return Verdict::Allow(None);
         }
         if self.paths && subject.http.is_some_and(|h| path::has_hidden_slash(h.path)) {
@@ -350,8 +355,8 @@ impl Condition {
             key => match key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']')) {
                 Some(name) => {
                     let value = |h: HttpSubject<'_>| -> String {
-                        let all: Vec<&str> = h.headers.get_all(name).iter().filter_map(|v| v.to_str().ok()).collect();
-                        all.join(",")
+                        let text = |v: &http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
+                        h.headers.get_all(name).iter().map(text).collect::<Vec<_>>().join(",")
                     };
                     let value = s.http.map(value);
                     v.test_some(value.as_deref(), unknown, pattern)
