@@ -108,7 +108,7 @@ fn tokens_are_found_taken_off_and_told() {
         ..rule(&ours)
     };
     let token = ours.sign(json!({ "team": { "name": "alpha" } }));
-    let table = TokenTable::new(&[told.clone()]).expect("compiles");
+    let table = TokenTable::new(std::slice::from_ref(&told)).expect("compiles");
     let mut headers = bearer(&token);
     headers.insert("x-who", HeaderValue::from_static("forged"));
     table.check(&mut headers, &mut String::new()).expect("good");
