@@ -25,12 +25,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::observe::Facts;
 use crate::request;
-use crate::target::{Target, resolve};
+use crate::target::{Refusal, Target, resolve};
 use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable};
 use crate::worker::{Context, Downstream};
 
 /// Head of a request, and each of its lines, must come within this.
 const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// What a client may have heard before us is waited for so often...
+const HEARING: u32 = 20;
+/// ...so long.
+const HEARS: Duration = Duration::from_millis(25);
 /// Bytes of a head.
 const MAX_HEAD: usize = 64 * 1024;
 /// Headers of a request.
@@ -85,7 +89,17 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         facts.dst = Some(*addr);
     }
     let namespace = facts.src_identity.namespace.clone();
-    let found = resolve(&shared.config, &snapshot, &shared.services.load(), &incoming.authority, &namespace);
+    let find =
+        || resolve(&shared.config, &shared.store.load(), &shared.services.load(), &incoming.authority, &namespace);
+    let mut found = find();
+    // The client may have heard a little earlier than we that the service is bound to us.
+    for _ in 0..HEARING {
+        if !matches!(found, Err(Refusal::NotMine(_))) {
+            break;
+        }
+        tokio::time::sleep(HEARS).await;
+        found = find();
+    }
     let target = match found {
         Ok(target) => target,
         Err(refusal) => return refuse(&facts, incoming, refusal.status(), refusal.to_string()),

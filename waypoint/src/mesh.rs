@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ambit_model::NamespacedHostname;
 use ambit_model::l7::policy::PolicyTable;
@@ -43,8 +44,35 @@ impl Bound {
     }
 }
 
+/// Clients hear a little later than we do that a service is not bound any more; until then it is served as it was.
+const LEAVING: Duration = Duration::from_secs(5);
+
 /// Services of this waypoint; swapped whole.
-pub type Services = HashMap<NamespacedHostname, Arc<Bound>>;
+#[derive(Clone, Debug, Default)]
+pub struct Services {
+    bound: HashMap<NamespacedHostname, Arc<Bound>>,
+    /// No longer bound, and until when they are served.
+    leaving: HashMap<NamespacedHostname, (Arc<Bound>, Instant)>,
+}
+
+impl Services {
+    /// A service that is served here.
+    pub fn get(&self, key: &NamespacedHostname) -> Option<&Arc<Bound>> {
+        let leaving = || self.leaving.get(key).filter(|(_, until)| Instant::now() < *until).map(|(bound, _)| bound);
+        self.bound.get(key).or_else(leaving)
+    }
+
+    /// All that are bound.
+    pub fn values(&self) -> impl Iterator<Item = &Arc<Bound>> {
+        self.bound.values()
+    }
+
+    fn leave(&mut self, key: NamespacedHostname) {
+        if let Some(bound) = self.bound.remove(&key) {
+            self.leaving.insert(key, (bound, Instant::now() + LEAVING));
+        }
+    }
+}
 
 /// Applies responses.
 #[derive(Debug)]
@@ -66,10 +94,14 @@ impl MeshHandler {
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
         let old = self.services.load();
-        let mut services = if std::mem::take(&mut self.fresh) { Services::new() } else { Services::clone(&old) };
-        for name in removed.iter().filter_map(|n| NamespacedHostname::parse(n)) {
-            services.remove(&name);
+        let mut services = Services::clone(&old);
+        services.leaving.retain(|_, (_, until)| Instant::now() < *until);
+        if std::mem::take(&mut self.fresh) {
+            let there = |key: &NamespacedHostname| resources.iter().any(|r| r.name == key.to_string());
+            let gone: Vec<_> = services.bound.keys().filter(|key| !there(key)).cloned().collect();
+            gone.into_iter().for_each(|key| services.leave(key));
         }
+        removed.iter().filter_map(|n| NamespacedHostname::parse(n)).for_each(|key| services.leave(key));
         let mut rejected = Vec::new();
         for resource in resources {
             let Some(key) = NamespacedHostname::parse(&resource.name) else {
@@ -80,7 +112,8 @@ impl MeshHandler {
                 rejected.push((resource.name.clone(), reason.clone()));
                 Bound { closed: Some(reason), ..Bound::default() }
             });
-            services.insert(key, Arc::new(bound));
+            services.leaving.remove(&key);
+            services.bound.insert(key, Arc::new(bound));
         }
         self.services.store(Arc::new(services));
         self.readiness.ready("services");
@@ -145,12 +178,14 @@ mod tests {
         let rejected = handler.apply(WAYPOINT_SERVICE, all, vec![]);
         let names: Vec<&str> = rejected.iter().map(|(n, _)| n.as_str()).collect();
         assert_eq!(names, ["ns/action", "ns/regex", "ns/json"]);
-        let closed = |name: &str| services.load()[&NamespacedHostname::new("ns", name)].closed.is_some();
+        let closed = |name: &str| services.load().bound[&NamespacedHostname::new("ns", name)].closed.is_some();
         assert!(!closed("good") && closed("action") && closed("regex") && closed("json"));
         handler.apply(WAYPOINT_SERVICE, vec![], vec!["ns/json".into()]);
-        assert_eq!(services.load().len(), 3);
+        assert_eq!(services.load().bound.len(), 3);
+        let json = NamespacedHostname::new("ns", "json");
+        assert!(services.load().get(&json).is_some_and(|b| b.closed.is_some()), "served as it was for a while");
         handler.connected(true, "");
         handler.apply(WAYPOINT_SERVICE, vec![resource("ns/good", "{}")], vec![]);
-        assert_eq!(services.load().len(), 1, "the first answer of a stream is the whole truth");
+        assert_eq!(services.load().bound.len(), 1, "the first answer of a stream is the whole truth");
     }
 }
