@@ -13,6 +13,7 @@ use ambit_tls::certificate::WorkloadCertificate;
 use ambit_tls::{TlsConfig, csr, handshake};
 use istiod_lite::authority::Authority as Signer;
 use tokio::net::TcpStream;
+use tokio_util::task::TaskTracker;
 
 const WAIT: Duration = Duration::from_secs(5);
 
@@ -32,7 +33,7 @@ async fn tunnel(config: &TlsConfig, to: SocketAddr) -> Result<Tunnel, Failure> {
     let tcp = TcpStream::connect(to).await.doing("connect")?;
     let expected = ["spiffe://cluster.local/ns/shop/sa/web".into()];
     let (tls, peer) = handshake::connect(config, tcp, to.ip(), &expected, WAIT).await.doing("handshake")?;
-    Tunnel::start(tls, &Settings::default(), peer.not_after).await.doing("start")
+    Tunnel::start(tls, &Settings::default(), peer.not_after, &TaskTracker::new()).await.doing("start")
 }
 
 /// Opens a tunnel and a stream in it, as a hostile client that verifies nothing would; how that ends.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ambit_net::{Netns, listen};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
-use ambit_runtime::{Readiness, Workers, logging, profile, signal};
+use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
 use ambit_store::Store;
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_xds::ca::CaClient;
@@ -130,6 +130,7 @@ async fn pages(
             match (request.method(), request.uri().path()) {
                 (&Method::GET, "/explain") => explain::page(&admin, &request),
                 (&Method::GET, "/debug/pprof/profile") => profile::page(&request).await,
+                (&Method::GET, "/debug/pprof/heap") => heap::page().await,
                 _ => stats(&metrics, &request),
             }
         }

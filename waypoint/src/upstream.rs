@@ -30,6 +30,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
 
 use crate::body::Body;
 use crate::worker::Shared;
@@ -396,7 +397,7 @@ async fn dial(shared: Arc<Shared>, key: TunnelKey) -> Result<Tunnel, Unreachable
         .await
         .map_err(|e| failed(e.to_string()))?;
     let not_after = peer.not_after.min(certificate.facts.not_after);
-    Tunnel::start(tls, &config.hbone, not_after).await.map_err(|e| failed(e.to_string()))
+    Tunnel::start(tls, &config.hbone, not_after, &TaskTracker::new()).await.map_err(|e| failed(e.to_string()))
 }
 
 /// An error with what caused it.

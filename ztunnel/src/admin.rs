@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use ambit_model::{Service, Workload};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
-use ambit_runtime::{Readiness, logging, profile};
+use ambit_runtime::{Readiness, heap, logging, profile};
 use ambit_store::{Snapshot, Store};
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::rfc3339;
@@ -39,11 +39,12 @@ impl Admin {
             (&Method::GET, "/") => http::text(
                 StatusCode::OK,
                 "ambit ztunnel\n  GET  /config_dump\n  GET  /logging  POST /logging?level=LEVEL  POST /logging?reset\n  \
-                 GET  /metrics\n  GET  /debug/pprof/profile?seconds=10&frequency=100\n  POST /quitquitquit\n",
+                 GET  /metrics\n  GET  /debug/pprof/profile?seconds=10&frequency=100\n  GET  /debug/pprof/heap\n  POST /quitquitquit\n",
             ),
             (&Method::GET, "/config_dump") => http::json(&self.dump().await),
             (&Method::GET, "/metrics") => self.stats(&request),
             (&Method::GET, "/debug/pprof/profile") => profile::page(&request).await,
+            (&Method::GET, "/debug/pprof/heap") => heap::page().await,
             (&Method::POST, "/logging") => {
                 let level = http::query(&request, "level");
                 if level.is_none() && http::query(&request, "reset").is_none() {

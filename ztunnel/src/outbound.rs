@@ -262,7 +262,8 @@ async fn dial(context: Rc<Context>, pod: Arc<Pod>, hop: Hop) -> Result<Tunnel, C
             failed(flag, format!("{}: {e}", hop.peer))
         })?;
     let not_after = peer.not_after.min(certificate.facts.not_after);
-    Tunnel::start(tls, &config.hbone, not_after).await.map_err(|e| failed(Flag::H2HandshakeFailure, e.to_string()))
+    let tunnel = Tunnel::start(tls, &config.hbone, not_after, &pod.tasks).await;
+    tunnel.map_err(|e| failed(Flag::H2HandshakeFailure, e.to_string()))
 }
 
 /// What a peer is told of a workload.

@@ -19,6 +19,7 @@ use ambit_xds::proto::ambit::NodePod;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::config::Config;
@@ -33,6 +34,8 @@ const WAIT: Duration = Duration::from_secs(10);
 /// After opting out HBONE is still taken for this long.
 const LINGER: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_secs(2);
+/// How long the end of a pod waits for its connections and tunnels to be closed.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// DNS settings of a pod, from its dnsPolicy and dnsConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +99,8 @@ pub struct Pod {
     pub gone: CancellationToken,
     /// The rules in its namespace.
     pub capture: Capture,
+    /// What ends when the pod is gone: its connections and tunnels.
+    pub tasks: TaskTracker,
     /// Connections that it may still have, outwards and inwards.
     pub(crate) places: [Arc<Semaphore>; 2],
 }
@@ -369,6 +374,7 @@ impl Pods {
             stop: CancellationToken::new(),
             gone: CancellationToken::new(),
             capture,
+            tasks: TaskTracker::new(),
             places: std::array::from_fn(|_| Arc::new(Semaphore::new(self.config.pod_connections))),
         });
         // From here on a failure must close what was opened.
@@ -431,6 +437,9 @@ impl Pods {
         if gone {
             pod.stop.cancel();
             pod.gone.cancel();
+            // While the pod still has a network, peers can be told; else they find out by their pings.
+            pod.tasks.close();
+            let _ = tokio::time::timeout(FAREWELL, pod.tasks.wait()).await;
         } else {
             // Peers may not have heard of it yet and still come by HBONE.
             let stop = pod.stop.clone();

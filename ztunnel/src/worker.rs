@@ -131,11 +131,11 @@ fn serve(context: &Rc<Context>, pod: &Arc<Pod>, listeners: Listeners) -> std::io
         accept(context, pod, Reporter::Source, TcpListener::from_std(listener)?, dns::handle_tcp);
     }
     let (gone, netns, pool) = (pod.gone.clone(), pod.netns.id(), context.pool.clone());
-    tokio::task::spawn_local(async move {
+    tokio::task::spawn_local(pod.tasks.track_future(async move {
         gone.cancelled().await;
         // Nobody can use its tunnels any more.
         pool.sweep(|key| key.netns != netns);
-    });
+    }));
     for socket in dns_udp {
         let socket = Rc::new(UdpSocket::from_std(socket)?);
         let (context, pod) = (context.clone(), pod.clone());
@@ -183,7 +183,7 @@ fn accept<F>(
                         let _place = place;
                         unless(work, gone.cancelled()).await;
                     });
-                    tokio::task::spawn_local(tracked);
+                    tokio::task::spawn_local(pod.tasks.track_future(tracked));
                 }
                 Err(error) => {
                     // Out of descriptors, mostly: wait for some connection to end.

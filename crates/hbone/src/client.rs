@@ -17,6 +17,7 @@ use h2::{RecvStream, SendStream};
 use http::{Method, Request, StatusCode, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::carry::{BulkMark, CarryError, carry};
@@ -59,8 +60,14 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Starts HTTP/2 over a verified stream. `not_after` is the earlier end of the two certificates.
-    pub async fn start<S>(stream: S, settings: &Settings, not_after: SystemTime) -> Result<Self, OpenError>
+    /// Starts HTTP/2 over a verified stream. `not_after` is the earlier end of the two certificates; the driver is one of
+    /// `tasks`, which have ended when the peer has been told of the tunnel's end.
+    pub async fn start<S>(
+        stream: S,
+        settings: &Settings,
+        not_after: SystemTime,
+        tasks: &TaskTracker,
+    ) -> Result<Self, OpenError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
@@ -81,7 +88,7 @@ impl Tunnel {
         let Some(ping) = connection.ping_pong() else { unreachable!("taken once, here") };
         let mut pings = Pings::new(ping, settings, traffic.clone());
         let (flag, timeout) = (closed.clone(), settings.ping_timeout);
-        tokio::task::spawn_local(async move {
+        let driver = async move {
             // The driver ends with the connection, which ends when all handles are gone or the peer is.
             let driven = poll_fn(|cx| {
                 loop {
@@ -100,7 +107,8 @@ impl Tunnel {
             if let Err(error) = result {
                 debug!(error, "tunnel ended");
             }
-        });
+        };
+        tokio::task::spawn_local(tasks.track_future(driver));
         Ok(Self { request, streams: AtomicUsize::default(), traffic, closed, not_after })
     }
 

@@ -10,6 +10,7 @@ use ambit_net::relay::Moved;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{LocalSet, spawn_local};
+use tokio_util::task::TaskTracker;
 
 const MIB: u32 = 1024 * 1024;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,7 +49,7 @@ async fn tunnel(settings: &Settings) -> Arc<Tunnel> {
         let _ = serve(theirs, &server, std::future::pending(), handle).await;
     });
     let never = SystemTime::now() + Duration::from_secs(3600);
-    Arc::new(Tunnel::start(ours, settings, never).await.expect("starts"))
+    Arc::new(Tunnel::start(ours, settings, never, &TaskTracker::new()).await.expect("starts"))
 }
 
 /// Opens a stream and answers the application's end of it.

@@ -10,6 +10,7 @@
 //! - [`config`]: values from a YAML file and the environment, every problem reported at once.
 
 pub mod config;
+pub mod heap;
 pub mod http;
 pub mod logging;
 pub mod profile;
