@@ -36,6 +36,7 @@ use crate::cluster::{self, ClusterError};
 use crate::config::{Config, SourceKind};
 use crate::debug::Pages;
 use crate::index::{self, Enrolled, Mesh, Settings};
+use crate::leader::Lease;
 use crate::objects::Objects;
 use crate::push::Resources;
 use crate::push::ads::{Ads, Report};
@@ -109,20 +110,24 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let (mesh, mesh_seen) = watch::channel(Arc::new(Mesh::default()));
     let (resources, resources_seen) = watch::channel(Arc::new(Resources::default()));
     let (reports, reports_seen) = mpsc::channel(64);
-    let mut annotations = None;
+    let (mut annotations, mut lease) = (None, None);
     match &client {
         None => drop(tokio::spawn(directory::run(config.directory.clone(), config.overlay.clone(), source))),
         Some(client) => {
             tokio::spawn(crate::source::kube::run(client.clone(), config.namespace.clone(), source));
-            let roots = (client.clone(), config.namespace.clone(), authority.clone(), source_seen.clone());
-            tokio::spawn(cluster::publish_roots(roots.0, roots.1, roots.2, roots.3));
+            let (leads, lead) = watch::channel(false);
+            let replica = Lease::new(client.clone(), &config.namespace, &config.replica);
+            tokio::spawn(replica.clone().follow(leads));
+            let (namespace, authority) = (config.namespace.clone(), authority.clone());
+            let roots = cluster::publish_roots(client.clone(), namespace, lead.clone(), authority, source_seen.clone());
+            tokio::spawn(roots);
+            tokio::spawn(crate::gateways::apply(client.clone(), lead.clone(), mesh_seen.clone()));
+            tokio::spawn(crate::status::write(client.clone(), lead, source_seen.clone(), mesh_seen.clone()));
+            lease = Some(replica);
             let (sender, receiver) = mpsc::channel(256);
             tokio::spawn(cluster::annotate(client.clone(), source_seen.clone(), receiver));
             annotations = Some(sender);
         }
-    }
-    if let Some(client) = &client {
-        tokio::spawn(crate::gateways::apply(client.clone(), mesh_seen.clone()));
     }
     let pipeline = Pipeline {
         settings: Settings {
@@ -186,6 +191,9 @@ async fn serve(config: Config) -> Result<(), RunError> {
         served = server => served.map_err(|e| RunError::Serve(e.to_string())),
         signal = signal::terminated() => {
             info!(signal = signal.map_err(|e| RunError::Io("signals".into(), e))?, "ending");
+            if let Some(lease) = lease {
+                lease.release().await;
+            }
             Ok(())
         }
     }

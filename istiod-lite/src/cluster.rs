@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use crate::authority::{Authority, AuthorityError, Current};
+use crate::leader::leading;
 use crate::objects::{Key, Object};
 use crate::push::ads::Report;
 use crate::source::SourceState;
@@ -96,12 +97,19 @@ pub async fn own_authority(
 pub async fn publish_roots(
     client: Client,
     namespace: String,
+    mut leads: watch::Receiver<bool>,
     authority: Current,
     mut source: watch::Receiver<Arc<SourceState>>,
 ) {
     let mut written: HashMap<String, String> = HashMap::new();
     let mut look = tokio::time::interval(Duration::from_secs(10));
     loop {
+        if !*leads.borrow() {
+            written.clear();
+            if !leading(&mut leads).await {
+                return;
+            }
+        }
         let roots = authority.load().roots().to_owned();
         let wanted = {
             let state = source.borrow_and_update().clone();

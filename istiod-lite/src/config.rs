@@ -26,6 +26,7 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   clusterId        CLUSTER_ID             cluster [Kubernetes]
   clusterDomain    CLUSTER_DOMAIN         DNS suffix of the cluster [cluster.local]
   namespace        POD_NAMESPACE          namespace of the installation [istio-system]
+  replica          POD_NAME               kube: name of this replica, unique among them [istiod-lite]
   image            AMBIT_IMAGE            image of our programs, for waypoints [ambit:VERSION]
   discoveryAddress AMBIT_DISCOVERY_ADDRESS  where waypoints find us [https://istiod.NAMESPACE.svc:15012]
   certificateTtl   AMBIT_CERTIFICATE_TTL  lifetime of workload certificates, also the longest one granted [24h]
@@ -61,6 +62,7 @@ pub struct Config {
     pub cluster_id: String,
     pub cluster_domain: String,
     pub namespace: String,
+    pub replica: String,
     pub image: String,
     pub discovery_address: String,
     pub certificate_ttl: Duration,
@@ -137,6 +139,7 @@ impl Config {
             cluster_id: text(&mut s, "clusterId", "CLUSTER_ID", "Kubernetes"),
             cluster_domain: text(&mut s, "clusterDomain", "CLUSTER_DOMAIN", "cluster.local"),
             namespace,
+            replica: text(&mut s, "replica", "POD_NAME", "istiod-lite"),
             certificate_ttl,
             port: s.get("port", &["AMBIT_PORT"], "a port").unwrap_or(15012),
             http_port: s.get("httpPort", &["AMBIT_HTTP_PORT"], "a port").unwrap_or(15014),

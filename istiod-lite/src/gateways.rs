@@ -1,7 +1,7 @@
 //! Applies to a cluster what runs waypoints, and says so in the status of their Gateways.
 //!
 //! Owns server-side apply under one field manager: it writes only what is ours, only when it differs from what was written
-//! last, and any number of replicas may do it. What a Gateway owns goes with it, by its owner references.
+//! last, and only the replica that leads does it. What a Gateway owns goes with it, by its owner references.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use tracing::{info, warn};
 
 use crate::index::Mesh;
 use crate::index::gateways::{MANAGED, Rendered};
+use crate::leader::leading;
 use crate::objects::Key;
 
 const MANAGER: &str = "ambit-istiod-lite";
@@ -24,11 +25,17 @@ const MANAGER: &str = "ambit-istiod-lite";
 const AGAIN: Duration = Duration::from_secs(5);
 
 /// Follows the mesh for ever.
-pub async fn apply(client: Client, mut mesh: watch::Receiver<Arc<Mesh>>) {
+pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: watch::Receiver<Arc<Mesh>>) {
     let mut written: BTreeMap<Key, Rendered> = BTreeMap::new();
     let mut times: BTreeMap<(Key, String), (Value, String)> = BTreeMap::new();
     let mut again = tokio::time::interval(AGAIN);
     loop {
+        if !*leads.borrow() {
+            written.clear();
+            if !leading(&mut leads).await {
+                return;
+            }
+        }
         let now = mesh.borrow_and_update().clone();
         written.retain(|key, _| now.rendered.contains_key(key));
         times.retain(|(key, _), _| now.rendered.contains_key(key));

@@ -12,6 +12,7 @@ pub struct Meta {
     pub name: String,
     pub namespace: String,
     pub uid: String,
+    pub generation: i64,
     pub labels: BTreeMap<String, String>,
     pub annotations: BTreeMap<String, String>,
     /// RFC 3339; compared as text.

@@ -5,6 +5,7 @@
 //! and empty. Never writes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,19 +80,21 @@ pub async fn run(client: Client, namespace: String, states: watch::Sender<Arc<So
     drop(sender);
     let mut cluster = Cluster::default();
     while let Some((kind, change)) = changes.recv().await {
-        cluster.apply(kind, change);
+        let mut changed = cluster.apply(kind, change);
         let end = tokio::time::sleep(TOGETHER);
         tokio::pin!(end);
         loop {
             tokio::select! {
                 () = &mut end => break,
                 more = changes.recv() => match more {
-                    Some((kind, change)) => cluster.apply(kind, change),
+                    Some((kind, change)) => changed |= cluster.apply(kind, change),
                     None => return,
                 },
             }
         }
-        states.send_replace(Arc::new(cluster.state()));
+        if changed {
+            states.send_replace(Arc::new(cluster.state()));
+        }
     }
 }
 
@@ -207,29 +210,43 @@ struct Cluster {
     problems: BTreeMap<Key, Problem>,
     /// Kinds that have been read.
     read: HashMap<&'static str, ()>,
+    /// What was last seen of each object, as a hash: a write that concerns nobody here costs nothing more.
+    seen: HashMap<Key, u64>,
 }
 
 impl Cluster {
-    fn apply(&mut self, kind: &'static Kind, change: Change) {
+    /// Whether anything that is read here has changed.
+    fn apply(&mut self, kind: &'static Kind, change: Change) -> bool {
         match change {
             Change::All(objects) => {
                 let there: std::collections::HashSet<Key> = objects.iter().map(|o| key(kind, o)).collect();
+                let before = self.seen.len();
+                self.seen.retain(|k, _| k.kind != kind.kind || there.contains(k));
+                let gone = self.seen.len() != before;
                 self.objects.retain(|k, _| k.kind != kind.kind || there.contains(k));
                 self.problems.retain(|k, _| k.kind != kind.kind || there.contains(k));
-                objects.iter().for_each(|o| self.one(kind, o));
-                self.read.insert(kind.kind, ());
+                let changed = objects.iter().filter(|o| self.one(kind, o)).count() > 0;
+                let first = self.read.insert(kind.kind, ()).is_none();
+                gone || changed || first
             }
             Change::Apply(object) => self.one(kind, &object),
             Change::Delete(object) => {
                 let key = key(kind, &object);
+                self.seen.remove(&key);
                 self.objects.remove(&key);
                 self.problems.remove(&key);
+                true
             }
         }
     }
 
-    fn one(&mut self, kind: &'static Kind, object: &Value) {
+    /// Reads one object; whether it is new or has changed.
+    fn one(&mut self, kind: &'static Kind, object: &Value) -> bool {
         let key = key(kind, object);
+        let hash = hash(kind, object);
+        if self.seen.insert(key.clone(), hash) == Some(hash) {
+            return false;
+        }
         let place = Place { file: key.to_string(), line: 1 };
         let read = parse::from_api(kind, object).map_err(|e| e.reason).and_then(|parsed| {
             let wrong = |w: index::policies::Invalid| format!("{}: {:?}: expected {}", w.path, w.value, w.expected);
@@ -247,6 +264,7 @@ impl Cluster {
                 self.problems.insert(key, problem);
             }
         }
+        true
     }
 
     fn state(&self) -> SourceState {
@@ -256,6 +274,20 @@ impl Cluster {
             ready: self.read.len() == WATCHED.len(),
         }
     }
+}
+
+/// A hash of what is read of an object: not of who wrote it when, and not of a status that nobody reads.
+fn hash(kind: &'static Kind, object: &Value) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    let parts = object.as_object().into_iter().flatten();
+    for (name, part) in parts.filter(|(name, _)| *name != "metadata" && !kind.unread.contains(&&*format!("{name}*"))) {
+        (name, part.to_string()).hash(&mut hasher);
+    }
+    let metadata = object["metadata"].as_object().into_iter().flatten();
+    for (name, part) in metadata.filter(|(name, _)| !matches!(&***name, "managedFields" | "resourceVersion")) {
+        (name, part.to_string()).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn key(kind: &'static Kind, object: &Value) -> Key {
