@@ -214,10 +214,16 @@ fn requests_follow_routes() {
 fn a_namespace_may_route_its_own_clients() {
     sandbox::test("a_namespace_may_route_its_own_clients", || async {
         let mesh = layer7_shop().await?;
-        let consumer = route("  - backendRefs: [{name: web-v2, namespace: shop, port: 80}]\n")
-            .replace("namespace: shop}\nspec", "namespace: front}\nspec")
-            .replace("name: web, port", "name: web, namespace: shop, port");
-        mesh.apply("consumer.yaml", &consumer)?;
+        let consumer = |rules: &str| {
+            let route = route(rules).replace("namespace: shop}\nspec", "namespace: front}\nspec");
+            route.replace("name: web, port: 80}]\n  rules", "name: web, namespace: shop, port: 80}]\n  rules")
+        };
+        let own = "  - backendRefs: [{name: web, namespace: shop, port: 80}]\n    filters: [{type: URLRewrite, \
+                   urlRewrite: {path: {type: ReplaceFullPath, replaceFullPath: /consumer}}}]\n";
+        mesh.apply("consumer.yaml", &consumer(own))?;
+        // The service it is attached to needs no grant: its clients could call that without a route.
+        until(&mesh, &["GET", "http://web.shop/"], "you asked for /consumer").await?;
+        mesh.apply("consumer.yaml", &consumer("  - backendRefs: [{name: web-v2, namespace: shop, port: 80}]\n"))?;
         // Another namespace's service needs a grant.
         until(&mesh, &["GET", "http://web.shop/"], "500 Internal").await?;
         let grant = "apiVersion: gateway.networking.k8s.io/v1beta1\nkind: ReferenceGrant\nmetadata: {name: g, namespace: shop}\nspec:\n  \

@@ -29,6 +29,7 @@ fn invalid<T>(path: String, value: impl ToString, expected: &'static str) -> Res
 
 /// Compiles the rules of an HTTPRoute.
 pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result<Compiled, Invalid> {
+    let from = Owner { key, parents: &spec.parent_refs };
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
@@ -53,8 +54,8 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
         compiled.rules.push(RouteRule {
             name: rule.name.as_deref().map(Str::from),
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
-            filters: filters(world, key, &at, &rule.filters, &mut compiled.unresolved)?,
-            backends: backends(world, key, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
+            backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
             request_timeout_ms: duration("request", &rule.timeouts.request)?,
             backend_timeout_ms: duration("backendRequest", &rule.timeouts.backend_request)?,
         });
@@ -67,6 +68,7 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
 
 /// Compiles the rules of a GRPCRoute.
 pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result<Compiled, Invalid> {
+    let from = Owner { key, parents: &spec.parent_refs };
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
@@ -86,8 +88,8 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
         compiled.rules.push(RouteRule {
             name: rule.name.as_deref().map(Str::from),
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
-            filters: filters(world, key, &at, &rule.filters, &mut compiled.unresolved)?,
-            backends: backends(world, key, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
+            backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
             ..RouteRule::default()
         });
     }
@@ -180,11 +182,29 @@ fn values(at: &str, all: &[route::TypedValue], header: bool) -> Result<Vec<Value
     Ok(tests)
 }
 
+/// Whose references are resolved: a route, and what it is attached to.
+#[derive(Clone, Copy)]
+struct Owner<'a> {
+    key: &'a Key,
+    parents: &'a [route::ParentRef],
+}
+
+impl Owner<'_> {
+    fn has_parent(&self, namespace: &str, name: &str) -> bool {
+        let is = |p: &route::ParentRef| {
+            p.kind.as_deref() == Some("Service")
+                && p.name == name
+                && p.namespace.as_deref().unwrap_or(&self.key.namespace) == namespace
+        };
+        self.parents.iter().any(is)
+    }
+}
+
 type Unresolved = Vec<(&'static str, String)>;
 
 fn filters(
     world: &World<'_>,
-    key: &Key,
+    from: Owner<'_>,
     at: &str,
     all: &[route::Filter],
     unresolved: &mut Unresolved,
@@ -240,7 +260,7 @@ fn filters(
                         "a part of a whole",
                     );
                 }
-                let backend = backend(world, key, &m.backend_ref, unresolved);
+                let backend = backend(world, from, &m.backend_ref, unresolved);
                 Filter::Mirror(Mirror {
                     backend: Backend { target: backend, weight: 1, filters: Vec::new() },
                     denominator,
@@ -297,7 +317,7 @@ fn path_change(at: &str, p: &route::PathModifier) -> Result<PathChange, Invalid>
 
 fn backends(
     world: &World<'_>,
-    key: &Key,
+    from: Owner<'_>,
     at: &str,
     refs: &[route::BackendRef],
     unresolved: &mut Unresolved,
@@ -305,16 +325,17 @@ fn backends(
     let mut out = Vec::new();
     for (n, r) in refs.iter().enumerate() {
         out.push(Backend {
-            target: backend(world, key, r, unresolved),
+            target: backend(world, from, r, unresolved),
             weight: r.weight.unwrap_or(1),
-            filters: filters(world, key, &format!("{at}.backendRefs[{n}]"), &r.filters, unresolved)?,
+            filters: filters(world, from, &format!("{at}.backendRefs[{n}]"), &r.filters, unresolved)?,
         });
     }
     Ok(out)
 }
 
 /// Resolves a reference to a service.
-fn backend(world: &World<'_>, key: &Key, r: &route::BackendRef, unresolved: &mut Unresolved) -> BackendTarget {
+fn backend(world: &World<'_>, from: Owner<'_>, r: &route::BackendRef, unresolved: &mut Unresolved) -> BackendTarget {
+    let key = from.key;
     let mut no = |reason: &'static str, text: String| {
         unresolved.push((reason, text.clone()));
         BackendTarget::Invalid(text.into())
@@ -324,7 +345,9 @@ fn backend(world: &World<'_>, key: &Key, r: &route::BackendRef, unresolved: &mut
         return no("InvalidKind", format!("backend {}: kind {kind} of {group:?}; expected a Service", r.name));
     }
     let namespace = r.namespace.as_deref().unwrap_or(&key.namespace);
-    if namespace != key.namespace && !world.granted(key, namespace, &r.name) {
+    // Its clients could call a parent without the route as well.
+    let allowed = namespace == key.namespace || from.has_parent(namespace, &r.name);
+    if !allowed && !world.granted(key, namespace, &r.name) {
         let text = format!("backend {namespace}/{}: no ReferenceGrant there allows {}", r.name, key.namespace);
         return no("RefNotPermitted", text);
     }
