@@ -7,12 +7,14 @@
 //! - [`app`]: wiring. [`config`]: every knob. [`debug`]: pages.
 //! - [`objects`]: the kinds that are read, as types. [`source`]: where they come from (a directory).
 //! - [`index`]: objects to model, without IO. [`push`]: model to subscribers over delta ADS.
+//! - [`status`] and [`gateways`]: what is written to a cluster, by the replica that [`leader`] names. [`check`]: what is wrong there.
 //! - [`auth`]: who is calling. [`authority`] and [`certificates`]: the certificate authority and its service.
 
 pub mod app;
 pub mod auth;
 pub mod authority;
 pub mod certificates;
+pub mod check;
 pub mod cluster;
 pub mod config;
 pub mod debug;

@@ -7,14 +7,22 @@ use istiod_lite::{app, config::Config};
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// The other thing this program does.
+const CHECK: &str = "istiod-lite check [NAMESPACE]\n\nSays what is wrong with the mesh on the cluster that KUBECONFIG names, a line each. \
+                     Exit status 0: nothing; 1: something; 2: no cluster.";
+
 fn main() -> ExitCode {
     let mut file = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--config" => file = args.next().map(std::path::PathBuf::from),
+            "check" => {
+                let namespace = args.next().or_else(|| std::env::var("POD_NAMESPACE").ok());
+                return istiod_lite::check::run(namespace.as_deref().unwrap_or("istio-system"));
+            }
             "help" | "--help" => {
-                println!("{}", istiod_lite::config::HELP);
+                println!("{}\n{}", istiod_lite::config::HELP, CHECK);
                 return ExitCode::SUCCESS;
             }
             "version" | "--version" => {
