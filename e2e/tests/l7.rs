@@ -788,3 +788,43 @@ fn pods_may_be_addressed_through_a_waypoint_unless_policies_guard_its_services()
         Ok(())
     });
 }
+
+#[test]
+fn a_policy_that_cannot_be_read_closes_what_it_guards() {
+    sandbox::test("a_policy_that_cannot_be_read_closes_what_it_guards", || async {
+        let mesh = layer7_shop().await?;
+        let policy = |rules: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: guard, namespace: shop}}\n\
+                 spec: {{targetRefs: [{{kind: Service, group: '', name: web}}], action: DENY, {rules}}}\n"
+            )
+        };
+        let get = ["GET", "http://web.shop/"];
+        until(&mesh, &get, "hello from").await?;
+        // Never good: nobody knows what it was to refuse.
+        mesh.apply("guard.yaml", &policy("rulez: [{}]"))?;
+        until(&mesh, &get, "403 Forbidden").await?;
+        mesh.wait("the status to say so", |m| {
+            m.debug("/debug/objects").is_ok_and(|p| {
+                p.to_string().contains("rulez: unknown field of a AuthorizationPolicy; until then its targets")
+            })
+        })
+        .await?;
+        mesh.apply("guard.yaml", &policy("rules: [{to: [{operation: {paths: [/private]}}]}]"))?;
+        until(&mesh, &get, "hello from").await?;
+        // Good before: that stays in force, and no more than that.
+        mesh.apply("guard.yaml", &policy("rulez: [{}]"))?;
+        mesh.wait("the mistake to be seen", |m| {
+            m.debug("/debug/problems").is_ok_and(|p| p.to_string().contains("rulez"))
+        })
+        .await?;
+        until(&mesh, &["GET", "http://web.shop/private"], "403 Forbidden").await?;
+        until(&mesh, &get, "hello from").await?;
+        let tokens = "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: jwt, namespace: shop}\n\
+                      spec: {targetRefs: [{kind: Service, group: '', name: web}], jwtRulez: []}\n";
+        mesh.apply("tokens.yaml", tokens)?;
+        until(&mesh, &get, "403 Forbidden").await?;
+        mesh.delete("tokens.yaml")?;
+        until(&mesh, &get, "hello from").await.map(drop)
+    });
+}

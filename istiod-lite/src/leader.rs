@@ -76,8 +76,7 @@ impl Lease {
 
     /// Says whether this replica is the one that writes; for ever.
     pub async fn follow(self, leads: watch::Sender<bool>) {
-        let mut candidate =
-            Candidate { identity: self.identity.clone(), last: Seen::default(), since: Instant::now() };
+        let mut candidate = Candidate { identity: self.identity.clone(), last: Seen::default(), since: Instant::now() };
         let mut renewed = Instant::now();
         loop {
             match tokio::time::timeout(RENEW, self.step(&mut candidate)).await {

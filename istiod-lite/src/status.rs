@@ -96,7 +96,13 @@ fn wanted(mesh: &Mesh, source: &SourceState) -> BTreeMap<Key, Said> {
         if Kind::named(key.kind).is_some_and(Kind::is_kubernetes) {
             continue;
         }
-        let kept = if problem.kept { "; its last good state stays in force" } else { "; nothing of it is in force" };
+        let kept = match problem.kept {
+            true => "; its last good state stays in force",
+            false if source.objects.get(&key).is_some_and(|o| o.object.is_broken()) => {
+                "; its targets refuse every request"
+            }
+            false => "; nothing of it is in force",
+        };
         let condition = Condition::no("Accepted", "Invalid", format!("{}{kept}", problem.reason));
         let said = all.entry(key).or_default();
         said.conditions.retain(|c| c.r#type != "Accepted");

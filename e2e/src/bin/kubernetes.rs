@@ -1,7 +1,7 @@
 //! Runs the checks on a real Kubernetes; see `e2e/kubernetes/run`.
 //!
 //! ```text
-//! KUBECTL=kubectl MANIFESTS=DIR APPS=FILE kubernetes [PART-OF-A-NAME]
+//! KUBECTL=kubectl MANIFESTS=DIR APPS=FILE [RIG=DIR] [CHECK=PROGRAM] kubernetes [PART-OF-A-NAME,...]
 //! ```
 
 use std::process::ExitCode;
@@ -16,10 +16,12 @@ fn main() -> ExitCode {
         kubectl: var("KUBECTL", "kubectl"),
         manifests: var("MANIFESTS", "manifests"),
         apps: var("APPS", "e2e/kubernetes/apps.yaml"),
+        rig: std::env::var("RIG").ok(),
+        check: std::env::var("CHECK").ok(),
     };
     let only = std::env::args().nth(1).unwrap_or_default();
     let (mut passed, mut failed) = (0, 0);
-    for (name, check) in CHECKS.iter().filter(|(name, _)| name.contains(&only)) {
+    for (name, check) in CHECKS.iter().filter(|(name, _)| only.split(',').any(|part| name.contains(part))) {
         let start = Instant::now();
         match check(&cluster) {
             Ok(evidence) => {

@@ -2,7 +2,7 @@
 
 use ambit_testing::Failure;
 
-use super::{Cluster, has, now};
+use super::{Cluster, has, now, outages, status, workloads};
 
 /// A check: what it shows, and how.
 pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
@@ -23,6 +23,14 @@ pub const CHECKS: &[Check] = &[
     ("a tunnel that is killed comes back, and nothing is plaintext meanwhile", killed),
     ("kubectl logs, exec and port-forward work inside the mesh", tools),
     ("a rolling update under load loses no request", rolling),
+    ("what is said of objects is in their status", status::objects),
+    ("check finds nothing wrong, and then what is", status::check),
+    ("every kind of pod", workloads::kinds),
+    ("a hundred pods come and go under load", workloads::churn),
+    ("controller and tunnels restarted under load", outages::restarts),
+    ("the API server hangs and dies under load", outages::api_server),
+    ("a node reboots", outages::reboot),
+    ("everything dies at once and comes back", outages::all_dead),
     ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
     ("a Gateway gives a namespace a waypoint, which routes and protects", waypoint),
     ("the label off takes pods out, without a restart", unlabel),
@@ -32,10 +40,10 @@ pub const CHECKS: &[Check] = &[
 /// A waypoint for the shop, a route and a policy.
 const WAYPOINT: &str = include_str!("waypoint.yaml");
 
-const CLIENT: &str = "front/client";
+pub(super) const CLIENT: &str = "front/client";
 const OUTSIDER: &str = "outside/client";
-const URL: &str = "http://web.shop/";
-const HELLO: &str = "hello from web";
+pub(super) const URL: &str = "http://web.shop/";
+pub(super) const HELLO: &str = "hello from web";
 
 fn install(c: &Cluster) -> Result<String, Failure> {
     c.kubectl(&["apply", "-k", &c.manifests])?;
@@ -79,7 +87,7 @@ fn label(c: &Cluster) -> Result<String, Failure> {
 }
 
 /// Waits until all pods of namespaces are annotated so.
-fn enrolled(c: &Cluster, namespaces: &[&str], value: &str) -> Result<(), Failure> {
+pub(super) fn enrolled(c: &Cluster, namespaces: &[&str], value: &str) -> Result<(), Failure> {
     c.wait("the annotation on the pods", || {
         for namespace in namespaces {
             let path = "{range .items[*]}{.metadata.annotations.ambient\\.istio\\.io/redirection};{end}";
@@ -93,7 +101,7 @@ fn enrolled(c: &Cluster, namespaces: &[&str], value: &str) -> Result<(), Failure
 }
 
 /// A request that goes by HBONE: both tunnels have it in their logs.
-fn tunnelled(c: &Cluster, pod: &str) -> Result<String, Failure> {
+pub(super) fn tunnelled(c: &Cluster, pod: &str) -> Result<String, Failure> {
     c.wait("a request by HBONE", || {
         let start = now();
         has(&c.get(pod, URL)?, HELLO)?;

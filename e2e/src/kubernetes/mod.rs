@@ -4,6 +4,9 @@
 //! mesh's image has to be there already; see `e2e/kubernetes/run`.
 
 pub mod checks;
+mod outages;
+mod status;
+mod workloads;
 
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +25,10 @@ pub struct Cluster {
     pub manifests: String,
     /// The applications.
     pub apps: String,
+    /// Where the scripts of the test cluster are, on that cluster.
+    pub rig: Option<String>,
+    /// A program that runs `istiod-lite check` there.
+    pub check: Option<String>,
 }
 
 impl Cluster {
@@ -70,12 +77,22 @@ impl Cluster {
     }
 
     /// Tries until something holds.
-    pub fn wait<T>(&self, what: &str, mut holds: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+    pub fn wait<T>(&self, what: &str, holds: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+        self.wait_for(PATIENCE, what, holds)
+    }
+
+    /// Tries for some time until something holds.
+    pub fn wait_for<T>(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut holds: impl FnMut() -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         let start = Instant::now();
         loop {
             match holds() {
                 Ok(done) => return Ok(done),
-                Err(last) if start.elapsed() > PATIENCE => {
+                Err(last) if start.elapsed() > patience => {
                     return Err(Failure(format!("waited in vain for {what}; the last: {last}")));
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(200)),

@@ -51,7 +51,11 @@ fn installation(facts: &Facts, now: SystemTime, found: &mut Vec<Finding>) {
     for group in ["security.istio.io", "networking.istio.io"] {
         if !facts.groups.iter().any(|g| g == group) {
             let advice = "apply manifests/components/istio-crds";
-            found.push(finding(format!("CRDs of {group}"), "not installed, so no such policy or entry can exist", advice));
+            found.push(finding(
+                format!("CRDs of {group}"),
+                "not installed, so no such policy or entry can exist",
+                advice,
+            ));
         }
     }
     let image = |o: &Value| text(o, "/spec/template/spec/containers/0/image").to_owned();
@@ -64,7 +68,11 @@ fn installation(facts: &Facts, now: SystemTime, found: &mut Vec<Finding>) {
             let ready = controller["status"]["readyReplicas"].as_u64().unwrap_or(0);
             if ready == 0 {
                 let advice = format!("look at: kubectl -n {} logs deployment/istiod-lite", facts.namespace);
-                found.push(finding("Deployment istiod-lite", "no replica is ready; the mesh goes on, nothing new joins", advice));
+                found.push(finding(
+                    "Deployment istiod-lite",
+                    "no replica is ready; the mesh goes on, nothing new joins",
+                    advice,
+                ));
             }
         }
         (None, _) => found.push(finding("DaemonSet ztunnel", "not there", "kubectl apply -k manifests")),
@@ -72,7 +80,9 @@ fn installation(facts: &Facts, now: SystemTime, found: &mut Vec<Finding>) {
     }
     for node in &facts.nodes {
         let mut tunnels = facts.pods.iter().filter(|p| {
-            namespace(p) == facts.namespace && label(p, "app") == Some("ztunnel") && text(p, "/spec/nodeName") == name(node)
+            namespace(p) == facts.namespace
+                && label(p, "app") == Some("ztunnel")
+                && text(p, "/spec/nodeName") == name(node)
         });
         let is_ready = |p: &Value| {
             let conditions = p["status"]["conditions"].as_array();
@@ -86,7 +96,11 @@ fn installation(facts: &Facts, now: SystemTime, found: &mut Vec<Finding>) {
     }
     match facts.root_ends {
         Some(end) if end <= now => {
-            found.push(finding("root certificate", "has ended: nothing is trusted", "replace it and restart the controller"));
+            found.push(finding(
+                "root certificate",
+                "has ended: nothing is trusted",
+                "replace it and restart the controller",
+            ));
         }
         Some(end) if end <= now + SOON => {
             let days = end.duration_since(now).unwrap_or_default().as_secs() / 86_400;
@@ -122,7 +136,11 @@ fn labels(facts: &Facts, found: &mut Vec<Finding>) {
                 }
                 let like = LABELS.iter().find(|known| !LABELS.contains(&&**key) && distance(known, key) <= 2);
                 if let Some(like) = like {
-                    found.push(finding(&subject, format!("label {key} means nothing"), format!("did you mean {like}?")));
+                    found.push(finding(
+                        &subject,
+                        format!("label {key} means nothing"),
+                        format!("did you mean {like}?"),
+                    ));
                 }
             }
         }
@@ -183,16 +201,24 @@ fn waypoints_of(facts: &Facts, found: &mut Vec<Finding>) {
         if programmed.is_none_or(|c| c["status"] != "True") {
             let why = programmed.map_or("nobody has looked at it", |c| text(c, "/message"));
             let subject = format!("Gateway {}/{}", namespace(gateway), name(gateway));
-            found.push(finding(subject, format!("not programmed: {why}"), "is manifests/components/waypoints applied?"));
+            found.push(finding(
+                subject,
+                format!("not programmed: {why}"),
+                "is manifests/components/waypoints applied?",
+            ));
         }
     }
-    for (kind, object) in facts.namespaces.iter().map(|n| ("Namespace", n)).chain(facts.services.iter().map(|s| ("Service", s))) {
+    for (kind, object) in
+        facts.namespaces.iter().map(|n| ("Namespace", n)).chain(facts.services.iter().map(|s| ("Service", s)))
+    {
         let Some(wanted) = label(object, USE).filter(|w| *w != "none") else { continue };
         let own = if kind == "Namespace" { name(object) } else { namespace(object) };
         let place = label(object, "istio.io/use-waypoint-namespace").unwrap_or(own);
         if !facts.gateways.iter().any(|g| namespace(g) == place && name(g) == wanted) {
-            let subject = if kind == "Namespace" { format!("{kind} {own}") } else { format!("{kind} {own}/{}", name(object)) };
-            let problem = format!("{USE}={wanted}: there is no Gateway {place}/{wanted}, so there is no layer 7 for it");
+            let subject =
+                if kind == "Namespace" { format!("{kind} {own}") } else { format!("{kind} {own}/{}", name(object)) };
+            let problem =
+                format!("{USE}={wanted}: there is no Gateway {place}/{wanted}, so there is no layer 7 for it");
             found.push(finding(subject, problem, "create the Gateway or remove the label"));
         }
     }

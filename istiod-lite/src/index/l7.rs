@@ -195,26 +195,28 @@ fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>,
             continue;
         }
         let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
-        let policy = match policy(entry) {
-            Ok(policy) => policy,
-            Err(Invalid { path, value, expected }) => {
-                // Nobody knows what it was to refuse: its targets refuse everything.
-                let text =
-                    format!("{path}: {value:?}: expected {expected}; until then its targets refuse every request");
-                statuses.push(Condition::no("WaypointAccepted", "Invalid", text));
-                HttpPolicy {
-                    name: name(entry.key),
-                    action: HttpAction::Deny,
-                    dry_run: false,
-                    rules: vec![HttpRule::default()],
-                }
-            }
+        let compiled = match &entry.object.spec.broken {
+            Some(reason) => Err(reason.clone()),
+            None => policy(entry).map_err(|e| format!("{}: {:?}: expected {}", e.path, e.value, e.expected)),
         };
+        let policy = compiled.unwrap_or_else(|reason| {
+            statuses.push(closing(&reason));
+            closed(entry.key)
+        });
         for target in targets {
             let give = |config: &mut ServiceConfig| config.policies.push(policy.clone());
             statuses.push(attach_to(world, entry.key, target, bound, &give));
         }
     }
+}
+
+/// What is in force in place of a policy that cannot be used: nobody knows what it was to refuse.
+fn closed(key: &Key) -> HttpPolicy {
+    HttpPolicy { name: name(key), action: HttpAction::Deny, dry_run: false, rules: vec![HttpRule::default()] }
+}
+
+fn closing(reason: &str) -> Condition {
+    Condition::no("WaypointAccepted", "Invalid", format!("{reason}; until then its targets refuse every request"))
 }
 
 /// Gives something to all services that a target names; what is to be said of it.
@@ -288,6 +290,14 @@ fn attach_tokens(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, m
         if targets.is_empty() {
             let text = "spec.targetRefs: waypoints verify tokens, and they look at targets only, not at selectors";
             statuses.push(Condition::no("WaypointAccepted", "UnsupportedValue", text));
+        }
+        if let Some(reason) = &spec.broken {
+            statuses.push(closing(reason));
+            for target in targets {
+                let give = |config: &mut ServiceConfig| config.policies.push(closed(entry.key));
+                statuses.push(attach_to(world, entry.key, target, bound, &give));
+            }
+            continue;
         }
         let mut rules = Vec::new();
         for (n, rule) in spec.jwt_rules.iter().enumerate() {

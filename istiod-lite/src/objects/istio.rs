@@ -123,6 +123,9 @@ pub struct AuthorizationPolicySpec {
     pub action: PolicyAction,
     pub rules: Vec<PolicyRule>,
     pub provider: Option<serde_json::Value>,
+    /// Why it could not be read; then nothing but its targets is known.
+    #[serde(skip)]
+    pub broken: Option<String>,
 }
 
 impl AuthorizationPolicySpec {
@@ -222,6 +225,9 @@ pub struct RequestAuthenticationSpec {
     pub target_ref: Option<PolicyTarget>,
     pub target_refs: Vec<PolicyTarget>,
     pub jwt_rules: Vec<JwtRule>,
+    /// Why it could not be read; then nothing but its targets is known.
+    #[serde(skip)]
+    pub broken: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

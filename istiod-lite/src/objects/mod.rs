@@ -62,6 +62,17 @@ pub enum Object {
     Other,
 }
 
+impl Object {
+    /// Whether it stands for one that could not be read.
+    pub fn is_broken(&self) -> bool {
+        match self {
+            Self::AuthorizationPolicy(policy) => policy.spec.broken.is_some(),
+            Self::RequestAuthentication(tokens) => tokens.spec.broken.is_some(),
+            _ => false,
+        }
+    }
+}
+
 /// Where an object was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {

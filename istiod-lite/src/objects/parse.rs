@@ -6,6 +6,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
+use super::istio::{
+    AuthorizationPolicy, AuthorizationPolicySpec, PolicyTarget, RequestAuthentication, RequestAuthenticationSpec,
+};
 use super::known::Kind;
 use super::{Key, Meta, Object};
 
@@ -115,6 +118,28 @@ pub fn from_api(kind: &'static Kind, object: &serde_json::Value) -> Result<Parse
 pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
     let text = serde_yaml::to_string(&value).map_err(|e| ParseError::unknown(e.to_string()))?;
     parse(&text)
+}
+
+/// What stands for an object that guards services and cannot be read: its targets, which are to be closed. `None` where an
+/// object that cannot be read guards nothing by itself.
+pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<Parsed> {
+    let meta = Meta::deserialize(&object["metadata"]).unwrap_or_default();
+    let meta = Meta { name: key.name.clone(), namespace: key.namespace.clone(), ..meta };
+    let target = |t: &serde_json::Value| PolicyTarget::deserialize(t).ok();
+    let many = object["spec"]["targetRefs"].as_array().into_iter().flatten().filter_map(target);
+    let target_refs: Vec<PolicyTarget> = target(&object["spec"]["targetRef"]).into_iter().chain(many).collect();
+    let broken = Some(reason.to_owned());
+    let object = match key.kind {
+        _ if target_refs.is_empty() => return None,
+        "AuthorizationPolicy" => Object::AuthorizationPolicy(AuthorizationPolicy {
+            spec: AuthorizationPolicySpec { target_refs, broken, ..AuthorizationPolicySpec::default() },
+        }),
+        "RequestAuthentication" => Object::RequestAuthentication(RequestAuthentication {
+            spec: RequestAuthenticationSpec { target_refs, broken, ..RequestAuthenticationSpec::default() },
+        }),
+        _ => return None,
+    };
+    Some(Parsed { key: key.clone(), meta, object })
 }
 
 fn identify(header: &Header) -> Result<(&'static Kind, Key), String> {

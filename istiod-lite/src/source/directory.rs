@@ -183,6 +183,7 @@ impl Directory {
         let mut patches: BTreeMap<Key, Vec<Arc<str>>> = BTreeMap::new();
         let mut keep_keys = HashSet::new();
         let mut keep_files = HashSet::new();
+        let mut closed: Vec<(Place, Parsed)> = Vec::new();
         for ((layer, path), file) in &self.files {
             if let Some(reason) = &file.unreadable {
                 let name = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
@@ -205,8 +206,13 @@ impl Directory {
                     Err(error) => {
                         let (key, kept) = match &*error.of {
                             Suspect::Key(key) => {
-                                keep_keys.insert(key.clone());
-                                (Some(key.clone()), self.objects.contains_key(key))
+                                let kept = self.objects.get(key).is_some_and(|o| !o.object.is_broken());
+                                let value = serde_yaml::from_str(text).ok().filter(|_| !kept);
+                                match value.and_then(|v| parse::stand_in(key, &v, &error.reason)) {
+                                    Some(parsed) => closed.push((place.clone(), parsed)),
+                                    None => drop(keep_keys.insert(key.clone())),
+                                }
+                                (Some(key.clone()), kept)
                             }
                             // A kind that is not known: it may be a mistake in what was an object of this name.
                             Suspect::Named(namespace, name) => {
@@ -250,6 +256,9 @@ impl Directory {
                     problems.push(Problem { place: place.to_string(), key: Some(key), reason, kept: true });
                 }
             }
+        }
+        for (place, Parsed { key, meta, object }) in closed {
+            objects.entry(key).or_insert_with(|| Arc::new(Loaded { object, meta, place }));
         }
         for (key, old) in &self.objects {
             if !objects.contains_key(key) && (keep_keys.contains(key) || keep_files.contains(&old.place.file)) {

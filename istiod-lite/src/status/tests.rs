@@ -27,7 +27,11 @@ fn a_policys_conditions_are_written_once_and_keep_their_time() {
     assert_eq!(condition["lastTransitionTime"], "2026-01-02T03:04:05Z");
     assert_eq!(condition["observedGeneration"], 3);
     policy["status"] = status;
-    assert_eq!(render("AuthorizationPolicy", &two, &object(policy.clone()), "2027-01-01T00:00:00.0Z"), None, "no change");
+    assert_eq!(
+        render("AuthorizationPolicy", &two, &object(policy.clone()), "2027-01-01T00:00:00.0Z"),
+        None,
+        "no change"
+    );
     let good = said(vec![Condition::yes("WaypointAccepted", "Accepted", "now it is")]);
     let status = render("AuthorizationPolicy", &good, &object(policy), "2027-01-01T00:00:00.0Z").expect("a change");
     assert_eq!(status["conditions"][0]["lastTransitionTime"], "2027-01-01T00:00:00Z");
@@ -53,8 +57,14 @@ fn a_route_says_it_of_each_service_and_leaves_other_controllers_alone() {
     let parents = status["parents"].as_array().expect("parents");
     assert_eq!(parents.len(), 3);
     assert_eq!(parents[0], theirs);
-    assert_eq!((&parents[1]["parentRef"]["name"], &parents[1]["conditions"][0]["status"]), (&json!("a"), &json!("True")));
-    assert_eq!((&parents[2]["parentRef"]["name"], &parents[2]["conditions"][0]["status"]), (&json!("b"), &json!("False")));
+    assert_eq!(
+        (&parents[1]["parentRef"]["name"], &parents[1]["conditions"][0]["status"]),
+        (&json!("a"), &json!("True"))
+    );
+    assert_eq!(
+        (&parents[2]["parentRef"]["name"], &parents[2]["conditions"][0]["status"]),
+        (&json!("b"), &json!("False"))
+    );
     assert_eq!(parents[2]["conditions"][0]["message"], "no such service");
     assert_eq!(parents[1]["conditions"][1]["type"], "ResolvedRefs");
     route["status"] = status;
@@ -85,6 +95,7 @@ fn what_a_service_is_told_stands_beside_others() {
 fn addresses_of_hosts_are_kept_in_their_entry() {
     let entry = json!({ "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry", "metadata": { "name": "e", "namespace": "ns" } });
     let addresses = vec![("db.example".to_owned(), IpAddr::from([240, 240, 0, 1]))];
-    let status = render("ServiceEntry", &Said { addresses, ..Said::default() }, &object(entry), NOW).expect("addresses");
+    let status =
+        render("ServiceEntry", &Said { addresses, ..Said::default() }, &object(entry), NOW).expect("addresses");
     assert_eq!(status, json!({ "addresses": [{ "value": "240.240.0.1", "host": "db.example" }] }));
 }

@@ -64,7 +64,10 @@ fn each_thing_that_is_wrong_is_told_with_advice() {
         (Box::new(|f| f.root_ends = Some(now())), "has ended"),
         (Box::new(|f| f.pods.push(pod("shop", "late", false))), "Pod shop/late: is to be in the mesh and is not"),
         (
-            Box::new(|f| f.namespaces.push(json!({ "metadata": { "name": "x", "labels": { "istio.io/data-plane-mode": "ambient" } } }))),
+            Box::new(|f| {
+                f.namespaces
+                    .push(json!({ "metadata": { "name": "x", "labels": { "istio.io/data-plane-mode": "ambient" } } }))
+            }),
             "Namespace x: label istio.io/data-plane-mode means nothing; did you mean istio.io/dataplane-mode?",
         ),
         (
@@ -76,7 +79,9 @@ fn each_thing_that_is_wrong_is_told_with_advice() {
             "Namespace shop: istio.io/use-waypoint=wp: there is no Gateway shop/wp",
         ),
         (
-            Box::new(|f| f.gateways.push(json!({ "metadata": { "namespace": "shop", "name": "wp" }, "spec": { "gatewayClassName": "istio-waypoint" } }))),
+            Box::new(|f| {
+                f.gateways.push(json!({ "metadata": { "namespace": "shop", "name": "wp" }, "spec": { "gatewayClassName": "istio-waypoint" } }))
+            }),
             "Gateway shop/wp: not programmed: nobody has looked at it",
         ),
         (
@@ -104,7 +109,12 @@ fn each_thing_that_is_wrong_is_told_with_advice() {
 
 #[test]
 fn network_policies_that_admit_tunnels_are_fine() {
-    for ports in [json!([{ "port": 15008 }]), json!([{ "port": 15000, "endPort": 15010 }]), json!([]), json!([{ "protocol": "TCP" }])] {
+    for ports in [
+        json!([{ "port": 15008 }]),
+        json!([{ "port": 15000, "endPort": 15010 }]),
+        json!([]),
+        json!([{ "protocol": "TCP" }]),
+    ] {
         let mut facts = healthy();
         for rule in [json!([{ "port": 8080 }]), ports.clone()] {
             facts.network_policies.push(json!({ "metadata": { "namespace": "shop", "name": "some" },

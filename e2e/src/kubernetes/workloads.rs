@@ -1,0 +1,102 @@
+//! Checks with every kind of pod that users have.
+
+use ambit_testing::Failure;
+
+use super::checks::{CLIENT, HELLO, URL, enrolled, tunnelled};
+use super::{Cluster, has, now};
+
+/// A StatefulSet with names of its own, a Job with an init container and a native sidecar, a pod with a port of its node, a pod in
+/// the network of its node.
+const KINDS: &str = include_str!("workloads.yaml");
+
+fn done(c: &Cluster, job: &str) -> Result<(), Failure> {
+    c.wait("the job", || {
+        match c.field(&["-n", "front", "job", job], "{.status.succeeded}/{.status.failed}")?.as_str() {
+            "1/" => Ok(()),
+            other => Err(Failure(format!(
+                "{other}: {}",
+                c.kubectl(&["-n", "front", "logs", "-l", &format!("job-name={job}"), "--all-containers", "--prefix"])?
+            ))),
+        }
+    })
+}
+
+/// Every kind of pod.
+pub(super) fn kinds(c: &Cluster) -> Result<String, Failure> {
+    c.apply(KINDS)?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "statefulset/db", "--timeout=90s"])?;
+    c.kubectl(&["-n", "shop", "wait", "--for=condition=Ready", "pod/door", "--timeout=60s"])?;
+    c.kubectl(&["-n", "front", "wait", "--for=condition=Ready", "pod/on-node", "--timeout=60s"])?;
+    enrolled(c, &["shop"], "enabled")?;
+    for n in 0..2 {
+        let start = now();
+        let name = format!("db-{n}.db.shop.svc.cluster.local");
+        c.wait("a pod by its own name", || has(&c.get(CLIENT, &format!("http://{name}:8080/"))?, "hello from db"))?;
+        c.wait("the pod's connection in the mesh", || {
+            let named =
+                |l: &serde_json::Value| l["direction"] == "inbound" && l["dst.workload"] == format!("db-{n}").as_str();
+            let lines = c.access_log(&start)?;
+            let found = lines.iter().any(|l| named(l) && l["src.identity"].is_string());
+            if found { Ok(()) } else { Err(Failure(format!("{lines:?}"))) }
+        })?;
+    }
+    // Its init container and its main one ask the server; its sidecar answers it on localhost.
+    done(c, "work")?;
+    let node = c.field(&["-n", "shop", "pod", "door"], "{.status.hostIP}")?;
+    has(&c.get("outside/client", &format!("http://{node}:18080/"))?, "hello from door")?;
+    // Not in the mesh, and reaches it as any client outside does.
+    has(&c.get("front/on-node", URL)?, HELLO)?;
+    let mark = c.field(&["-n", "front", "pod", "on-node"], "{.metadata.annotations}")?;
+    if mark.contains("redirection") {
+        return Err(Failure(format!("a pod in its node's network is said to be in the mesh: {mark}")));
+    }
+    c.kubectl(&["-n", "shop", "delete", "statefulset/db", "service/db", "pod/door", "--wait=false"])?;
+    c.kubectl(&["-n", "front", "delete", "job/work", "pod/on-node", "--wait=false"])?;
+    Ok("each reached, and in the mesh where it can be; a pod in its node's network stays outside".into())
+}
+
+/// How many pods come and go.
+const CHURN: usize = 100;
+
+/// Many pods come and go while a client asks.
+pub(super) fn churn(c: &Cluster) -> Result<String, Failure> {
+    let load = c.start(&["-n", "front", "exec", "client", "--", "ambit-app", "load", URL, "25"])?;
+    let start = std::time::Instant::now();
+    let deployment = |replicas: usize| {
+        format!(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: churn, namespace: shop}}\nspec:\n  replicas: {replicas}\n  \
+             selector: {{matchLabels: {{app: churn}}}}\n  template:\n    metadata: {{labels: {{app: churn}}}}\n    spec:\n      \
+             terminationGracePeriodSeconds: 1\n      containers: [{{name: c, image: localhost/app:local, args: [sleep]}}]\n"
+        )
+    };
+    let count = |c: &Cluster| -> Result<usize, Failure> {
+        let names = c.field(&["-n", "shop", "pods", "-l", "app=churn"], "{.items[*].metadata.name}")?;
+        Ok(names.split_whitespace().count())
+    };
+    // In four waves, so that it fits on a small machine.
+    let mut longest = std::time::Duration::ZERO;
+    for _ in 0..4 {
+        let wave = std::time::Instant::now();
+        c.apply(&deployment(CHURN / 4))?;
+        c.kubectl(&["-n", "shop", "rollout", "status", "deployment/churn", "--timeout=60s"])?;
+        enrolled(c, &["shop"], "enabled")?;
+        longest = longest.max(wave.elapsed());
+        c.kubectl(&["-n", "shop", "delete", "deployment/churn", "--cascade=foreground", "--wait=false"])?;
+        c.wait("the pods to be gone", || match count(c)? {
+            0 => Ok(()),
+            n => Err(Failure(format!("{n} are left"))),
+        })?;
+    }
+    let took = start.elapsed();
+    let output = load.wait_with_output().map_err(|e| Failure(e.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    has(&text, " failed=0")?;
+    // Their tunnels' state went with them.
+    tunnelled(c, CLIENT)?;
+    Ok(format!(
+        "{CHURN} pods in {:.0} s (a wave at most {:.0} s); {}",
+        took.as_secs_f32(),
+        longest.as_secs_f32(),
+        text.trim()
+    ))
+}
