@@ -3,7 +3,7 @@
 
 use ambit_e2e::{CLIENT, expect, layer7, waypoint};
 use ambit_testing::mesh::{Mesh, Output};
-use ambit_testing::{Failure, sandbox};
+use ambit_testing::{Doing, Failure, sandbox};
 
 async fn layer7_shop() -> Result<Mesh, Failure> {
     let mesh = ambit_e2e::shop(ambit_testing::mesh::Options::default()).await?;
@@ -826,5 +826,56 @@ fn a_policy_that_cannot_be_read_closes_what_it_guards() {
         until(&mesh, &get, "403 Forbidden").await?;
         mesh.delete("tokens.yaml")?;
         until(&mesh, &get, "hello from").await.map(drop)
+    });
+}
+
+#[test]
+fn keys_are_fetched_kept_and_changed() {
+    sandbox::test("keys_are_fetched_kept_and_changed", || async {
+        let mesh = layer7_shop().await?;
+        let file = mesh.files.join("keys.json");
+        let (old, new) = (ambit_testing::tokens::Issuer::new()?, ambit_testing::tokens::Issuer::new()?);
+        std::fs::write(&file, old.key_set().to_string()).doing("write keys")?;
+        // An issuer inside the mesh, which takes no plaintext.
+        let issuer = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: issuer, namespace: shop, labels: {{app: issuer}}}}\n\
+             spec: {{nodeName: node2, containers: [{{name: c, command: [ambit-app, serve, --port, '8080', --file, {}]}}]}}\n---\n\
+             apiVersion: v1\nkind: Service\nmetadata: {{name: issuer, namespace: shop, labels: {{istio.io/use-waypoint: none}}}}\n\
+             spec: {{selector: {{app: issuer}}, ports: [{{port: 80, targetPort: 8080}}]}}\n---\n\
+             apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: strict, namespace: shop}}\n\
+             spec: {{mtls: {{mode: STRICT}}}}\n",
+            file.display()
+        );
+        mesh.apply("issuer.yaml", &issuer)?;
+        mesh.ready(&["shop/issuer"]).await?;
+        mesh.in_mesh(&["shop/issuer"]).await?;
+        let rules = |uri: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: ids, namespace: shop}}\nspec:\n  \
+                 targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  jwtRules: [{{issuer: https://id.example, jwksUri: {uri}}}]\n"
+            )
+        };
+        let claims = serde_json::json!({ "iss": "https://id.example", "sub": "anna", "exp": 4_000_000_000_u64 });
+        let sign = |issuer: &ambit_testing::tokens::Issuer| -> Result<String, Failure> {
+            Ok(format!("authorization: Bearer {}", issuer.sign(&claims)?))
+        };
+        let (by_old, by_new) = (sign(&old)?, sign(&new)?);
+        // Nobody is there: tokens are refused, requests without one are not.
+        mesh.apply("ids.yaml", &rules("http://nobody.shop.svc.cluster.local/jwks"))?;
+        until(&mesh, &["GET", "http://web.shop/", "--header", &by_old], "401 Unauthorized").await?;
+        until(&mesh, &["GET", "http://web.shop/"], "200 OK").await?;
+        mesh.apply("ids.yaml", &rules("http://issuer.shop.svc.cluster.local/jwks"))?;
+        until(&mesh, &["GET", "http://web.shop/", "--header", &by_old], "200 OK").await?;
+        until(&mesh, &["GET", "http://web.shop/", "--header", &by_new], "401 Unauthorized").await?;
+        // What is no key set, and what is too large, changes nothing.
+        for wrong in ["<html>".to_owned(), " ".repeat(2 * 1024 * 1024)] {
+            std::fs::write(&file, wrong).doing("write rubbish")?;
+            until(&mesh, &["GET", "http://web.shop/", "--header", &by_new], "401 Unauthorized").await?;
+            until(&mesh, &["GET", "http://web.shop/", "--header", &by_old], "200 OK").await?;
+        }
+        // The issuer has another key: the token that it signed brings it here.
+        std::fs::write(&file, new.key_set().to_string()).doing("write new keys")?;
+        until(&mesh, &["GET", "http://web.shop/", "--header", &by_new], "200 OK").await?;
+        until(&mesh, &["GET", "http://web.shop/", "--header", &by_old], "401 Unauthorized").await.map(drop)
     });
 }

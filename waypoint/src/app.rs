@@ -12,6 +12,7 @@ use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
 use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
 use ambit_store::Store;
 use ambit_telemetry::{AccessLog, Registry};
+use ambit_tls::outside;
 use ambit_xds::ca::CaClient;
 use ambit_xds::certificates::Certificates;
 use ambit_xds::channel::{ChannelError, ControlPlane};
@@ -25,6 +26,7 @@ use tracing::info;
 
 use crate::config::Config;
 use crate::explain;
+use crate::keys::Keys;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
 use crate::worker::{self, Shared};
@@ -83,10 +85,13 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         observer: Observer::new(&registry, log),
         drain: CancellationToken::new(),
         connections: TaskTracker::new(),
+        outside: outside::connector(config.outside_roots.as_deref()).map_err(|e| RunError::Io("OUTSIDE_ROOTS", e))?,
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;
-    let handler = MeshHandler::new(store, services, readiness.clone());
+    let (keys, sources) = Keys::new();
+    let mut sources = Some(sources);
+    let handler = MeshHandler::new(store, services, keys, readiness.clone());
     let ours = Ours { types: &[WAYPOINT_SERVICE], enrolled: None };
     tokio::spawn(Client::new(control_plane, node(&config), &[ADDRESS], ours, handler).run());
     let (waiting, fetched) = (shared.clone(), readiness.clone());
@@ -98,7 +103,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let ipv6 = std::path::Path::new("/proc/net/if_inet6").exists();
     for one in workers.iter() {
         let listener = listen::tcp_any(&netns, HBONE_PORT, ipv6).map_err(|e| RunError::Io("port 15008", e))?;
-        worker::start(one, shared.clone(), listener);
+        worker::start(one, shared.clone(), listener, sources.take());
     }
     tokio::spawn(expire(registry));
     info!(gateway = config.gateway, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");

@@ -26,6 +26,7 @@ waypoint, configured by its environment:
   ADMIN_PORT, STATS_PORT, READINESS_PORT   [15000 on localhost, 15020, 15021]
   DRAIN_DEADLINE       what is open may take so long when it ends [20s]
   CONNECT_TIMEOUT      [5s]
+  OUTSIDE_ROOTS        PEM file of authorities that are believed outside the mesh, beside those of the web []
   RUST_LOG, LOG_FORMAT   [info, plain]
 ";
 
@@ -54,6 +55,7 @@ pub struct Config {
     pub connect_timeout: Duration,
     pub log_level: String,
     pub log_format: Format,
+    pub outside_roots: Option<std::path::PathBuf>,
     pub hbone: Settings,
 }
 
@@ -110,6 +112,7 @@ impl Config {
                     _ => Err("unknown format".to_owned()),
                 })
                 .unwrap_or_default(),
+            outside_roots: s.get("OUTSIDE_ROOTS", &["OUTSIDE_ROOTS"], "a file").map(|f: String| f.into()),
             hbone: Settings::default(),
         };
         s.finish()?;

@@ -15,6 +15,7 @@ pub mod config;
 pub mod connection;
 pub mod explain;
 pub mod filters;
+pub mod keys;
 pub mod mesh;
 pub mod observe;
 pub mod request;

@@ -20,6 +20,7 @@ use ambit_xds::proto::discovery::Resource;
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 
+use crate::keys::Keys;
 use crate::token::TokenTable;
 
 /// A service of this waypoint.
@@ -81,15 +82,16 @@ pub struct MeshHandler {
     services: Arc<ArcSwap<Services>>,
     /// The next answer about services is the first of its stream, so it is the whole truth.
     fresh: bool,
+    keys: Keys,
     readiness: Readiness,
 }
 
 impl MeshHandler {
     /// Readiness is pending until both types were answered.
-    pub fn new(store: Arc<Store>, services: Arc<ArcSwap<Services>>, readiness: Readiness) -> Self {
+    pub fn new(store: Arc<Store>, services: Arc<ArcSwap<Services>>, keys: Keys, readiness: Readiness) -> Self {
         readiness.pending("addresses", "no answer from the controller yet");
         readiness.pending("services", "no answer from the controller yet");
-        Self { store, services, fresh: true, readiness }
+        Self { store, services, fresh: true, keys, readiness }
     }
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
@@ -108,7 +110,7 @@ impl MeshHandler {
                 rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
                 continue;
             };
-            let bound = compile(resource).unwrap_or_else(|reason| {
+            let bound = compile(resource, &self.keys).unwrap_or_else(|reason| {
                 rejected.push((resource.name.clone(), reason.clone()));
                 Bound { closed: Some(reason), ..Bound::default() }
             });
@@ -121,11 +123,11 @@ impl MeshHandler {
     }
 }
 
-fn compile(resource: &Resource) -> Result<Bound, String> {
+fn compile(resource: &Resource, keys: &Keys) -> Result<Bound, String> {
     let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
     let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
     let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
-    let tokens = TokenTable::new(&config.tokens)?;
+    let tokens = TokenTable::new(&config.tokens, keys)?;
     Ok(Bound { routes, tokens, policies: PolicyTable::new(&config.policies), closed: None, default: Arc::default() })
 }
 
@@ -166,7 +168,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_closes_its_service_and_no_other() {
         let services = Arc::new(ArcSwap::default());
-        let mut handler = MeshHandler::new(Arc::default(), services.clone(), Readiness::default());
+        let mut handler = MeshHandler::new(Arc::default(), services.clone(), Keys::new().0, Readiness::default());
         let bad_action = r#"{"policies":[{"name":"n/p","action":"DANCE"}]}"#;
         let bad_regex = r#"{"routes":[{"rules":[{"matches":[{"path":{"regex":"("}}]}]}]}"#;
         let all = vec![

@@ -138,7 +138,12 @@ async fn respond(
     head.headers.insert(header::HOST, named);
     let original = Original { headers: head.headers.clone(), query: head.uri.query().unwrap_or_default().to_owned() };
     let mut query = original.query.clone();
-    let token = bound.tokens.check(&mut head.headers, &mut query).map_err(bad_token)?;
+    let mut checked = bound.tokens.check(&mut head.headers, &mut query);
+    if matches!(checked, Err(TokenError::NoKeys(_) | TokenError::Key(..))) && bound.tokens.refresh().await {
+        (head.headers, query) = (original.headers.clone(), original.query.clone());
+        checked = bound.tokens.check(&mut head.headers, &mut query);
+    }
+    let token = checked.map_err(bad_token)?;
     let port = connection.target.port;
     let asked = Asked { method: &head.method, host, path: &path, port };
     exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;

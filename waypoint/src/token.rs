@@ -6,6 +6,9 @@
 use ambit_model::l7::token::{Token, TokenPlace, TokenRule};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use jsonwebtoken::jwk::{Jwk, JwkSet};
+use std::sync::Arc;
+
+use crate::keys::{self, Keys, Source};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde_json::Value;
 
@@ -36,7 +39,13 @@ pub struct TokenTable {
 struct Rule {
     rule: TokenRule,
     places: Vec<TokenPlace>,
-    keys: JwkSet,
+    keys: RuleKeys,
+}
+
+#[derive(Debug)]
+enum RuleKeys {
+    Given(Arc<JwkSet>),
+    Fetched(Arc<Source>),
 }
 
 /// Why a token is refused.
@@ -57,6 +66,9 @@ pub enum TokenError {
     /// No key of the issuer is for it.
     #[error("no key of {0} is for this token (kid {1:?})")]
     Key(String, Option<String>),
+    /// The keys of its issuer could not be had.
+    #[error("{0}")]
+    NoKeys(String),
     /// Signature, audience or time are wrong.
     #[error("the token is refused: {0}")]
     Refused(String),
@@ -64,12 +76,15 @@ pub enum TokenError {
 
 impl TokenTable {
     /// Reads the keys of each rule.
-    pub fn new(rules: &[TokenRule]) -> Result<Self, String> {
+    pub fn new(rules: &[TokenRule], keys: &Keys) -> Result<Self, String> {
         let one = |rule: &TokenRule| {
-            let set: Value = serde_json::from_str(&rule.jwks).map_err(|e| format!("{}: jwks: {e}", rule.name))?;
-            let all = set["keys"].as_array().ok_or_else(|| format!("{}: jwks has no keys", rule.name))?;
-            // A key of a kind that nobody here knows is no reason to refuse the others.
-            let keys = JwkSet { keys: all.iter().filter_map(|k| serde_json::from_value(k.clone()).ok()).collect() };
+            let keys = match &rule.jwks_uri {
+                Some(uri) => RuleKeys::Fetched(keys.source(uri)),
+                None => {
+                    let given = keys::parse(rule.jwks.as_bytes()).map_err(|e| format!("{}: {e}", rule.name))?;
+                    RuleKeys::Given(Arc::new(given))
+                }
+            };
             let places = match rule.places.is_empty() {
                 true => vec![
                     TokenPlace::Header("authorization".into(), "Bearer ".into()),
@@ -119,6 +134,15 @@ impl TokenTable {
             }
         }
         Ok(first)
+    }
+
+    /// Has keys that are fetched brought up to date, because of a token that none of them was for; whether that may help.
+    pub async fn refresh(&self) -> bool {
+        let fetched = self.rules.iter().filter_map(|r| match &r.keys {
+            RuleKeys::Fetched(source) => Some(source.refresh()),
+            RuleKeys::Given(_) => None,
+        });
+        futures::future::join_all(fetched).await.contains(&true)
     }
 
     /// Headers in which claims are told.
@@ -173,7 +197,11 @@ impl Rule {
         }
         let named = |key: &&Jwk| kid.is_none() || key.common.key_id.is_none() || key.common.key_id.as_deref() == kid;
         let mut last = TokenError::Key(self.rule.issuer.to_string(), kid.map(str::to_owned));
-        for key in self.keys.keys.iter().filter(named) {
+        let keys = match &self.keys {
+            RuleKeys::Given(keys) => keys.clone(),
+            RuleKeys::Fetched(source) => source.keys().map_err(TokenError::NoKeys)?,
+        };
+        for key in keys.keys.iter().filter(named) {
             let Ok(key) = DecodingKey::from_jwk(key) else { continue };
             match jsonwebtoken::decode::<Value>(text, &key, &rules) {
                 Ok(token) => return Ok(token.claims),

@@ -5,7 +5,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use ambit_hbone::server::serve;
@@ -16,12 +16,15 @@ use ambit_tls::{Peer, handshake};
 use ambit_xds::certificates::Lease;
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::config::Config;
 use crate::connection;
+use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
 use crate::upstream::Upstream;
@@ -36,6 +39,7 @@ pub struct Shared {
     pub observer: Observer,
     pub drain: CancellationToken,
     pub connections: TaskTracker,
+    pub outside: TlsConnector,
 }
 
 /// What a worker has.
@@ -55,8 +59,13 @@ pub struct Downstream {
     pub source: SocketAddr,
 }
 
-/// Serves a listener on a worker.
-pub fn start(worker: &Worker, shared: Arc<Shared>, listener: std::net::TcpListener) {
+/// Serves a listener on a worker. One worker is given the sources of keys, to fetch from them.
+pub fn start(
+    worker: &Worker,
+    shared: Arc<Shared>,
+    listener: std::net::TcpListener,
+    sources: Option<mpsc::UnboundedReceiver<Weak<Source>>>,
+) {
     worker.spawn(move || async move {
         let listener = match TcpListener::from_std(listener) {
             Ok(listener) => listener,
@@ -66,6 +75,9 @@ pub fn start(worker: &Worker, shared: Arc<Shared>, listener: std::net::TcpListen
         let context = Rc::new(Context { shared, upstream });
         let sweeping = context.clone();
         tokio::task::spawn_local(async move { sweeping.upstream.sweep().await });
+        if let Some(sources) = sources {
+            tokio::task::spawn_local(keys::fetch(context.clone(), sources));
+        }
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,

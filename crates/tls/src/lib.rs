@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod csr;
 pub mod handshake;
+pub mod outside;
 pub mod provider;
 pub mod renew;
 

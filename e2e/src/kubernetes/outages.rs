@@ -42,7 +42,8 @@ pub(super) fn restarts(c: &Cluster) -> Result<String, Failure> {
     c.kubectl(&["-n", "istio-system", "rollout", "restart", "daemonset/ztunnel"])?;
     c.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=90s"])?;
     let tunnels = end(asking)?;
-    // While a node's tunnel is replaced its pods are refused, never plaintext.
+    // The next tunnel of a node takes over before the old one lets go.
+    has(&tunnels, " failed=0")?;
     let plain = plaintext(c, &start)?;
     if !plain.is_empty() {
         return Err(Failure(format!("plaintext: {plain:?}")));

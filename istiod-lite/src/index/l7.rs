@@ -328,11 +328,13 @@ fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, I
     if rule.issuer.is_empty() {
         return invalid("issuer", "", "the issuer of the tokens");
     }
-    if rule.jwks.is_empty() {
-        return invalid("jwksUri", &rule.jwks_uri, "keys in jwks: fetching them is not supported yet");
+    let fetched = rule.jwks.is_empty();
+    let uri: Result<http::Uri, _> = rule.jwks_uri.parse();
+    if fetched && !uri.is_ok_and(|u| matches!(u.scheme_str(), Some("http" | "https")) && u.host().is_some()) {
+        return invalid("jwksUri", &rule.jwks_uri, "an http or https URI, or keys in jwks");
     }
     let keys: Result<serde_json::Value, _> = serde_json::from_str(&rule.jwks);
-    if !keys.is_ok_and(|k| k["keys"].is_array()) {
+    if !fetched && !keys.is_ok_and(|k| k["keys"].is_array()) {
         return invalid("jwks", &rule.jwks, "a JSON web key set (RFC 7517)");
     }
     let text = |s: &String| Str::from(s.as_str());
@@ -345,6 +347,7 @@ fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, I
         issuer: text(&rule.issuer),
         audiences: rule.audiences.iter().map(text).collect(),
         jwks: text(&rule.jwks),
+        jwks_uri: fetched.then(|| text(&rule.jwks_uri)),
         places: headers.chain(params).chain(cookies).collect(),
         payload_header: Some(text(&rule.output_payload_to_header)).filter(|h| !h.is_empty()),
         claim_headers: rule.output_claim_to_headers.iter().map(|c| (text(&c.header), text(&c.claim))).collect(),

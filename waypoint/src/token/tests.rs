@@ -56,7 +56,7 @@ fn bearer(token: &str) -> HeaderMap {
 fn tokens_must_be_good_where_they_are() {
     let ours = issuer();
     let strict = TokenRule { audiences: vec!["shop".into()], ..rule(&ours) };
-    let table = TokenTable::new(&[strict]).expect("compiles");
+    let table = TokenTable::new(&[strict], &Keys::new().0).expect("compiles");
     let check = |token: &str| table.check(&mut bearer(token), &mut String::new());
     assert_eq!(table.check(&mut HeaderMap::new(), &mut String::new()), Ok(None));
     let good = check(&ours.sign(json!({ "aud": ["x", "shop"] }))).expect("good").expect("a token");
@@ -91,12 +91,13 @@ fn tokens_must_be_good_where_they_are() {
     let mut forged = format!("access_token={}", issuer().sign(json!({ "aud": "shop" })));
     assert!(table.check(&mut two, &mut forged).is_err(), "each token that is there must be good");
     let odd = ours.jwks.replace("[{", r#"[{"kty":"EC","crv":"secp256k1","x":"","y":""},{"#);
-    let table = TokenTable::new(&[TokenRule { jwks: odd.as_str().into(), ..rule(&ours) }]).expect("compiles");
+    let table =
+        TokenTable::new(&[TokenRule { jwks: odd.as_str().into(), ..rule(&ours) }], &Keys::new().0).expect("compiles");
     assert!(
         table.check(&mut bearer(&ours.sign(json!({}))), &mut String::new()).is_ok(),
         "beside a key of another kind"
     );
-    assert!(TokenTable::new(&[TokenRule { jwks: "{".into(), ..rule(&ours) }]).is_err());
+    assert!(TokenTable::new(&[TokenRule { jwks: "{".into(), ..rule(&ours) }], &Keys::new().0).is_err());
 }
 
 #[test]
@@ -108,7 +109,7 @@ fn tokens_are_found_taken_off_and_told() {
         ..rule(&ours)
     };
     let token = ours.sign(json!({ "team": { "name": "alpha" } }));
-    let table = TokenTable::new(std::slice::from_ref(&told)).expect("compiles");
+    let table = TokenTable::new(std::slice::from_ref(&told), &Keys::new().0).expect("compiles");
     let mut headers = bearer(&token);
     headers.insert("x-who", HeaderValue::from_static("forged"));
     table.check(&mut headers, &mut String::new()).expect("good");
@@ -127,7 +128,7 @@ fn tokens_are_found_taken_off_and_told() {
     assert!(table.check(&mut HeaderMap::new(), &mut query).expect("good").is_some());
     assert_eq!(query, "a=1&b=2");
     let places = vec![TokenPlace::Cookie("session".into()), TokenPlace::Header("x-token".into(), "".into())];
-    let table = TokenTable::new(&[TokenRule { places, forward: true, ..told }]).expect("compiles");
+    let table = TokenTable::new(&[TokenRule { places, forward: true, ..told }], &Keys::new().0).expect("compiles");
     let cookie = HeaderValue::from_str(&format!("a=1; session={token}")).expect("a value");
     let mut headers: HeaderMap = [(header::COOKIE, cookie.clone())].into_iter().collect();
     assert!(table.check(&mut headers, &mut String::new()).expect("good").is_some());

@@ -18,8 +18,11 @@ pub struct TokenRule {
     /// One of these must be in `aud`; none given means any.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub audiences: Vec<Str>,
-    /// A JSON web key set (RFC 7517).
+    /// A JSON web key set (RFC 7517); empty where it is fetched.
     pub jwks: Str,
+    /// Where it is fetched from: `http://` or `https://`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwks_uri: Option<Str>,
     /// Where tokens are; where nothing is given, `Authorization: Bearer` and the parameter `access_token`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub places: Vec<TokenPlace>,

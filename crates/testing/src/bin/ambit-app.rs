@@ -66,14 +66,15 @@ fn listen(words: &[&str]) -> Outcome<TcpListener> {
 
 fn serve(words: &[&str]) -> Outcome<()> {
     let name = option(words, "--name").map_or_else(|| std::env::var("POD_NAME").unwrap_or_default(), str::to_owned);
+    let file = option(words, "--file").map(str::to_owned);
     for stream in listen(words)?.incoming().flatten() {
-        let name = name.clone();
-        std::thread::spawn(move || answer(stream, &name));
+        let (name, file) = (name.clone(), file.clone());
+        std::thread::spawn(move || answer(stream, &name, file.as_deref()));
     }
     Ok(())
 }
 
-fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
+fn answer(stream: TcpStream, name: &str, file: Option<&str>) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?.ip().to_canonical();
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -108,7 +109,9 @@ fn answer(stream: TcpStream, name: &str) -> std::io::Result<()> {
         println!("{} {} bytes", line.trim(), sent.len());
         let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
         std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
+        let file = file.map(std::fs::read_to_string).transpose()?;
         let body = match path.strip_prefix("/bytes/").and_then(|n| n.parse::<usize>().ok()) {
+            _ if file.is_some() => file.unwrap_or_default(),
             Some(n) => "x".repeat(n),
             // What has arrived, for tests of what a proxy sends.
             None if path.contains("echo") => {
