@@ -5,6 +5,7 @@
 pub mod demo;
 pub mod exec;
 pub mod kubernetes;
+pub mod trace;
 
 use ambit_testing::Failure;
 use ambit_testing::mesh::{Mesh, Options, Output};

@@ -136,6 +136,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
             namespace: config.namespace.clone(),
             image: config.image.clone(),
             discovery_address: config.discovery_address.clone(),
+            tracing: config.otlp_endpoint.clone().map(|endpoint| (endpoint, config.trace_sampling)),
             daemonset: client.as_ref().map(|_| crate::source::kube::DAEMONSET.to_owned()),
         },
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),

@@ -29,6 +29,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   replica          POD_NAME               kube: name of this replica, unique among them [istiod-lite]
   image            AMBIT_IMAGE            image of our programs, for waypoints [ambit:VERSION]
   discoveryAddress AMBIT_DISCOVERY_ADDRESS  where waypoints find us [https://istiod.NAMESPACE.svc:15012]
+  otlpEndpoint     AMBIT_OTLP_ENDPOINT    where waypoints send spans (OTLP, gRPC), such as http://collector:4317 []
+  traceSampling    AMBIT_TRACE_SAMPLING   of the traces that begin there, how many are told, 0 to 1 [0.01]
   certificateTtl   AMBIT_CERTIFICATE_TTL  lifetime of workload certificates, also the longest one granted [24h]
   port             AMBIT_PORT             delta ADS and certificates, TLS [15012]
   httpPort         AMBIT_HTTP_PORT        /ready and /metrics [15014]
@@ -65,6 +67,8 @@ pub struct Config {
     pub replica: String,
     pub image: String,
     pub discovery_address: String,
+    pub otlp_endpoint: Option<String>,
+    pub trace_sampling: f64,
     pub certificate_ttl: Duration,
     pub port: u16,
     pub http_port: u16,
@@ -127,6 +131,8 @@ impl Config {
         let config = Self {
             image: text(&mut s, "image", "AMBIT_IMAGE", image),
             discovery_address: text(&mut s, "discoveryAddress", "AMBIT_DISCOVERY_ADDRESS", &discovery),
+            otlp_endpoint: s.get("otlpEndpoint", &["AMBIT_OTLP_ENDPOINT"], "a URI"),
+            trace_sampling: s.get("traceSampling", &["AMBIT_TRACE_SAMPLING"], "0 to 1").unwrap_or(0.01),
             source: kind,
             directory,
             overlay,

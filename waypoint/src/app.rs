@@ -11,6 +11,7 @@ use ambit_net::{Netns, listen};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
 use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
 use ambit_store::Store;
+use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_tls::outside;
 use ambit_xds::ca::CaClient;
@@ -40,6 +41,9 @@ pub enum RunError {
     /// Logging cannot start.
     #[error("{0}")]
     Logging(String),
+    /// Spans cannot be sent where they are to go.
+    #[error(transparent)]
+    Spans(#[from] SpansError),
     /// The controller's address or files are wrong.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -82,7 +86,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         certificate: certificates.lease(&config.identity),
         store: store.clone(),
         services: services.clone(),
-        observer: Observer::new(&registry, log),
+        observer: Observer::new(&registry, log, spans(&config)?),
         drain: CancellationToken::new(),
         connections: TaskTracker::new(),
         outside: outside::connector(config.outside_roots.as_deref()).map_err(|e| RunError::Io("OUTSIDE_ROOTS", e))?,
@@ -118,6 +122,13 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
     }
     Ok(())
+}
+
+/// Where spans go, if anywhere.
+fn spans(config: &Config) -> Result<Spans, RunError> {
+    let Some(endpoint) = &config.otlp_endpoint else { return Ok(Spans::default()) };
+    let attributes = [("k8s.namespace.name", &*config.identity.namespace), ("k8s.pod.name", &*config.pod_name)];
+    Ok(Spans::start(endpoint, "waypoint", &attributes, config.trace_sampling)?)
 }
 
 async fn pages(

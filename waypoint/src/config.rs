@@ -26,6 +26,8 @@ waypoint, configured by its environment:
   ADMIN_PORT, STATS_PORT, READINESS_PORT   [15000 on localhost, 15020, 15021]
   DRAIN_DEADLINE       what is open may take so long when it ends [20s]
   CONNECT_TIMEOUT      [5s]
+  OTEL_EXPORTER_OTLP_ENDPOINT  where spans go (OTLP, gRPC), such as http://collector:4317 []
+  OTEL_TRACES_SAMPLER_ARG      of the traces that begin here, how many are told, 0 to 1 [0.01]
   OUTSIDE_ROOTS        PEM file of authorities that are believed outside the mesh, beside those of the web []
   RUST_LOG, LOG_FORMAT   [info, plain]
 ";
@@ -55,6 +57,8 @@ pub struct Config {
     pub connect_timeout: Duration,
     pub log_level: String,
     pub log_format: Format,
+    pub otlp_endpoint: Option<String>,
+    pub trace_sampling: f64,
     pub outside_roots: Option<std::path::PathBuf>,
     pub hbone: Settings,
 }
@@ -112,6 +116,8 @@ impl Config {
                     _ => Err("unknown format".to_owned()),
                 })
                 .unwrap_or_default(),
+            otlp_endpoint: s.get("OTEL_EXPORTER_OTLP_ENDPOINT", &["OTEL_EXPORTER_OTLP_ENDPOINT"], "a URI"),
+            trace_sampling: s.get("OTEL_TRACES_SAMPLER_ARG", &["OTEL_TRACES_SAMPLER_ARG"], "0 to 1").unwrap_or(0.01),
             outside_roots: s.get("OUTSIDE_ROOTS", &["OUTSIDE_ROOTS"], "a file").map(|f: String| f.into()),
             hbone: Settings::default(),
         };

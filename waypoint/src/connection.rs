@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
+use ambit_hbone::headers::TraceParent;
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::server::Incoming;
 use ambit_hbone::settings::MAX_WINDOW;
@@ -50,6 +51,8 @@ pub struct Connection {
     pub facts: Facts,
     /// A request has come.
     pub begun: CancellationToken,
+    /// The trace that the client's tunnel has begun.
+    pub trace: Option<TraceParent>,
 }
 
 impl Connection {
@@ -105,7 +108,13 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         Err(refusal) => return refuse(&facts, incoming, refusal.status(), refusal.to_string()),
     };
     facts.service = target.service.clone();
-    let connection = Rc::new(Connection { downstream, target, facts, begun: CancellationToken::new() });
+    let connection = Rc::new(Connection {
+        downstream,
+        target,
+        facts,
+        begun: CancellationToken::new(),
+        trace: incoming.headers.trace,
+    });
     let verdict = connection.target.bound.policies.decide(&connection.subject());
     let bound = &connection.target.bound;
     let permitted = matches!(verdict, Verdict::Allow(_)) && bound.closed.is_none();
@@ -123,7 +132,7 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
             if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
-                let upstream = dial(&context, &connection.target).await;
+                let upstream = dial(&context, &connection.target, connection.trace).await;
                 relay(&context, &connection, Rewind { read: Bytes::new(), io }, upstream).await;
             }
         }
@@ -135,7 +144,7 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
     }
 }
 
-async fn dial(context: &Context, target: &Target) -> Result<(Endpoint, Io), Unreachable> {
+async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) -> Result<(Endpoint, Io), Unreachable> {
     let mut avoid = Vec::new();
     loop {
         let endpoint = match (&target.service, &target.workload, target.address) {
@@ -143,7 +152,7 @@ async fn dial(context: &Context, target: &Target) -> Result<(Endpoint, Io), Unre
             (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
             _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
         };
-        match context.upstream.connect(&endpoint).await {
+        match context.upstream.connect(&endpoint, trace).await {
             Ok(io) => return Ok((endpoint, io)),
             Err(error) if avoid.len() < 2 && target.service.is_some() => {
                 tracing::debug!(%error, "another endpoint is tried");
@@ -190,8 +199,13 @@ async fn tell_apart(
     permitted: bool,
     verdict: Verdict,
 ) {
-    let dialled =
-        async { if permitted { dial(&context, &connection.target).await } else { std::future::pending().await } };
+    let dialled = async {
+        if permitted {
+            dial(&context, &connection.target, connection.trace).await
+        } else {
+            std::future::pending().await
+        }
+    };
     tokio::pin!(dialled);
     let mut upstream: Option<Result<(Endpoint, Io), Unreachable>> = None;
     let (mut read, mut greeting) = (BytesMut::new(), BytesMut::new());

@@ -13,6 +13,7 @@ use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::histogram::{BYTES, HistogramVec, MILLISECONDS};
 use ambit_telemetry::metrics::{CounterVec, Labels};
 use ambit_telemetry::peers::{service, side};
+use ambit_telemetry::spans::{Begun, Side, Spans};
 use http::HeaderMap;
 
 macro_rules! common_labels {
@@ -110,11 +111,13 @@ pub struct Observer {
     sent: Arc<CounterVec>,
     received: Arc<CounterVec>,
     log: AccessLog,
+    /// Where spans go.
+    pub spans: Spans,
 }
 
 impl Observer {
     /// Registers the metrics.
-    pub fn new(registry: &Registry, log: AccessLog) -> Self {
+    pub fn new(registry: &Registry, log: AccessLog, spans: Spans) -> Self {
         let tcp = |name, help| registry.counter(name, help, TCP);
         Self {
             requests: registry.counter("istio_requests_total", "Requests.", HTTP),
@@ -132,6 +135,7 @@ impl Observer {
             sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to clients."),
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from clients."),
             log,
+            spans,
         }
     }
 
@@ -152,6 +156,7 @@ impl Observer {
             route: None,
             policy: None,
             trace: None,
+            span: None,
             request_bytes: Arc::default(),
             response_bytes: Arc::default(),
         }
@@ -203,6 +208,7 @@ pub struct Exchange {
     pub route: Option<String>,
     pub policy: Option<String>,
     pub trace: Option<String>,
+    pub span: Option<Begun>,
     pub request_bytes: Arc<AtomicU64>,
     pub response_bytes: Arc<AtomicU64>,
 }
@@ -237,6 +243,20 @@ impl Exchange {
         observer.duration.with(&labels).record(elapsed.as_secs_f64() * 1000.0);
         observer.request_bytes.with(&labels).record(received as f64);
         observer.response_bytes.with(&labels).record(sent as f64);
+        if let Some(span) = self.span {
+            let attribute = |name, value: &dyn ToString| (name, value.to_string());
+            let mut attributes = vec![
+                attribute("url.path", &self.request.split_once(' ').map_or("", |(_, path)| path)),
+                attribute("server.address", &self.host),
+                attribute("http.response.status_code", &self.status),
+                attribute("upstream.us", &self.waited.as_micros()),
+                attribute("source.principal", &self.facts.src_identity),
+            ];
+            attributes.extend(self.route.iter().map(|r| attribute("route", r)));
+            attributes.extend(self.policy.iter().map(|p| attribute("policy", p)));
+            attributes.extend(self.facts.dst_workload.iter().map(|w| attribute("destination.workload", &w.name)));
+            observer.spans.end(span, Side::Server, self.request.clone(), attributes, self.error.clone());
+        }
         let mut fields = vec![
             ("request", Value::Text(self.request)),
             ("host", Value::Text(self.host)),

@@ -15,6 +15,7 @@ use ambit_model::l7::token::Token;
 use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule, path};
 use ambit_model::service::AppProtocol;
 use ambit_model::{NamespacedHostname, Str, Workload};
+use ambit_telemetry::spans::Parent;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -80,6 +81,9 @@ pub async fn handle(
         request.uri().path(),
     );
     exchange.grpc = grpc;
+    let parent = trace_of(request.headers()).or(connection.trace);
+    let parent = parent.map(|t| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 });
+    exchange.span = context.shared.observer.spans.begin(parent);
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
     let outcome = respond(&context, &connection, request, &host, &mut exchange, upgrade).await;
@@ -430,15 +434,23 @@ fn forwarded(headers: &mut HeaderMap, connection: &Connection, exchange: &mut Ex
         let id = format!("{:032x}", fastrand::u128(..));
         headers.insert(REQUEST_ID, HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("0")));
     }
-    let known = headers.get(TRACEPARENT).and_then(|v| v.to_str().ok()).and_then(TraceParent::parse);
-    let trace = known.unwrap_or_else(|| {
-        let made = TraceParent::random();
-        if let Ok(value) = HeaderValue::from_str(&made.to_string()) {
+    // A trace that is told goes on below our span; any other one as it came.
+    let known = match exchange.span {
+        Some(span) => Err(TraceParent { trace: span.trace, span: span.id, flags: 1 }),
+        None => trace_of(headers).ok_or_else(TraceParent::random),
+    };
+    let trace = known.unwrap_or_else(|ours| {
+        if let Ok(value) = HeaderValue::from_str(&ours.to_string()) {
             headers.insert(TRACEPARENT, value);
         }
-        made
+        ours
     });
     exchange.trace = Some(format!("{:032x}", trace.trace));
+}
+
+/// The trace that a request belongs to.
+pub(crate) fn trace_of(headers: &HeaderMap) -> Option<TraceParent> {
+    headers.get(TRACEPARENT).and_then(|v| v.to_str().ok()).and_then(TraceParent::parse)
 }
 
 /// HTTP/2 where the backend's port declares it, else what the client speaks.

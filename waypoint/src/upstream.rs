@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use ambit_hbone::headers::TraceParent;
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::pool::ConnectLost;
 use ambit_hbone::settings::MAX_WINDOW;
@@ -33,6 +34,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::body::Body;
+use crate::request::trace_of;
 use crate::worker::Shared;
 
 const HBONE_PORT: u16 = 15008;
@@ -188,8 +190,8 @@ impl Upstream {
         }
     }
 
-    /// Connects to an endpoint.
-    pub async fn connect(&self, to: &Endpoint) -> Result<Io, Unreachable> {
+    /// Connects to an endpoint, on behalf of a trace.
+    pub async fn connect(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<Io, Unreachable> {
         let failed = |e: String| Unreachable::Connect(to.addr, e);
         if to.workload.network != self.shared.config.network {
             return Err(failed(format!("it is in network {:?}, which is not reached from here", to.workload.network)));
@@ -212,7 +214,8 @@ impl Upstream {
                 loop {
                     let (shared, dialled) = (self.shared.clone(), key.clone());
                     let place = self.tunnels.place(&key, || dial(shared.clone(), dialled.clone())).await?;
-                    let (authority, headers) = (Authority::Address(to.addr), ConnectHeaders::default());
+                    let (authority, headers) =
+                        (Authority::Address(to.addr), ConnectHeaders { trace, ..ConnectHeaders::default() });
                     match place.open(&authority, &headers, self.tunnels.settings()).await {
                         Ok(stream) => return Ok(Io::Tunnel(Box::new(stream.into_io()))),
                         // The tunnel was closing; nothing was seen of the request.
@@ -243,7 +246,7 @@ impl Upstream {
                     let kept = self.take_idle(&key);
                     let mut sender = match kept {
                         Some(sender) => sender,
-                        None => match self.http1(to).await {
+                        None => match self.http1(to, trace_of(request.headers())).await {
                             Ok(sender) => sender,
                             Err(error) => return Err((error, Some(request))),
                         },
@@ -262,7 +265,7 @@ impl Upstream {
                 Version::Http2 => {
                     let mut shared = match self.shared2(&key) {
                         Some(shared) => shared,
-                        None => match self.http2(to, &key).await {
+                        None => match self.http2(to, &key, trace_of(request.headers())).await {
                             Ok(shared) => shared,
                             Err(error) => return Err((error, Some(request))),
                         },
@@ -333,8 +336,8 @@ impl Upstream {
         });
     }
 
-    async fn http1(&self, to: &Endpoint) -> Result<http1::SendRequest<Body>, Unreachable> {
-        let io = self.connect(to).await?;
+    async fn http1(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<http1::SendRequest<Body>, Unreachable> {
+        let io = self.connect(to, trace).await?;
         let made = http1::Builder::new().handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         // Ends with the connection; how is told to whoever waits for an answer.
@@ -342,8 +345,8 @@ impl Upstream {
         Ok(sender)
     }
 
-    async fn http2(&self, to: &Endpoint, key: &ConnKey) -> Result<Shared2, Unreachable> {
-        let io = self.connect(to).await?;
+    async fn http2(&self, to: &Endpoint, key: &ConnKey, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
+        let io = self.connect(to, trace).await?;
         let made = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(1024 * 1024)

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ambit_net::Netns;
 use ambit_runtime::{Readiness, Workers, http, logging, signal};
 use ambit_store::Store;
+use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_xds::ca::CaClient;
 use ambit_xds::channel::{ChannelError, ControlPlane};
@@ -42,6 +43,9 @@ pub enum RunError {
     /// Logging cannot start.
     #[error("{0}")]
     Logging(String),
+    /// Spans cannot be sent where they are to go.
+    #[error(transparent)]
+    Spans(#[from] SpansError),
     /// The controller's address or files are wrong.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -89,7 +93,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let shared = Arc::new(Shared {
         config: config.clone(),
         store: store.clone(),
-        observer: Observer::new(&registry, log),
+        observer: Observer::new(&registry, log, spans(&config)?),
         node: node_netns.clone(),
         drain: drain.clone(),
         connections: TaskTracker::new(),
@@ -169,6 +173,13 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     Ok(())
+}
+
+/// Where spans go, if anywhere.
+fn spans(config: &Config) -> Result<Spans, RunError> {
+    let Some(endpoint) = &config.otlp_endpoint else { return Ok(Spans::default()) };
+    let attributes = [("k8s.node.name", &*config.node_name), ("k8s.pod.name", &*config.pod_name)];
+    Ok(Spans::start(endpoint, "ztunnel", &attributes, config.trace_sampling)?)
 }
 
 /// Where the CNI plugin goes, if it is to be installed.

@@ -56,6 +56,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   maxStreamWindow      HTTP2_MAX_STREAM_WINDOW_SIZE      the same, where the path holds more [16777216]
   connectionWindow     HTTP2_CONNECTION_WINDOW_SIZE      bytes that the streams of a tunnel share [67108864]
   frameSize            HTTP2_FRAME_SIZE          largest frame [1048576]
+  otlpEndpoint         OTEL_EXPORTER_OTLP_ENDPOINT  where spans go (OTLP, gRPC), such as http://collector:4317 []
+  traceSampling        OTEL_TRACES_SAMPLER_ARG   of the traces that begin here, how many are told, 0 to 1 [0.01]
   logLevel             RUST_LOG                  log level [info]
   logFormat            LOG_FORMAT                plain or json [plain]
   instanceIp, podName, podNamespace, serviceAccount      INSTANCE_IP, POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT
@@ -109,6 +111,8 @@ pub struct Config {
     pub audit_interval: Duration,
     pub pod_connections: usize,
     pub hbone: Settings,
+    pub otlp_endpoint: Option<String>,
+    pub trace_sampling: f64,
     pub log_level: String,
     pub log_format: Format,
     pub instance_ip: String,
@@ -242,6 +246,8 @@ impl Config {
                 idle: time(&mut s, "poolIdle", &["POOL_UNUSED_RELEASE_TIMEOUT"], defaults.idle),
                 ..defaults
             },
+            otlp_endpoint: s.get("otlpEndpoint", &["OTEL_EXPORTER_OTLP_ENDPOINT"], "a URI"),
+            trace_sampling: s.get("traceSampling", &["OTEL_TRACES_SAMPLER_ARG"], "0 to 1").unwrap_or(0.01),
             log_level: text(&mut s, "logLevel", &["RUST_LOG"], "info"),
             log_format: s
                 .get_with("logFormat", &["LOG_FORMAT"], "plain or json", |f| match f {

@@ -8,12 +8,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use ambit_hbone::headers::TraceParent;
 use ambit_hbone::server::{Incoming, serve};
 use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::Workload;
 use ambit_model::policy::Connection;
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 use ambit_net::{connect, orig_dst, relay, unless};
+use ambit_telemetry::spans::Parent;
 use ambit_tls::{Peer, handshake};
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -95,6 +97,8 @@ impl Tunnel {
         facts.dst_identity = Some(self.pod.identity.clone());
         facts.hbone = Some(incoming.authority.to_string());
         facts.trace = incoming.headers.trace.map(|t| format!("{:032x}", t.trace));
+        let parent = |t: TraceParent| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 };
+        facts.span = incoming.headers.trace.and_then(|t| observer.spans.begin(Some(parent(t))));
         let app = match self.connect(&incoming, &mut facts).await {
             Ok(app) => app,
             Err((status, failure)) => {

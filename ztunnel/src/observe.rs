@@ -13,6 +13,7 @@ use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::metrics::{Counter, CounterVec, Labels};
 use ambit_telemetry::peers::{place, service, side};
+use ambit_telemetry::spans::{Begun, Side, Spans};
 
 const LABELS: &[&str] = &[
     "reporter",
@@ -112,6 +113,8 @@ pub struct Facts {
     /// Policy that admitted it.
     pub policy: Option<Str>,
     pub trace: Option<String>,
+    /// Its span, where it is told.
+    pub span: Option<Begun>,
 }
 
 impl Facts {
@@ -129,6 +132,7 @@ impl Facts {
             service: None,
             policy: None,
             trace: None,
+            span: None,
         }
     }
 
@@ -194,11 +198,13 @@ pub struct Observer {
     /// Those of them that failed.
     pub dns_failures: Arc<CounterVec>,
     log: AccessLog,
+    /// Where spans go.
+    pub spans: Spans,
 }
 
 impl Observer {
     /// Registers the metrics.
-    pub fn new(registry: &Registry, log: AccessLog) -> Self {
+    pub fn new(registry: &Registry, log: AccessLog, spans: Spans) -> Self {
         let tcp = |name, help| registry.counter(name, help, LABELS);
         let dns = |name, help| registry.counter(name, help, &["request_query_type", "request_protocol"]);
         Self {
@@ -212,19 +218,33 @@ impl Observer {
             dns_upstream: dns("istio_dns_upstream_requests_total", "Requests for names that were forwarded."),
             dns_failures: dns("istio_dns_upstream_failures_total", "Forwarded requests that failed."),
             log,
+            spans,
         }
+    }
+
+    fn span(&self, facts: &Facts, error: Option<&Failure>) {
+        let Some(span) = facts.span else { return };
+        let side = if facts.reporter == Reporter::Source { Side::Client } else { Side::Server };
+        let name = facts.service.as_ref().map_or_else(|| facts.dst.to_string(), |s| s.hostname.to_string());
+        let fields = facts.fields().into_iter().filter_map(|(name, value)| match value {
+            Value::Text(text) => Some((name, text)),
+            Value::Number(_) => None,
+        });
+        self.spans.end(span, side, format!("connect to {name}"), fields.collect(), error.map(|e| e.reason.clone()));
     }
 
     /// A connection was refused before it was one.
     pub fn refused(&self, facts: &Facts, failure: &Failure, message: &'static str) {
         self.failed.with(&facts.labels(failure.flag)).inc();
+        self.span(facts, Some(failure));
         let mut fields = facts.fields();
         fields.push(("error", Value::Text(failure.reason.clone())));
         self.log.write(Line { time: SystemTime::now(), level: Level::Warn, message, fields });
     }
 
-    /// A connection is open.
+    /// A connection is open. Its span is the way there: a connection may last for days.
     pub fn open(&self, facts: Facts) -> Open {
+        self.span(&facts, None);
         let labels = facts.labels(Flag::None);
         self.opened.with(&labels).inc();
         let gauge = self.open.of(&[if facts.reporter == Reporter::Source { "source" } else { "destination" }]);
@@ -306,7 +326,7 @@ mod tests {
     fn a_connection_is_told_with_istios_labels() {
         let registry = Registry::default();
         let log = AccessLog::start(true, std::io::sink(), Arc::default()).expect("log");
-        let observer = Observer::new(&registry, log);
+        let observer = Observer::new(&registry, log, Spans::default());
         let mut facts = Facts::new(
             Reporter::Destination,
             "10.0.0.1:1".parse().expect("addr"),

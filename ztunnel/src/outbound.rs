@@ -14,6 +14,7 @@ use ambit_model::workload::WorkloadType;
 use ambit_model::{Str, Workload};
 use ambit_net::netns::NetnsId;
 use ambit_net::{connect, orig_dst, relay};
+use ambit_telemetry::spans::Begun;
 use ambit_tls::{HandshakeError, handshake};
 use tokio::net::TcpStream;
 
@@ -203,7 +204,9 @@ async fn tunnel(
     stream: &TcpStream,
     facts: &mut Facts,
 ) -> Result<Ready, (Failure, bool)> {
-    let trace = TraceParent::random();
+    facts.span = context.shared.observer.spans.begin(None);
+    let told = |s: Begun| TraceParent { trace: s.trace, span: s.id, flags: 1 };
+    let trace = facts.span.map_or_else(TraceParent::random, told);
     facts.trace = Some(format!("{:032x}", trace.trace));
     let headers = ConnectHeaders {
         baggage: baggage(client),

@@ -7,6 +7,7 @@ pub mod access_log;
 pub mod histogram;
 pub mod metrics;
 pub mod peers;
+pub mod spans;
 
 pub use access_log::AccessLog;
 pub use metrics::{Counter, CounterVec, Registry};

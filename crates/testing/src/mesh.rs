@@ -35,6 +35,8 @@ pub struct Options {
     pub ztunnel: Option<PathBuf>,
     /// Node tunnels are driven by an agent like Istio's. Pods join by their own label.
     pub zds: bool,
+    /// Every trace is told, to a collector beside the controller.
+    pub traces: bool,
 }
 
 impl Default for Options {
@@ -46,6 +48,7 @@ impl Default for Options {
             istiod_env: Vec::new(),
             ztunnel: None,
             zds: false,
+            traces: false,
         }
     }
 }
@@ -66,6 +69,7 @@ pub struct Mesh {
     pub issuer: Arc<Issuer>,
     options: Options,
     istiod: Option<Container>,
+    collector: Option<Container>,
     ztunnels: Vec<Option<Container>>,
 }
 
@@ -111,7 +115,18 @@ impl Mesh {
             roots: files.join("state/root-cert.pem"),
         })?;
         let ztunnels = nodes.iter().map(|_| None).collect();
-        let mut mesh = Self { files, directory, kubelet, control, nodes, issuer, options, istiod: None, ztunnels };
+        let mut mesh = Self {
+            files,
+            directory,
+            kubelet,
+            control,
+            nodes,
+            issuer,
+            options,
+            istiod: None,
+            collector: None,
+            ztunnels,
+        };
         mesh.start_istiod()?;
         mesh.wait("istiod-lite to be ready", |m| m.http_get(&m.control.netns, 15014, "/ready").is_ok()).await?;
         for n in 0..mesh.nodes.len() {
@@ -131,16 +146,30 @@ impl Mesh {
         log: &str,
         env: Vec<(String, String)>,
     ) -> Result<Container, Failure> {
+        self.command(netns, vec![program.display().to_string()], log, env)
+    }
+
+    fn command(
+        &self,
+        netns: &Netns,
+        command: Vec<String>,
+        log: &str,
+        env: Vec<(String, String)>,
+    ) -> Result<Container, Failure> {
         let resolv_conf = self.files.join("resolv.conf");
         std::fs::write(&resolv_conf, format!("nameserver {}\n", self.control.ip)).doing("write resolv.conf")?;
-        let spec =
-            Spec { command: vec![program.display().to_string()], env, programs: programs::directory()?, resolv_conf };
+        let spec = Spec { command, env, programs: programs::directory()?, resolv_conf };
         let (out, err) = container::log(&self.files.join("logs"), log)?;
         container::spawn(netns, &spec, out, err)
     }
 
     /// Starts the controller.
     pub fn start_istiod(&mut self) -> Result<(), Failure> {
+        if self.options.traces && self.collector.is_none() {
+            let words =
+                [programs::directory()?.join("ambit-grpc").display().to_string(), "collect".into(), "4317".into()];
+            self.collector = Some(self.command(&self.control.netns, words.into(), "collector", Vec::new())?);
+        }
         let path = |p: &str| self.files.join(p).display().to_string();
         let mut env: Vec<(String, String)> = [
             ("AMBIT_DIRECTORY", self.directory.display().to_string()),
@@ -152,10 +181,23 @@ impl Mesh {
         ]
         .map(|(k, v)| (k.to_owned(), v))
         .into();
+        if self.options.traces {
+            env.push(("AMBIT_OTLP_ENDPOINT".into(), self.collector()));
+            env.push(("AMBIT_TRACE_SAMPLING".into(), "1".into()));
+        }
         env.extend(self.options.istiod_env.clone());
         let program = programs::directory()?.join("istiod-lite");
         self.istiod = Some(self.program(&self.control.netns, program, "istiod-lite", env)?);
         Ok(())
+    }
+
+    fn collector(&self) -> String {
+        format!("http://{}:4317", self.control.ip)
+    }
+
+    /// Spans that have been told so far, each as [`ambit-grpc collect`] prints it.
+    pub fn spans(&self) -> Vec<serde_json::Value> {
+        self.log("collector").lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
     }
 
     /// Starts the controller again with another environment.
@@ -201,6 +243,10 @@ impl Mesh {
             ] {
                 env.push((name.to_owned(), value));
             }
+        }
+        if self.options.traces {
+            env.push(("OTEL_EXPORTER_OTLP_ENDPOINT".into(), self.collector()));
+            env.push(("OTEL_TRACES_SAMPLER_ARG".into(), "1".into()));
         }
         env.extend(self.options.ztunnel_env.clone());
         let program = match &self.options.ztunnel {

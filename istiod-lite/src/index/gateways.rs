@@ -122,7 +122,7 @@ fn pod(world: &World<'_>, account: &str) -> Value {
     let field = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let text = |name: &str, value: &str| json!({ "name": name, "value": value });
     let settings = world.settings;
-    json!({
+    let mut pod = json!({
         "serviceAccountName": account,
         "terminationGracePeriodSeconds": 30,
         "containers": [{
@@ -169,5 +169,10 @@ fn pod(world: &World<'_>, account: &str) -> Value {
             ] } },
             { "name": "istiod-ca-cert", "configMap": { "name": "istio-ca-root-cert" } },
         ],
-    })
+    });
+    if let (Some((endpoint, sampling)), Some(env)) = (&settings.tracing, pod["containers"][0]["env"].as_array_mut()) {
+        env.push(text("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint));
+        env.push(text("OTEL_TRACES_SAMPLER_ARG", &sampling.to_string()));
+    }
+    pod
 }

@@ -44,6 +44,8 @@ pub struct Settings {
     pub image: String,
     /// Where waypoints find us.
     pub discovery_address: String,
+    /// Where waypoints send spans, and of how many of the traces that begin there.
+    pub tracing: Option<(String, f64)>,
     /// The DaemonSet of the node tunnels there, where the source shows such objects.
     pub daemonset: Option<String>,
 }

@@ -24,6 +24,7 @@ fn settings() -> Settings {
     Settings {
         image: "ambit".into(),
         discovery_address: "https://istiod".into(),
+        tracing: None,
         cluster_id: "Kubernetes".into(),
         cluster_domain: "cluster.local".into(),
         namespace: "istio-system".into(),

@@ -5,6 +5,7 @@
 //!                                                     5 for methods whose name ends in `Fail`
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
+//! ambit-grpc collect PORT                             an OTLP endpoint that prints a line of JSON for each span
 //! ```
 
 use std::collections::BTreeMap;
@@ -12,6 +13,9 @@ use std::process::ExitCode;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
+use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use tokio::net::{TcpListener, TcpStream};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -22,8 +26,11 @@ async fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["serve", port, name] => serve(port, name).await,
+        ["collect", port] => collect(port).await,
         ["call", target, path, times, ref headers @ ..] => call(target, path, times, headers).await,
-        _ => Err("usage: ambit-grpc serve PORT NAME | call HOST:PORT PATH TIMES [HEADER:VALUE]...".into()),
+        _ => {
+            Err("usage: ambit-grpc serve PORT NAME | collect PORT | call HOST:PORT PATH TIMES [HEADER:VALUE]...".into())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -32,6 +39,44 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+struct Collector;
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: tonic::Request<ExportTraceServiceRequest>,
+    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
+        for resource in request.into_inner().resource_spans {
+            let text = |all: &[KeyValue], wanted: &str| {
+                let value = all.iter().find(|a| a.key == wanted)?.value.clone()?.value?;
+                if let any_value::Value::StringValue(text) = value { Some(text) } else { None }
+            };
+            let service = resource.resource.and_then(|r| text(&r.attributes, "service.name"));
+            for span in resource.scope_spans.into_iter().flat_map(|s| s.spans) {
+                let hex = |id: &[u8]| id.iter().map(|b| format!("{b:02x}")).collect::<String>();
+                let attributes: BTreeMap<&str, String> =
+                    span.attributes.iter().filter_map(|a| Some((&*a.key, text(&span.attributes, &a.key)?))).collect();
+                let line = serde_json::json!({
+                    "service": service, "trace": hex(&span.trace_id), "id": hex(&span.span_id),
+                    "parent": hex(&span.parent_span_id), "name": span.name, "attributes": attributes,
+                    "error": span.status.map(|s| s.message).filter(|m| !m.is_empty()),
+                    "us": (span.end_time_unix_nano.saturating_sub(span.start_time_unix_nano)) / 1000,
+                });
+                println!("{line}");
+            }
+        }
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+async fn collect(port: &str) -> Outcome<()> {
+    let listener = TcpListener::bind(("0.0.0.0", port.parse()?)).await?;
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector));
+    Ok(server.serve_with_incoming(incoming).await?)
 }
 
 async fn serve(port: &str, name: &str) -> Outcome<()> {
