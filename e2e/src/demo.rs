@@ -49,7 +49,7 @@ pub async fn run(stay: bool) -> Result<u8, Failure> {
     let work = async {
         let started = Instant::now();
         progress("starting a controller, two nodes and three pods");
-        let mut mesh = shop(Options { certificate_ttl: CERTIFICATE_TTL, ..Options::default() }).await?;
+        let mut mesh = shop(Options { certificate_ttl: CERTIFICATE_TTL, traces: true, ..Options::default() }).await?;
         shown(
             true,
             &format!(

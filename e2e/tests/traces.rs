@@ -15,13 +15,13 @@ fn one_request_is_one_tree() {
             async move { mesh.exec(CLIENT, &words).await }
         };
         expect(&get("x-none: 1").await?, true, "200 OK")?;
-        mesh.wait("a whole tree", |m| trace::whole(&m.spans()).is_some()).await?;
+        mesh.wait("a whole tree", |m| trace::whole(&m.spans(0)).is_some()).await?;
 
         // The application has begun it: its span is above ours, and the server sees ours.
         const ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
         let output = get("traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01").await?;
         expect(&output, true, ID)?;
-        let ours = |m: &ambit_testing::mesh::Mesh| m.spans().into_iter().find(|s| s["trace"] == ID);
+        let ours = |m: &ambit_testing::mesh::Mesh| m.spans(0).into_iter().find(|s| s["trace"] == ID);
         mesh.wait("our span of it", |m| ours(m).is_some()).await?;
         let span = ours(&mesh).ok_or_else(|| Failure::new("no span"))?;
         if span["parent"] != "00f067aa0ba902b7" || span["service"] != "waypoint" {
@@ -43,7 +43,7 @@ fn one_request_is_one_tree() {
         let untold = "00-5bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
         expect(&get("traceparent: 00-5bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00").await?, true, untold)?;
         expect(&get("traceparent: 00-6bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01").await?, true, "200 OK")?;
-        let told = |m: &ambit_testing::mesh::Mesh, id: &str| m.spans().iter().any(|s| s["trace"] == id);
+        let told = |m: &ambit_testing::mesh::Mesh, id: &str| m.spans(0).iter().any(|s| s["trace"] == id);
         mesh.wait("one that came after it", |m| told(m, "6bf92f3577b34da6a3ce929d0e0e4736")).await?;
         if told(&mesh, "5bf92f3577b34da6a3ce929d0e0e4736") {
             return Err(Failure::new("a trace was told that was not to be"));

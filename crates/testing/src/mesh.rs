@@ -195,9 +195,15 @@ impl Mesh {
         format!("http://{}:4317", self.control.ip)
     }
 
-    /// Spans that have been told so far, each as [`ambit-grpc collect`] prints it.
-    pub fn spans(&self) -> Vec<serde_json::Value> {
-        self.log("collector").lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+    /// How much has been told of traces, for [`Mesh::spans`].
+    pub fn told(&self) -> usize {
+        self.log("collector").len()
+    }
+
+    /// Spans that have been told since then, each as `ambit-grpc collect` prints it.
+    pub fn spans(&self, since: usize) -> Vec<serde_json::Value> {
+        let log = self.log("collector");
+        log.get(since..).unwrap_or_default().lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
     }
 
     /// Starts the controller again with another environment.

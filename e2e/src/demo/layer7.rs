@@ -8,6 +8,7 @@ use ambit_testing::tokens::Issuer;
 use serde_json::{Value, json};
 
 use super::Evidence;
+use crate::trace::whole;
 use crate::{CLIENT, SHOP, expect, layer7, waypoint as pod};
 
 /// A route of the server with these rules.
@@ -146,24 +147,23 @@ pub(super) async fn tokens(mesh: &mut Mesh) -> Evidence {
     Ok("/members: 403 without a token, 401 with one that has ended, 200 with a good one".into())
 }
 
-/// One request, as the three proxies tell of it.
+/// One request, as the three proxies have told of it to a collector of traces.
 pub(super) async fn trace(mesh: &mut Mesh) -> Evidence {
     let id = format!("{:032x}", fastrand::u128(1..));
     let header = format!("traceparent: 00-{id}-00f067aa0ba902b7-01");
     let words = ["ambit-app", "request", "GET", "http://web.shop/echo/traced", "--header", &header];
-    let output = mesh.exec(CLIENT, &words).await?;
-    expect(&output, true, &format!("traceparent: 00-{id}-"))?;
-    mesh.wait("the waypoint to tell of it", |m| log(m).iter().any(|l| l["trace.id"] == *id)).await?;
-    let l = log(mesh).into_iter().rev().find(|l| l["trace.id"] == *id).unwrap_or_default();
-    let text = |name: &str| l[name].as_str().unwrap_or("?").to_owned();
-    Ok(format!(
-        "trace {id}\n     client {} -> waypoint ({}, of it {} waiting for the pod) -> {} as {}",
-        text("src.identity"),
-        text("duration"),
-        text("upstream"),
-        text("dst.workload"),
-        text("dst.identity")
-    ))
+    // A trace that an application has begun goes on to the server...
+    expect(&mesh.exec(CLIENT, &words).await?, true, &format!("traceparent: 00-{id}-"))?;
+    // ...and where it has not, one begins at its tunnel.
+    let before = mesh.told();
+    // Several at once, so that the waypoint needs new connections to the pod: those are told of as well.
+    let slow: Result<Vec<_>, Failure> =
+        (0..12).map(|_| mesh.exec_start(CLIENT, &["ambit-app", "get", "http://web.shop/delay/200"])).collect();
+    let slow = slow?;
+    mesh.wait("a trace from tunnel to tunnel", |m| whole(&m.spans(before)).is_some()).await?;
+    drop(slow);
+    let lines = whole(&mesh.spans(before)).unwrap_or_default();
+    Ok(lines.iter().fold("told by OTLP".to_owned(), |text, line| format!("{text}\n     {line}")))
 }
 
 /// All of the traffic moves by one edit.
