@@ -879,3 +879,62 @@ fn keys_are_fetched_kept_and_changed() {
         until(&mesh, &["GET", "http://web.shop/", "--header", &by_old], "401 Unauthorized").await.map(drop)
     });
 }
+
+#[test]
+fn an_external_authorizer_decides_and_fails_closed() {
+    sandbox::test("an_external_authorizer_decides_and_fails_closed", || async {
+        let mesh = layer7_shop().await?;
+        let door = |open: bool| {
+            format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: door, namespace: shop, labels: {{istio.io/use-waypoint: none}}}}\n\
+                 spec: {{selector: {{app: door}}, ports: [{{port: 80, targetPort: 8080}}]}}\n---\n\
+                 apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    \
+                 extensionProviders:\n    - name: door\n      envoyExtAuthzHttp:\n        service: door.shop.svc.cluster.local\n        \
+                 port: 80\n        timeout: 2s\n        failOpen: {open}\n        pathPrefix: /check\n        \
+                 includeRequestHeadersInCheck: [x-word]\n        headersToUpstreamOnAllow: [x-user]\n        \
+                 headersToDownstreamOnDeny: [x-why]\n"
+            )
+        };
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: door, namespace: shop, labels: {app: door}}\n\
+                   spec: {nodeName: node1, containers: [{name: c, command: [ambit-app, serve, --port, '8080', --authorizer]}]}\n";
+        let policy = |provider: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: ask, namespace: shop}}\nspec:\n  \
+                 targetRefs: [{{group: '', kind: Service, name: web}}]\n  action: CUSTOM\n  provider: {{name: {provider}}}\n  \
+                 rules: [{{to: [{{operation: {{paths: [/guarded*]}}}}]}}]\n"
+            )
+        };
+        let open = ["GET", "http://web.shop/open"];
+        let guarded = ["GET", "http://web.shop/guarded/echo"];
+        let word = ["GET", "http://web.shop/guarded/echo", "--header", "x-word: please", "--header", "x-user: eve"];
+        mesh.apply("door.yaml", &door(false))?;
+        mesh.apply("pod.yaml", pod)?;
+        mesh.ready(&["shop/door"]).await?;
+        mesh.in_mesh(&["shop/door"]).await?;
+        // Nobody of that name: what it guards is closed.
+        mesh.apply("ask.yaml", &policy("nobody"))?;
+        until(&mesh, &open, "403 Forbidden").await?;
+        mesh.apply("ask.yaml", &policy("door"))?;
+        until(&mesh, &open, "200 OK").await?;
+        let no = request(&mesh, &guarded).await?;
+        expect(&no, true, "403 Forbidden")?;
+        expect(&no, true, "say please")?;
+        expect(&no, true, "x-why: no word")?;
+        let yes = request(&mesh, &word).await?;
+        expect(&yes, true, "200 OK")?;
+        // What the authorizer says of the client, and nobody else.
+        expect(&yes, true, "x-user: anna")?;
+        refused(&yes, "eve")?;
+        refused(&request(&mesh, &["GET", "http://web.shop/open/echo", "--header", "x-user: eve"]).await?, "eve")?;
+        let asked = std::fs::read_to_string(mesh.files.join("kubelet/logs/shop/door/c.log")).doing("read its log")?;
+        if !asked.contains("GET /check/guarded/echo HTTP/1.1") || asked.contains("/open") {
+            return Err(Failure(format!("it was asked: {asked}")));
+        }
+        // Without it nobody gets in, unless that is asked for.
+        mesh.delete("pod.yaml")?;
+        until(&mesh, &word, "403 Forbidden").await?;
+        expect(&request(&mesh, &open).await?, true, "200 OK")?;
+        mesh.apply("door.yaml", &door(true))?;
+        until(&mesh, &guarded, "200 OK").await.map(drop)
+    });
+}

@@ -10,6 +10,7 @@
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
 pub mod app;
+pub mod authorizer;
 pub mod body;
 pub mod config;
 pub mod connection;

@@ -22,6 +22,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 
+use crate::authorizer::{self, Answer, Consulted};
 use crate::body::Body;
 use crate::connection::Connection;
 use crate::filters;
@@ -150,6 +151,14 @@ async fn respond(
     let token = checked.map_err(bad_token)?;
     let port = connection.target.port;
     let asked = Asked { method: &head.method, host, path: &path, port };
+    let mut passed = Consulted::default();
+    if let Some(no) =
+        consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed).await?
+    {
+        exchange.flag = "UAEX";
+        exchange.error = Some(passed.refusal());
+        return Ok(no);
+    }
     exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;
     let plan = plan(connection, &bound, &head, &path, &query, exchange)?;
 
@@ -172,16 +181,29 @@ async fn respond(
     let changed = !plan.rule.filters.is_empty() || plan.backend.as_ref().is_some_and(|b| !b.filters.is_empty());
     let arrives = Asked { method: &head.method, host: &to_host, path: &to_path, port: *port };
     if !here {
-        admit(context, connection, service, &arrives, &mut head.headers, &original)?;
+        let admitted = admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed);
+        if let Some(no) = admitted.await? {
+            exchange.flag = "UAEX";
+            exchange.error = Some(passed.refusal());
+            return Ok(no);
+        }
     } else if changed {
+        let more =
+            consult(context, connection, &bound, &arrives, &query, &mut head.headers, token.as_ref(), &mut passed);
+        if let Some(no) = more.await? {
+            exchange.flag = "UAEX";
+            exchange.error = Some(passed.refusal());
+            return Ok(no);
+        }
         authorize(connection, &bound, &arrives, &head.headers, token.as_ref())?;
     }
     let mut mirrors = Vec::new();
     for mirror in change.mirrors {
         let BackendTarget::Service(service, port) = mirror.target else { continue };
         let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
-        match admit(context, connection, &service, &arrives, &mut headers, &original) {
-            Ok(()) => mirrors.push((service, port)),
+        match admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed).await {
+            Ok(None) => mirrors.push((service, port)),
+            Ok(Some(_)) => tracing::debug!(%service, "no mirror: the authorizer has refused"),
             Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
         }
     }
@@ -265,15 +287,18 @@ fn bad_token(error: TokenError) -> Local {
 
 /// Lets a request through to another service than the one that was asked for: its own configuration, its own tokens and its
 /// own policies hold, whatever route leads there.
-fn admit(
-    context: &Context,
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
+async fn admit(
+    context: &Rc<Context>,
     connection: &Connection,
     service: &NamespacedHostname,
     asked: &Asked<'_>,
+    query_now: &str,
     headers: &mut HeaderMap,
     original: &Original,
-) -> Result<(), Local> {
-    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(()) };
+    passed: &mut Consulted,
+) -> Result<Option<Response<Body>>, Local> {
+    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(None) };
     if let Some(reason) = &bound.closed {
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }
@@ -288,7 +313,51 @@ fn admit(
             }
         }
     }
-    authorize(connection, &bound, asked, headers, token.as_ref()).map(drop)
+    let consulted = consult(context, connection, &bound, asked, query_now, headers, token.as_ref(), passed);
+    if let Some(no) = consulted.await? {
+        return Ok(Some(no));
+    }
+    authorize(connection, &bound, asked, headers, token.as_ref()).map(|_| None)
+}
+
+/// Asks the authorizers whose policies match a request, those in `passed` excepted; the answer of one that refuses. What they
+/// tell goes on with the request, and comes from nobody else.
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
+async fn consult(
+    context: &Rc<Context>,
+    connection: &Connection,
+    bound: &Bound,
+    asked: &Asked<'_>,
+    query: &str,
+    headers: &mut HeaderMap,
+    token: Option<&Token>,
+    passed: &mut Consulted,
+) -> Result<Option<Response<Body>>, Local> {
+    bound.policies.authorizers().for_each(|a| authorizer::strip(headers, a, passed));
+    let asks = {
+        let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
+        bound.policies.asks(&Subject { http: Some(http), port: asked.port, ..connection.subject() })
+    };
+    for (policy, whom) in asks {
+        if passed.policies.contains(&policy) {
+            continue;
+        }
+        let target = if query.is_empty() { asked.path.to_owned() } else { format!("{}?{query}", asked.path) };
+        passed.policies.push(policy.clone());
+        match authorizer::ask(context, &whom, asked.method, &target, headers).await {
+            Answer::Yes(told) => {
+                for (name, value) in told {
+                    passed.told.push(name.clone());
+                    headers.insert(name, value);
+                }
+            }
+            Answer::No(response) => return Ok(Some(response)),
+            Answer::Unknown(status, reason) => {
+                return Err(Local::new(status, "UAEX", "access denied\n", format!("{policy}: {reason}")));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Whether policies let a request through; the one that did so, if there is any.

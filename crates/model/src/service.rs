@@ -11,7 +11,7 @@ use crate::workload::{GatewayAddress, Locality, Workload};
 use crate::{Cidr, NetworkAddress, Str};
 
 /// Key of a service: `namespace/hostname`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NamespacedHostname {
     /// Namespace.
     pub namespace: Str,

@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 
 use ambit_model::l7::policy::{
-    Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
+    Authorizer, Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
 };
 use ambit_model::l7::token::{TokenPlace, TokenRule};
 use ambit_model::l7::{Route, ServiceConfig};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
-use ambit_model::{Identity, NamespacedHostname, Str};
+use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
@@ -189,15 +189,17 @@ fn attach<'a>(
 }
 
 fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+    let (mesh_services, statuses_of) = (&mesh.services, &mut mesh.statuses);
     for entry in &world.authorization {
         let targets = targets(&entry.object.spec);
         if targets.is_empty() {
             continue;
         }
-        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
+        let statuses = statuses_of.entry(entry.key.clone()).or_default();
         let compiled = match &entry.object.spec.broken {
             Some(reason) => Err(reason.clone()),
-            None => policy(entry).map_err(|e| format!("{}: {:?}: expected {}", e.path, e.value, e.expected)),
+            None => policy(world, mesh_services, entry)
+                .map_err(|e| format!("{}: {:?}: expected {}", e.path, e.value, e.expected)),
         };
         let policy = compiled.unwrap_or_else(|reason| {
             statuses.push(closing(&reason));
@@ -212,7 +214,7 @@ fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>,
 
 /// What is in force in place of a policy that cannot be used: nobody knows what it was to refuse.
 fn closed(key: &Key) -> HttpPolicy {
-    HttpPolicy { name: name(key), action: HttpAction::Deny, dry_run: false, rules: vec![HttpRule::default()] }
+    HttpPolicy { name: name(key), action: HttpAction::Deny, rules: vec![HttpRule::default()], ..HttpPolicy::default() }
 }
 
 fn closing(reason: &str) -> Condition {
@@ -356,19 +358,21 @@ fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, I
 }
 
 /// A policy with targets, as waypoints evaluate it.
-fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, Invalid> {
+fn policy(
+    world: &World<'_>,
+    services: &BTreeMap<NamespacedHostname, Service>,
+    entry: &Entry<'_, istio::AuthorizationPolicy>,
+) -> Result<HttpPolicy, Invalid> {
     let spec = &entry.object.spec;
     let action = match spec.action {
         PolicyAction::Allow => HttpAction::Allow,
         PolicyAction::Deny => HttpAction::Deny,
         PolicyAction::Audit => HttpAction::Audit,
-        PolicyAction::Custom => {
-            return Err(Invalid {
-                path: "spec.action".into(),
-                value: "CUSTOM".into(),
-                expected: "ALLOW, DENY or AUDIT: external authorizers are not supported yet",
-            });
-        }
+        PolicyAction::Custom => HttpAction::Custom,
+    };
+    let authorizer = match spec.action {
+        PolicyAction::Custom => Some(authorizer(world, services, spec.provider.as_ref())?),
+        _ => None,
     };
     let text = |yes: &[String], no: &[String]| {
         let all = |v: &[String]| v.iter().map(|s| Str::from(s.as_str())).collect();
@@ -412,5 +416,46 @@ fn policy(entry: &Entry<'_, istio::AuthorizationPolicy>) -> Result<HttpPolicy, I
         rules.push(HttpRule { from: from.collect(), to: to.collect(), when: when.collect() });
     }
     let dry_run = entry.meta.annotation("istio.io/dry-run") == Some("true");
-    Ok(HttpPolicy { name: name(entry.key), action, dry_run, rules })
+    Ok(HttpPolicy { name: name(entry.key), action, dry_run, rules, authorizer })
+}
+
+/// The authorizer that a policy names.
+fn authorizer(
+    world: &World<'_>,
+    services: &BTreeMap<NamespacedHostname, Service>,
+    provider: Option<&serde_json::Value>,
+) -> Result<Authorizer, Invalid> {
+    let name = provider.and_then(|p| p["name"].as_str()).unwrap_or_default();
+    let invalid =
+        |value: &str, expected| Err(Invalid { path: "spec.provider.name".into(), value: value.to_owned(), expected });
+    let Some(found) = world.config.extension_providers.iter().find(|p| p.name == name && !name.is_empty()) else {
+        return invalid(name, "the name of one of the mesh configuration's extensionProviders");
+    };
+    let Some(http) = &found.envoy_ext_authz_http else {
+        return invalid(name, "a provider with envoyExtAuthzHttp: other kinds are not supported yet");
+    };
+    let (namespace, host) = http.service.split_once('/').map_or((None, &*http.service), |(n, h)| (Some(n), h));
+    let fits = |key: &&NamespacedHostname| *key.hostname == *host && namespace.is_none_or(|n| *key.namespace == *n);
+    let Some(service) = services.keys().find(fits) else {
+        return invalid(&http.service, "a service of the mesh, by its full host name");
+    };
+    let Some(timeout_ms) = routes::gep2257(http.timeout.as_deref().unwrap_or("5s")).filter(|ms| *ms > 0) else {
+        return invalid(http.timeout.as_deref().unwrap_or_default(), "a duration such as 600ms");
+    };
+    let status = http.status_on_error.as_deref().unwrap_or("403");
+    let Some(status_on_error) = status.parse().ok().filter(|s| (400..600).contains(s)) else {
+        return invalid(status, "a status, 400 to 599");
+    };
+    let all = |list: &[String]| list.iter().map(|s| Str::from(s.as_str())).collect();
+    Ok(Authorizer {
+        service: service.clone(),
+        port: http.port,
+        path_prefix: http.path_prefix.as_str().into(),
+        timeout_ms,
+        fail_open: http.fail_open,
+        status_on_error,
+        request_headers: all(&http.include_request_headers_in_check),
+        upstream_headers: all(&http.headers_to_upstream_on_allow),
+        downstream_headers: all(&http.headers_to_downstream_on_deny),
+    })
 }

@@ -370,7 +370,7 @@ pub fn kind(key: &Key) -> RouteKind {
 }
 
 /// Milliseconds of a duration as Gateway API writes them (GEP-2257): up to four numbers, each with h, m, s or ms.
-fn gep2257(text: &str) -> Option<u64> {
+pub fn gep2257(text: &str) -> Option<u64> {
     let mut total = 0u64;
     let mut rest = text;
     let mut parts = 0;

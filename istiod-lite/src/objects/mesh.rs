@@ -14,6 +14,36 @@ pub struct MeshConfig {
     pub root_namespace: String,
     /// Namespaces that the mesh looks at; all where none is given.
     pub discovery_selectors: Vec<super::istio::Selector>,
+    /// External services that policies may name.
+    pub extension_providers: Vec<ExtensionProvider>,
+}
+
+/// An external service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ExtensionProvider {
+    /// Name, by which policies name it.
+    pub name: String,
+    /// An authorizer that is asked by HTTP. Other kinds are known by name only.
+    pub envoy_ext_authz_http: Option<ExtAuthzHttp>,
+}
+
+/// An authorizer (Istio's `EnvoyExternalAuthorizationHttpProvider`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "field names of MeshConfig")]
+pub struct ExtAuthzHttp {
+    /// `hostname` or `namespace/hostname`.
+    pub service: String,
+    pub port: u16,
+    pub path_prefix: String,
+    /// Such as `600ms`; 10 minutes where not given, as Istio has it, which nobody wants.
+    pub timeout: Option<String>,
+    pub fail_open: bool,
+    pub status_on_error: Option<String>,
+    pub include_request_headers_in_check: Vec<String>,
+    pub headers_to_upstream_on_allow: Vec<String>,
+    pub headers_to_downstream_on_deny: Vec<String>,
 }
 
 impl PartialEq for super::istio::Selector {
@@ -30,6 +60,7 @@ impl Default for MeshConfig {
             trust_domain: "cluster.local".into(),
             root_namespace: "istio-system".into(),
             discovery_selectors: Vec::new(),
+            extension_providers: Vec::new(),
         }
     }
 }

@@ -5,13 +5,14 @@
 //! AuthorizationPolicy.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use http::{HeaderMap, Method};
 use serde::{Deserialize, Serialize};
 
 use super::path;
 use super::token::{Token, claim_path};
-use crate::{Cidr, Identity, Str};
+use crate::{Cidr, Identity, NamespacedHostname, Str};
 
 /// What a policy does with requests that it matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub enum HttpAction {
     Allow,
     Deny,
     Audit,
+    /// Asks an authorizer.
+    Custom,
 }
 
 /// A policy.
@@ -36,6 +39,33 @@ pub struct HttpPolicy {
     pub dry_run: bool,
     /// Any rule that matches makes it match.
     pub rules: Vec<HttpRule>,
+    /// Whom CUSTOM asks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authorizer: Option<Authorizer>,
+}
+
+/// An external authorizer (Istio's `extensionProviders.envoyExtAuthzHttp`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Authorizer {
+    /// Service that it is.
+    pub service: NamespacedHostname,
+    /// Its port.
+    pub port: u16,
+    /// Put before the path.
+    pub path_prefix: Str,
+    /// How long it is waited for; milliseconds.
+    pub timeout_ms: u64,
+    /// A request is let through where it does not answer.
+    pub fail_open: bool,
+    /// Status for the client where it does not answer.
+    pub status_on_error: u16,
+    /// Headers of the request that it is told; a name may end in `*`.
+    pub request_headers: Vec<Str>,
+    /// Headers of its yes that go on with the request.
+    pub upstream_headers: Vec<Str>,
+    /// Headers of its no that go to the client; none given means the usual ones.
+    pub downstream_headers: Vec<Str>,
 }
 
 /// A rule: one of the sources, one of the operations and all conditions. An empty list is no restriction.
@@ -135,6 +165,7 @@ pub struct HttpSubject<'a> {
 pub struct PolicyTable {
     deny: Vec<Compiled>,
     allow: Vec<Compiled>,
+    custom: Vec<(Compiled, Arc<Authorizer>)>,
     /// AUDIT, and everything in dry run.
     watch: Vec<Compiled>,
     /// Some policy looks at paths.
@@ -178,13 +209,23 @@ impl PolicyTable {
     pub fn new(policies: &[HttpPolicy]) -> Self {
         let mut table = Self::default();
         for policy in policies {
-            let compiled = Compiled { name: policy.name.clone(), action: policy.action, rules: policy.rules.clone() };
+            let mut compiled =
+                Compiled { name: policy.name.clone(), action: policy.action, rules: policy.rules.clone() };
             let looks = |r: &HttpRule| r.to.iter().any(|o| o.paths != Values::default());
             table.paths |= policy.rules.iter().any(looks);
             match policy.action {
                 _ if policy.dry_run => table.watch.push(compiled),
                 HttpAction::Audit => table.watch.push(compiled),
                 HttpAction::Deny => table.deny.push(compiled),
+                HttpAction::Custom => {
+                    // What a connection does not tell counts as a match, as for DENY.
+                    compiled.action = HttpAction::Deny;
+                    match &policy.authorizer {
+                        Some(authorizer) => table.custom.push((compiled, Arc::new(authorizer.clone()))),
+                        // Nobody to ask.
+                        None => table.deny.push(compiled),
+                    }
+                }
                 HttpAction::Allow => table.allow.push(compiled),
             }
         }
@@ -193,7 +234,7 @@ impl PolicyTable {
 
     /// Nothing is refused.
     pub fn is_empty(&self) -> bool {
-        self.deny.is_empty() && self.allow.is_empty()
+        self.deny.is_empty() && self.allow.is_empty() && self.custom.is_empty()
     }
 
     /// Decides.
@@ -205,7 +246,10 @@ impl PolicyTable {
             return Verdict::HiddenSlash;
         }
         let principal = subject.source.principal();
-        if let Some((policy, rule)) = self.deny.iter().find_map(|p| Some((p, p.matches(subject, &principal)?))) {
+        // An authorizer is asked about requests; a connection tells it nothing.
+        let custom = self.custom.iter().map(|(p, _)| p).filter(|_| subject.http.is_none());
+        if let Some((policy, rule)) = custom.chain(&self.deny).find_map(|p| Some((p, p.matches(subject, &principal)?)))
+        {
             return Verdict::Deny(policy.name.clone(), rule);
         }
         if self.allow.is_empty() {
@@ -215,6 +259,21 @@ impl PolicyTable {
             Some((policy, rule)) => Verdict::Allow(Some((policy.name.clone(), rule))),
             None => Verdict::NoAllow(self.allow.iter().map(|p| p.name.clone()).collect()),
         }
+    }
+
+    /// Authorizers that are to be asked about a request before it is decided, each with its policy.
+    pub fn asks(&self, subject: &Subject<'_>) -> Vec<(Str, Arc<Authorizer>)> {
+        if self.custom.is_empty() {
+            return Vec::new();
+        }
+        let principal = subject.source.principal();
+        let matching = self.custom.iter().filter(|(p, _)| p.matches(subject, &principal).is_some());
+        matching.map(|(p, authorizer)| (p.name.clone(), authorizer.clone())).collect()
+    }
+
+    /// Authorizers of all policies.
+    pub fn authorizers(&self) -> impl Iterator<Item = &Authorizer> {
+        self.custom.iter().map(|(_, authorizer)| &**authorizer)
     }
 
     /// Policies that only watch and that match, with what they would do.

@@ -1,7 +1,9 @@
 //! An ordinary client and server, for pods of the demo and of tests. It knows nothing of the mesh.
 //!
 //! ```text
-//! ambit-app serve --port 8080 [--name NAME]     HTTP/1.1: answers who it is and whom it sees
+//! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer]
+//!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
+//!                                               200 to requests with `x-word: please` and 403 to others
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
@@ -67,14 +69,15 @@ fn listen(words: &[&str]) -> Outcome<TcpListener> {
 fn serve(words: &[&str]) -> Outcome<()> {
     let name = option(words, "--name").map_or_else(|| std::env::var("POD_NAME").unwrap_or_default(), str::to_owned);
     let file = option(words, "--file").map(str::to_owned);
+    let authorizer = words.contains(&"--authorizer");
     for stream in listen(words)?.incoming().flatten() {
         let (name, file) = (name.clone(), file.clone());
-        std::thread::spawn(move || answer(stream, &name, file.as_deref()));
+        std::thread::spawn(move || answer(stream, &name, file.as_deref(), authorizer));
     }
     Ok(())
 }
 
-fn answer(stream: TcpStream, name: &str, file: Option<&str>) -> std::io::Result<()> {
+fn answer(stream: TcpStream, name: &str, file: Option<&str>, authorizer: bool) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?.ip().to_canonical();
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -110,6 +113,15 @@ fn answer(stream: TcpStream, name: &str, file: Option<&str>) -> std::io::Result<
         let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
         std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
         let file = file.map(std::fs::read_to_string).transpose()?;
+        if authorizer {
+            // As an authorizer of tests: who has the word may pass, and is called anna.
+            let (status, headers, body) = match seen.to_ascii_lowercase().contains("\nx-word: please") {
+                true => ("200 OK", "x-user: anna\r\n", ""),
+                false => ("403 Forbidden", "x-why: no word\r\n", "say please\n"),
+            };
+            write!(stream, "HTTP/1.1 {status}\r\n{headers}content-length: {}\r\n\r\n{body}", body.len())?;
+            continue;
+        }
         let body = match path.strip_prefix("/bytes/").and_then(|n| n.parse::<usize>().ok()) {
             _ if file.is_some() => file.unwrap_or_default(),
             Some(n) => "x".repeat(n),
