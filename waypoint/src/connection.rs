@@ -146,9 +146,14 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
 
 async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) -> Result<(Endpoint, Io), Unreachable> {
     let mut avoid = Vec::new();
+    let mut before = None;
     loop {
         let endpoint = match (&target.service, &target.workload, target.address) {
-            (Some(service), ..) => context.upstream.choose(&service.key(), target.port, &avoid)?,
+            (Some(service), ..) => {
+                let chosen = context.upstream.choose(&service.key(), target.port, &avoid);
+                // That there is no other one says less than why the first was not reached.
+                chosen.map_err(|error| before.take().unwrap_or(error))?
+            }
             (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
             _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
         };
@@ -157,6 +162,7 @@ async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) ->
             Err(error) if avoid.len() < 2 && target.service.is_some() => {
                 tracing::debug!(%error, "another endpoint is tried");
                 avoid.push(endpoint.workload.uid.clone());
+                before = Some(error);
             }
             Err(error) => return Err(error),
         }

@@ -75,19 +75,21 @@ pub async fn handle(
     let host = authority(&request).unwrap_or_default();
     let grpc =
         request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
-    let mut exchange = context.shared.observer.request(
+    let exchange = context.shared.observer.request(
         connection.facts.clone(),
         request.method().as_str(),
         &host,
         request.uri().path(),
     );
+    let mut told = Told(Some(exchange));
+    let exchange = told.exchange();
     exchange.grpc = grpc;
     let parent = trace_of(request.headers()).or(connection.trace);
     let parent = parent.map(|t| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 });
     exchange.span = context.shared.observer.spans.begin(parent);
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
-    let outcome = respond(&context, &connection, request, &host, &mut exchange, upgrade).await;
+    let outcome = respond(&context, &connection, request, &host, exchange, upgrade).await;
     let response = match outcome {
         Ok(response) => response,
         Err(local) => {
@@ -98,7 +100,35 @@ pub async fn handle(
     };
     exchange.answered(response.status().as_u16(), response.headers());
     let (head, body) = response.into_parts();
-    Ok(Response::from_parts(head, body.told(exchange)))
+    Ok(Response::from_parts(head, told.by(body)))
+}
+
+/// Tells of an exchange even if its client goes away before there is an answer: then nobody awaits what is under way.
+struct Told(Option<Exchange>);
+
+impl Told {
+    fn exchange(&mut self) -> &mut Exchange {
+        let Some(exchange) = &mut self.0 else { unreachable!("taken by the body alone, at the end") };
+        exchange
+    }
+
+    /// From here on the body tells.
+    fn by(mut self, body: Body) -> Body {
+        match self.0.take() {
+            Some(exchange) => body.told(exchange),
+            None => body,
+        }
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if let Some(mut exchange) = self.0.take() {
+            exchange.flag = "DC";
+            exchange.error = Some("the client went away before there was an answer".into());
+            exchange.complete();
+        }
+    }
 }
 
 /// The host that was asked for: the authority of HTTP/2 or of an absolute form, else the header.
@@ -601,10 +631,15 @@ async fn forward(
     };
     let mut request = head.request(version, body)?;
     let mut avoid: Vec<Str> = Vec::new();
+    let mut before: Option<Unreachable> = None;
     loop {
         let endpoint = match (&connection.target.workload, connection.target.address) {
             (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
-            _ => context.upstream.choose(service, port, &avoid).map_err(|e| unavailable(&e))?,
+            // That there is no other one says less than why the first was not reached.
+            _ => match context.upstream.choose(service, port, &avoid) {
+                Ok(endpoint) => endpoint,
+                Err(error) => return Err(unavailable(before.as_ref().unwrap_or(&error))),
+            },
         };
         exchange.facts.dst = Some(endpoint.addr);
         exchange.facts.dst_workload = Some(endpoint.workload.clone());
@@ -617,6 +652,7 @@ async fn forward(
             Err((error, Some(unsent))) if avoid.len() + 1 < TRIES && connection.target.workload.is_none() => {
                 tracing::debug!(%error, "another endpoint is tried");
                 avoid.push(endpoint.workload.uid.clone());
+                before = Some(error);
                 request = unsent;
             }
             Err((error, _)) => return Err(unavailable(&error)),
