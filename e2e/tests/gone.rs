@@ -31,7 +31,7 @@ fn pod(name: &str, namespace: &str, command: &str) -> String {
 
 fn netns(mesh: &Mesh, namespace: &str, name: &str) -> Result<Netns, Failure> {
     let pod = mesh.kubelet.pod(namespace, name).ok_or_else(|| Failure(format!("no {name}")))?;
-    Ok(pod.net.netns.clone())
+    Ok(pod.net.netns)
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `istiod-lite check`: what is wrong with a mesh on a cluster, a line of advice each.
 //!
 //! Owns reading what the caller's own rights let it read, and the exit code: 0 nothing found, 1 something, 2 no cluster. Writes
-//! nothing. What to think of what was read is [`findings`]', a pure function.
+//! nothing. What to think of what was read is the affair of `findings`, a pure function.
 
 mod findings;
 

@@ -255,14 +255,14 @@ impl Cluster {
         match read {
             Ok(Parsed { object, meta, .. }) => {
                 self.problems.remove(&key);
-                self.objects.insert(key, Arc::new(Loaded { object, meta, place: place.clone() }));
+                self.objects.insert(key, Arc::new(Loaded { object, meta, place }));
             }
             Err(reason) => {
                 let kept = self.objects.get(&key).is_some_and(|o| !o.object.is_broken());
                 warn!(object = %key, reason, kept, "object refused");
                 if let (false, Some(closed)) = (kept, parse::stand_in(&key, object, &reason)) {
                     let Parsed { object, meta, .. } = closed;
-                    self.objects.insert(key.clone(), Arc::new(Loaded { object, meta, place: place.clone() }));
+                    self.objects.insert(key.clone(), Arc::new(Loaded { object, meta, place }));
                 }
                 let problem = Problem { place: key.to_string(), key: Some(key.clone()), reason, kept };
                 self.problems.insert(key, problem);
