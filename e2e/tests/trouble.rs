@@ -151,3 +151,49 @@ fn tokens_are_found_in_parameters_and_cookies() {
         expect(&request(&mesh, &["GET", "http://web.shop/echo", "--header", &header]).await?, true, "403 Forbidden")
     });
 }
+
+#[test]
+fn what_failed_is_tried_again_elsewhere() {
+    sandbox::test("what_failed_is_tried_again_elsewhere", || async {
+        let mesh = layer7_shop().await?;
+        // One of two pods is ready and answers nothing but 503.
+        let bad = "apiVersion: v1\nkind: Pod\nmetadata: {name: bad, namespace: shop, labels: {app: web}}\n\
+                   spec: {nodeName: node2, containers: [{name: c, command: [ambit-app, serve, --port, '8080', --status, '503'], \
+                   ports: [{name: http, containerPort: 8080}]}]}\n";
+        mesh.apply("bad.yaml", bad)?;
+        mesh.ready(&["shop/bad"]).await?;
+        mesh.in_mesh(&["shop/bad"]).await?;
+        let route = |more: &str| {
+            format!(
+                "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+                 parentRefs: [{{group: '', kind: Service, name: web}}]\n  rules:\n  - backendRefs: [{{name: web, port: 80}}]\n{more}"
+            )
+        };
+        let count = || async { mesh.exec(CLIENT, &["ambit-app", "count", "40", "http://web.shop/"]).await };
+        mesh.apply("route.yaml", &route(""))?;
+        let start = std::time::Instant::now();
+        while !count().await?.text.contains("503 Told") {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("the bad pod is never asked"));
+            }
+        }
+        mesh.apply("route.yaml", &route("    retry: {codes: [503], attempts: 2, backoff: 5ms}\n"))?;
+        let start = std::time::Instant::now();
+        loop {
+            let output = count().await?;
+            if output.text.starts_with("40 x HTTP/1.1 200 OK") {
+                break;
+            }
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("not hidden: {output:?}")));
+            }
+        }
+        // A body within the limit goes along again; who tried is told.
+        for _ in 0..8 {
+            let post = request(&mesh, &["POST", "http://web.shop/echo/posted", "--body", "the body"]).await?;
+            expect(&post, true, "body the body")?;
+        }
+        mesh.wait("a retry to be told", |m| lines(m, "/echo/posted").iter().any(|l| l["retries"].as_u64() >= Some(1)))
+            .await
+    });
+}

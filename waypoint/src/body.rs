@@ -70,6 +70,14 @@ impl Body {
         Self::of(Source::Whole(Some(bytes.into()).filter(|b| !b.is_empty())))
     }
 
+    /// One that ends with an error at once.
+    pub fn broken() -> Self {
+        let (sender, receiver) = mpsc::channel(1);
+        // It has room for one.
+        let _ = sender.try_send(Err(Cut::Source));
+        Self::of(Source::Fed(receiver))
+    }
+
     /// What comes from the other side.
     pub fn incoming(incoming: Incoming) -> Self {
         Self::of(Source::Incoming(incoming))

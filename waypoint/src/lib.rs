@@ -20,6 +20,7 @@ pub mod keys;
 pub mod mesh;
 pub mod observe;
 pub mod request;
+pub mod retry;
 pub mod target;
 pub mod token;
 pub mod upstream;

@@ -153,6 +153,7 @@ impl Observer {
             status: 0,
             flag: "-",
             error: None,
+            retries: 0,
             route: None,
             policy: None,
             trace: None,
@@ -205,6 +206,8 @@ pub struct Exchange {
     /// Envoy's response flag, by which dashboards know why.
     pub flag: &'static str,
     pub error: Option<String>,
+    /// Tries after the first.
+    pub retries: u32,
     pub route: Option<String>,
     pub policy: Option<String>,
     pub trace: Option<String>,
@@ -263,6 +266,9 @@ impl Exchange {
             ("status", Value::Number(u64::from(self.status))),
         ];
         fields.extend(self.grpc_status.map(|s| ("grpc.status", Value::Text(s.to_string()))));
+        if self.retries > 0 {
+            fields.push(("retries", Value::Number(u64::from(self.retries))));
+        }
         if self.flag != "-" {
             fields.push(("flags", Value::Text(self.flag.to_owned())));
         }

@@ -16,6 +16,7 @@ use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteK
 use ambit_model::service::AppProtocol;
 use ambit_model::{NamespacedHostname, Str, Workload};
 use ambit_telemetry::spans::Parent;
+use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
@@ -28,6 +29,7 @@ use crate::connection::Connection;
 use crate::filters;
 use crate::mesh::Bound;
 use crate::observe::Exchange;
+use crate::retry;
 use crate::token::TokenError;
 use crate::upstream::{Endpoint, Held, Unreachable, Version};
 use crate::worker::Context;
@@ -252,8 +254,8 @@ async fn respond(
             mirror_to(&context, &service, port, &head, body).await;
         });
     }
-    let sent = forward(context, connection, service, *port, version, &head, body, exchange);
-    let response = match deadline {
+    let sent = forward(context, connection, service, *port, version, &plan.rule, &head, body, exchange);
+    let (response, end_of_try) = match deadline {
         None => sent.await?,
         Some(at) => tokio::time::timeout_at(at.into(), sent).await.map_err(|_| {
             Local::new(
@@ -264,6 +266,8 @@ async fn respond(
             )
         })??,
     };
+    // The time of a try is over when its answer is, not when that begins.
+    let deadline = deadline.into_iter().chain(end_of_try).min();
     let (mut head, incoming) = response.into_parts();
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         let asked = upgrade.as_ref().map(|(protocol, _)| protocol);
@@ -609,6 +613,31 @@ impl Head {
     }
 }
 
+/// Bodies up to this size are kept for another try.
+const REPLAYED: usize = 64 * 1024;
+
+/// A body that may be sent again, where it is small and its size is known beforehand: its bytes, else as it was.
+async fn replayable(body: Body) -> Result<Bytes, Body> {
+    let size = http_body::Body::size_hint(&body).exact();
+    if size.is_none_or(|n| n > REPLAYED as u64) {
+        return Err(body);
+    }
+    match http_body_util::BodyExt::collect(body).await {
+        Ok(all) => Ok(all.to_bytes()),
+        // It broke off, and so does the request.
+        Err(_) => Err(Body::broken()),
+    }
+}
+
+/// What came of one try.
+enum Try {
+    Answered(Response<Incoming>),
+    /// Nobody has seen a byte of it.
+    Unsent(Unreachable, Request<Body>),
+    Lost(Unreachable),
+    Late(Duration),
+}
+
 #[allow(clippy::too_many_arguments, reason = "the parts of a request")]
 async fn forward(
     context: &Rc<Context>,
@@ -616,10 +645,11 @@ async fn forward(
     service: &NamespacedHostname,
     port: u16,
     version: Version,
+    rule: &RouteRule,
     head: &Head,
     body: Body,
     exchange: &mut Exchange,
-) -> Result<Response<Incoming>, Local> {
+) -> Result<(Response<Incoming>, Option<Instant>), Local> {
     let unavailable = |e: &Unreachable| {
         let flag = match e {
             Unreachable::Body(_) => return Local::new(StatusCode::BAD_REQUEST, "DPE", "the body is not valid\n", e),
@@ -629,34 +659,101 @@ async fn forward(
         };
         Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, "no healthy upstream", e)
     };
-    let mut request = head.request(version, body)?;
+    let retry = rule.retry.as_ref();
+    let (mut request, kept) = match retry {
+        None => (head.request(version, body)?, None),
+        Some(_) => {
+            context.upstream.budget(service, |b, now| b.request(now));
+            match replayable(body).await {
+                Ok(bytes) => (head.request(version, Body::whole(bytes.clone()))?, Some(bytes)),
+                Err(body) => (head.request(version, body)?, None),
+            }
+        }
+    };
     let mut avoid: Vec<Str> = Vec::new();
     let mut before: Option<Unreachable> = None;
+    let mut unsent = 0;
     loop {
         let endpoint = match (&connection.target.workload, connection.target.address) {
             (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
-            // That there is no other one says less than why the first was not reached.
+            // Another one than before; for another try the same one, where there is no other.
             _ => match context.upstream.choose(service, port, &avoid) {
                 Ok(endpoint) => endpoint,
-                Err(error) => return Err(unavailable(before.as_ref().unwrap_or(&error))),
+                Err(error) => match context.upstream.choose(service, port, &[]) {
+                    Ok(endpoint) if exchange.retries > 0 => endpoint,
+                    // That there is no other one says less than why the first was not reached.
+                    _ => return Err(unavailable(before.as_ref().unwrap_or(&error))),
+                },
             },
         };
         exchange.facts.dst = Some(endpoint.addr);
         exchange.facts.dst_workload = Some(endpoint.workload.clone());
         let start = Instant::now();
-        let sent = context.upstream.send(&endpoint, version, request).await;
+        let end = rule.try_timeout().map(|t| start + t);
+        let outcome = one_try(context, &endpoint, version, request, rule.try_timeout()).await;
         exchange.waited += start.elapsed();
-        match sent {
-            Ok(response) => return Ok(response),
-            // Nobody has seen a byte of it: another one may.
-            Err((error, Some(unsent))) if avoid.len() + 1 < TRIES && connection.target.workload.is_none() => {
+        avoid.push(endpoint.workload.uid.clone());
+        let again = match (retry, &kept) {
+            (Some(retry), Some(kept)) if exchange.retries < retry.attempts => Some((retry, kept)),
+            _ => None,
+        };
+        let (outcome, retry, kept) = match (outcome, again) {
+            (Try::Unsent(error, whole), _) if unsent + 1 < TRIES && connection.target.workload.is_none() => {
                 tracing::debug!(%error, "another endpoint is tried");
-                avoid.push(endpoint.workload.uid.clone());
+                unsent += 1;
                 before = Some(error);
-                request = unsent;
+                request = whole;
+                continue;
             }
-            Err((error, _)) => return Err(unavailable(&error)),
+            (Try::Answered(response), Some((retry, _))) if !retry.codes.contains(&response.status().as_u16()) => {
+                return Ok((response, end));
+            }
+            (outcome, Some((retry, kept))) if context.upstream.budget(service, |b, now| b.take(now)) => {
+                (outcome, retry, kept)
+            }
+            (Try::Answered(response), _) => {
+                if exchange.retries > 0
+                    && rule.retry.as_ref().is_some_and(|r| r.codes.contains(&response.status().as_u16()))
+                {
+                    exchange.flag = "URX";
+                }
+                return Ok((response, end));
+            }
+            (Try::Unsent(error, _) | Try::Lost(error), _) => return Err(unavailable(&error)),
+            (Try::Late(time), _) => {
+                let reason = format!("no answer within the time of a try, {time:?}");
+                return Err(Local::new(StatusCode::GATEWAY_TIMEOUT, "UT", "upstream request timeout\n", reason));
+            }
+        };
+        if let Try::Unsent(error, _) | Try::Lost(error) = outcome {
+            before = Some(error);
         }
+        let pause = retry::pause(Duration::from_millis(retry.backoff_ms), exchange.retries, fastrand::f64());
+        exchange.retries += 1;
+        tokio::time::sleep(pause).await;
+        request = head.request(version, Body::whole(kept.clone()))?;
+    }
+}
+
+async fn one_try(
+    context: &Rc<Context>,
+    endpoint: &Endpoint,
+    version: Version,
+    request: Request<Body>,
+    time: Option<Duration>,
+) -> Try {
+    let sent = context.upstream.send(endpoint, version, request);
+    let sent = match time {
+        None => sent.await,
+        Some(time) => match tokio::time::timeout(time, sent).await {
+            Ok(sent) => sent,
+            Err(_) => return Try::Late(time),
+        },
+    };
+    match sent {
+        Ok(response) => Try::Answered(response),
+        Err((error, Some(request))) => Try::Unsent(error, request),
+        Err((error, None)) => Try::Lost(error),
     }
 }
 

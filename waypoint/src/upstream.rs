@@ -35,6 +35,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::body::Body;
 use crate::request::trace_of;
+use crate::retry::Budget;
 use crate::worker::Shared;
 
 const HBONE_PORT: u16 = 15008;
@@ -118,6 +119,8 @@ pub struct Upstream {
     http1: RefCell<HashMap<ConnKey, Idle>>,
     http2: RefCell<HashMap<ConnKey, Vec<Shared2>>>,
     mirrors: Arc<Semaphore>,
+    /// For trying again, by service.
+    budgets: RefCell<HashMap<NamespacedHostname, Budget>>,
 }
 
 /// An HTTP/2 connection, and the requests on it whose answers have not been read.
@@ -162,7 +165,14 @@ impl Upstream {
     pub fn new(shared: Arc<Shared>) -> Self {
         let tunnels = Pool::new(shared.config.hbone.clone());
         let mirrors = Arc::new(Semaphore::new(MIRRORS));
-        Self { shared, tunnels, http1: RefCell::default(), http2: RefCell::default(), mirrors }
+        let budgets = RefCell::default();
+        Self { shared, tunnels, http1: RefCell::default(), http2: RefCell::default(), mirrors, budgets }
+    }
+
+    /// The budget of a service for trying again.
+    pub fn budget<T>(&self, service: &NamespacedHostname, with: impl FnOnce(&mut Budget, Instant) -> T) -> T {
+        let (mut budgets, now) = (self.budgets.borrow_mut(), Instant::now());
+        with(budgets.entry(service.clone()).or_insert_with(|| Budget::new(now)), now)
     }
 
     /// Chooses an endpoint of a service, other than those in `avoid`.
@@ -373,6 +383,7 @@ impl Upstream {
             }
             let snapshot = self.shared.store.load();
             let there = |uid: &Str, ip: IpAddr| snapshot.workload(uid).is_some_and(|w| w.workload_ips.contains(&ip));
+            self.budgets.borrow_mut().retain(|service, _| snapshot.service(service).is_some());
             self.tunnels.sweep(|key| there(&key.uid, key.peer.ip()));
             self.http2.borrow_mut().retain(|(uid, addr), all| {
                 all.retain(|s| !s.sender.is_closed());

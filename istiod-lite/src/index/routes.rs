@@ -4,8 +4,8 @@
 //! [`super::l7`]'s.
 
 use ambit_model::l7::{
-    Backend, BackendTarget, Cors, Filter, HeaderChange, Mirror, PathChange, PathMatch, Redirect, RequestMatch, Rewrite,
-    RouteKind, RouteRule, ValueMatch, table,
+    Backend, BackendTarget, Cors, Filter, HeaderChange, Mirror, PathChange, PathMatch, Redirect, RequestMatch, Retry,
+    Rewrite, RouteKind, RouteRule, ValueMatch, table,
 };
 use ambit_model::{NamespacedHostname, Str};
 
@@ -33,9 +33,6 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
-        if rule.retry.is_some() {
-            return invalid(format!("{at}.retry"), "", "nothing: retries are not supported yet");
-        }
         if rule.session_persistence.is_some() {
             return invalid(format!("{at}.sessionPersistence"), "", "nothing: it is not supported yet");
         }
@@ -58,12 +55,31 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
             backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
             request_timeout_ms: duration("request", &rule.timeouts.request)?,
             backend_timeout_ms: duration("backendRequest", &rule.timeouts.backend_request)?,
+            retry: rule.retry.as_ref().map(|r| retry(&format!("{at}.retry"), r)).transpose()?,
         });
     }
     if spec.rules.is_empty() {
         compiled.rules.push(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() });
     }
     Ok(compiled)
+}
+
+/// Tries that a rule may ask for.
+const MAX_ATTEMPTS: u32 = 10;
+
+fn retry(at: &str, r: &route::Retry) -> Result<Retry, Invalid> {
+    if let Some((n, code)) = r.codes.iter().enumerate().find(|(_, c)| !(400..600).contains(*c)) {
+        return invalid(format!("{at}.codes[{n}]"), code, "a status from 400 to 599");
+    }
+    let attempts = r.attempts.unwrap_or(1);
+    if attempts > MAX_ATTEMPTS {
+        return invalid(format!("{at}.attempts"), attempts, "at most 10");
+    }
+    let text = r.backoff.as_deref().unwrap_or("25ms");
+    let Some(backoff_ms) = gep2257(text) else {
+        return invalid(format!("{at}.backoff"), text, "a duration such as 10s or 500ms (GEP-2257)");
+    };
+    Ok(Retry { codes: r.codes.clone(), attempts, backoff_ms })
 }
 
 /// Compiles the rules of a GRPCRoute.

@@ -38,8 +38,16 @@ pub struct HttpRule {
     pub filters: Vec<Filter>,
     pub backend_refs: Vec<BackendRef>,
     pub timeouts: Timeouts,
-    pub retry: Option<Value>,
+    pub retry: Option<Retry>,
     pub session_persistence: Option<Value>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Retry {
+    pub codes: Vec<u16>,
+    pub attempts: Option<u32>,
+    pub backoff: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

@@ -79,14 +79,32 @@ pub struct RouteRule {
     /// Deadline of one try; milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend_timeout_ms: Option<u64>,
+    /// When a request is tried again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
+}
+
+/// When a request is tried again (Gateway API, GEP-1731): after one of these answers, and after none within the time of a try.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Retry {
+    /// Statuses of answers.
+    pub codes: Vec<u16>,
+    /// Tries after the first.
+    pub attempts: u32,
+    /// Before the first of them; milliseconds, doubled for each one.
+    pub backoff_ms: u64,
 }
 
 impl RouteRule {
-    /// The shorter of the two deadlines.
+    /// Time for a request with all its tries.
     pub fn timeout(&self) -> Option<Duration> {
-        // Retries come later; until then one try is all there is.
-        let shortest = self.request_timeout_ms.into_iter().chain(self.backend_timeout_ms).min();
-        shortest.map(Duration::from_millis)
+        self.request_timeout_ms.map(Duration::from_millis)
+    }
+
+    /// Time for one try.
+    pub fn try_timeout(&self) -> Option<Duration> {
+        self.backend_timeout_ms.map(Duration::from_millis)
     }
 }
 

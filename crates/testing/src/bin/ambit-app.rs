@@ -1,7 +1,7 @@
 //! An ordinary client and server, for pods of the demo and of tests. It knows nothing of the mesh.
 //!
 //! ```text
-//! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer]
+//! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer | --status 503]
 //!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
 //!                                               200 to requests with `x-word: please` and 403 to others
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
@@ -70,14 +70,21 @@ fn serve(words: &[&str]) -> Outcome<()> {
     let name = option(words, "--name").map_or_else(|| std::env::var("POD_NAME").unwrap_or_default(), str::to_owned);
     let file = option(words, "--file").map(str::to_owned);
     let authorizer = words.contains(&"--authorizer");
+    let status = option(words, "--status").and_then(|s| s.parse().ok());
     for stream in listen(words)?.incoming().flatten() {
         let (name, file) = (name.clone(), file.clone());
-        std::thread::spawn(move || answer(stream, &name, file.as_deref(), authorizer));
+        std::thread::spawn(move || answer(stream, &name, file.as_deref(), authorizer, status));
     }
     Ok(())
 }
 
-fn answer(stream: TcpStream, name: &str, file: Option<&str>, authorizer: bool) -> std::io::Result<()> {
+fn answer(
+    stream: TcpStream,
+    name: &str,
+    file: Option<&str>,
+    authorizer: bool,
+    status: Option<u16>,
+) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?.ip().to_canonical();
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -113,6 +120,10 @@ fn answer(stream: TcpStream, name: &str, file: Option<&str>, authorizer: bool) -
         let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
         std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
         let file = file.map(std::fs::read_to_string).transpose()?;
+        if let Some(status) = status {
+            write!(stream, "HTTP/1.1 {status} Told\r\ncontent-length: 5\r\n\r\nsorry")?;
+            continue;
+        }
         if authorizer {
             // As an authorizer of tests: who has the word may pass, and is called anna.
             let (status, headers, body) = match seen.to_ascii_lowercase().contains("\nx-word: please") {
