@@ -5,8 +5,8 @@
 //! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
 //! - [`request`]: one request from its head to its answer; [`filters`] are what routes do to it;
-//!   [`token`]: its JWT.
-//! - [`upstream`]: choosing a pod and getting to it. [`body`]: what travels with a request and its answer.
+//!   [`token`]: its JWT, [`keys`] where those are fetched; [`authorizer`]: asking somebody else.
+//! - [`forward`]: sending it, again if need be ([`retry`]: how often). [`upstream`]: choosing a pod and getting to it. [`body`]: what travels with a request and its answer.
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
 pub mod app;
@@ -16,6 +16,7 @@ pub mod config;
 pub mod connection;
 pub mod explain;
 pub mod filters;
+pub mod forward;
 pub mod keys;
 pub mod mesh;
 pub mod observe;
