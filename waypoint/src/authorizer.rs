@@ -11,6 +11,7 @@ use ambit_model::l7::policy::Authorizer;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 
 use crate::body::Body;
 use crate::upstream::Version;
@@ -18,6 +19,8 @@ use crate::worker::Context;
 
 /// The longest refusal that is passed on.
 const MAX_BODY: usize = 64 * 1024;
+/// The body of an answer is waited for so long.
+const BODY: Duration = Duration::from_secs(1);
 /// Told without being configured (Envoy's defaults), beside method and path.
 const ALWAYS: [HeaderName; 2] = [header::HOST, header::AUTHORIZATION];
 /// Headers of a refusal that are passed on where nothing is configured.
@@ -36,8 +39,10 @@ pub enum Answer {
 /// Whom a request has passed.
 #[derive(Debug, Default)]
 pub struct Consulted {
-    /// Policies whose authorizer has been asked.
-    pub policies: Vec<Str>,
+    /// Policies whose authorizer has let it pass, and as what: host, port and path.
+    pub passed: Vec<(Str, String)>,
+    /// The policy whose authorizer has refused it.
+    pub refused_by: Option<Str>,
     /// Headers that authorizers have set.
     pub told: Vec<HeaderName>,
 }
@@ -45,7 +50,7 @@ pub struct Consulted {
 impl Consulted {
     /// Of a request that was refused: by the authorizer of which policy.
     pub fn refusal(&self) -> String {
-        format!("denied by the authorizer of: {}", self.policies.last().map_or("", |p| p))
+        format!("denied by the authorizer of: {}", self.refused_by.as_deref().unwrap_or_default())
     }
 }
 
@@ -58,14 +63,24 @@ pub async fn ask(
     headers: &HeaderMap,
 ) -> Answer {
     let patience = Duration::from_millis(authorizer.timeout_ms);
-    let asked = tokio::time::timeout(patience, exchange(context, authorizer, method, target, headers)).await;
-    let failed = match asked {
+    let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
+    let question = match question(authorizer, method, target, headers) {
+        Ok(question) => question,
+        // What cannot even be asked is the client's doing: no failure of the authorizer.
+        Err(reason) => return Answer::Unknown(status, reason),
+    };
+    let failed = match tokio::time::timeout(patience, send(context, authorizer, question)).await {
         Ok(Ok(response)) if response.status() == StatusCode::OK => {
             let wanted = |name: &HeaderName| listed(&authorizer.upstream_headers, name);
             let told = response.headers().iter().filter(|(n, _)| wanted(n));
-            return Answer::Yes(told.map(|(n, v)| (n.clone(), v.clone())).collect());
+            let told = told.map(|(n, v)| (n.clone(), v.clone())).collect();
+            // Read, so that the connection can be kept.
+            refusal(authorizer, response).await;
+            return Answer::Yes(told);
         }
-        Ok(Ok(response)) if !response.status().is_server_error() => return Answer::No(response),
+        Ok(Ok(response)) if !response.status().is_server_error() => {
+            return Answer::No(refusal(authorizer, response).await);
+        }
         Ok(Ok(response)) => format!("answered {}", response.status()),
         Ok(Err(reason)) => reason,
         Err(_) => format!("no answer within {patience:?}"),
@@ -74,51 +89,78 @@ pub async fn ask(
         tracing::warn!(service = %authorizer.service, failed, "the authorizer has not decided; let through, as configured");
         return Answer::Yes(Vec::new());
     }
-    let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
     Answer::Unknown(status, format!("authorizer {} port {}: {failed}", authorizer.service, authorizer.port))
 }
 
+/// Headers that belong to one connection or one body, and are never copied to another.
+const OWN: [HeaderName; 10] = [
+    header::CONTENT_LENGTH,
+    header::TRANSFER_ENCODING,
+    header::CONNECTION,
+    header::UPGRADE,
+    header::TE,
+    header::TRAILER,
+    header::EXPECT,
+    header::HOST,
+    header::PROXY_AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+];
+/// A client's own, even where an authorizer may set them as well.
+const CREDENTIALS: [HeaderName; 2] = [header::AUTHORIZATION, header::COOKIE];
+
 fn listed(all: &[Str], name: &HeaderName) -> bool {
-    all.iter().any(|wanted| match wanted.strip_suffix('*') {
-        Some(prefix) => name.as_str().starts_with(&prefix.to_ascii_lowercase()),
-        None => wanted.eq_ignore_ascii_case(name.as_str()),
-    })
+    !OWN.contains(name)
+        && all.iter().any(|wanted| match wanted.strip_suffix('*') {
+            Some(prefix) => name.as_str().starts_with(&prefix.to_ascii_lowercase()),
+            None => wanted.eq_ignore_ascii_case(name.as_str()),
+        })
 }
 
 /// Removes from a request what only an authorizer may say.
 pub fn strip(headers: &mut HeaderMap, authorizer: &Authorizer, consulted: &Consulted) {
-    let forged = |n: &&HeaderName| listed(&authorizer.upstream_headers, n) && !consulted.told.contains(n);
+    let forged = |n: &&HeaderName| {
+        listed(&authorizer.upstream_headers, n) && !CREDENTIALS.contains(n) && !consulted.told.contains(n)
+    };
     let said: Vec<HeaderName> = headers.keys().filter(forged).cloned().collect();
     said.iter().for_each(|name| drop(headers.remove(name)));
 }
 
-async fn exchange(
-    context: &Rc<Context>,
+fn question(
     authorizer: &Authorizer,
     method: &Method,
     target: &str,
     headers: &HeaderMap,
-) -> Result<Response<Body>, String> {
+) -> Result<Request<Body>, String> {
     let mut request = Request::new(Body::whole(""));
     *request.method_mut() = method.clone();
     let target = format!("{}{target}", authorizer.path_prefix);
-    *request.uri_mut() = target.parse::<Uri>().map_err(|e| e.to_string())?;
+    *request.uri_mut() = target.parse::<Uri>().map_err(|e| format!("cannot be asked about: {e}"))?;
     for (name, value) in headers {
         if ALWAYS.contains(name) || listed(&authorizer.request_headers, name) {
             request.headers_mut().append(name.clone(), value.clone());
         }
     }
+    Ok(request)
+}
+
+async fn send(
+    context: &Rc<Context>,
+    authorizer: &Authorizer,
+    question: Request<Body>,
+) -> Result<Response<Incoming>, String> {
     let endpoint = context.upstream.choose(&authorizer.service, authorizer.port, &[]).map_err(|e| e.to_string())?;
-    let sent = context.upstream.send(&endpoint, Version::Http1, request).await;
-    let (head, body) = sent.map_err(|(e, _)| e.to_string())?.into_parts();
-    // Read whole, so that the connection can be kept and a refusal has a length.
-    let body = Limited::new(body, MAX_BODY).collect().await.map_err(|e| format!("its answer: {e}"))?.to_bytes();
+    context.upstream.send(&endpoint, Version::Http1, question).await.map_err(|(e, _)| e.to_string())
+}
+
+/// A refusal as the client is told; one whose body is too long, or does not come, is told without it.
+async fn refusal(authorizer: &Authorizer, answer: Response<Incoming>) -> Response<Body> {
+    let (head, body) = answer.into_parts();
+    let body = tokio::time::timeout(BODY, Limited::new(body, MAX_BODY).collect()).await;
+    let body = body.ok().and_then(Result::ok).map(|b| b.to_bytes()).unwrap_or_default();
     let mut response = Response::new(Body::whole(body));
     *response.status_mut() = head.status;
-    let allowed = head.status == StatusCode::OK;
     for (name, value) in &head.headers {
         let told = match authorizer.downstream_headers.is_empty() {
-            _ if allowed => true,
             true => TOLD.contains(name),
             false => listed(&authorizer.downstream_headers, name),
         };
@@ -126,5 +168,5 @@ async fn exchange(
             response.headers_mut().append(name.clone(), value.clone());
         }
     }
-    Ok(response)
+    response
 }

@@ -167,7 +167,11 @@ pub(crate) async fn forward(
             _ => None,
         };
         let (outcome, retry, kept) = match (outcome, again) {
-            (Try::Unsent(error, whole), _) if unsent + 1 < TRIES && connection.target.workload.is_none() => {
+            (Try::Unsent(error, whole), _)
+                if unsent + 1 < TRIES
+                    && connection.target.workload.is_none()
+                    && context.upstream.choose(service, port, &avoid).is_ok() =>
+            {
                 tracing::debug!(%error, "another endpoint is tried");
                 unsent += 1;
                 before = Some(error);
@@ -177,7 +181,9 @@ pub(crate) async fn forward(
             (Try::Answered(response), Some((retry, _))) if !retry.codes.contains(&response.status().as_u16()) => {
                 return Ok((response, end));
             }
-            (outcome, Some((retry, kept))) if context.upstream.budget(service, |b, now| b.take(now)) => {
+            (outcome, Some((retry, kept)))
+                if may_repeat(&outcome, &head.method) && context.upstream.budget(service, |b, now| b.take(now)) =>
+            {
                 (outcome, retry, kept)
             }
             (Try::Answered(response), _) => {
@@ -201,6 +207,15 @@ pub(crate) async fn forward(
         exchange.retries += 1;
         tokio::time::sleep(pause).await;
         request = head.request(version, Body::whole(kept.clone()))?;
+    }
+}
+
+/// Whether another try does no harm: nobody has seen the request, or its answer is one of those that the route names; what may
+/// have been done already is done again only where doing it twice is like doing it once (RFC 9110, section 9.2.2).
+fn may_repeat(outcome: &Try, method: &Method) -> bool {
+    match outcome {
+        Try::Answered(_) | Try::Unsent(..) => true,
+        Try::Lost(_) | Try::Late(_) => method.is_idempotent(),
     }
 }
 
@@ -243,5 +258,22 @@ pub(crate) async fn mirror_to(context: &Rc<Context>, service: &NamespacedHostnam
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%service, error, "mirror"),
         Err(_) => tracing::debug!(%service, "mirror: not answered in time"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_have_been_done_is_done_again_only_where_that_is_harmless() {
+        let late = Try::Late(Duration::from_secs(1));
+        let lost = Try::Lost(Unreachable::NoAddress("gone".into()));
+        let unsent = Try::Unsent(Unreachable::NoAddress("none".into()), Box::new(Request::new(Body::whole(""))));
+        for (outcome, get, post) in [(late, true, false), (lost, true, false), (unsent, true, true)] {
+            assert_eq!(may_repeat(&outcome, &Method::GET), get);
+            assert_eq!(may_repeat(&outcome, &Method::PUT), get);
+            assert_eq!(may_repeat(&outcome, &Method::POST), post);
+        }
     }
 }

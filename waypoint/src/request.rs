@@ -230,20 +230,21 @@ async fn respond(
         let BackendTarget::Service(service, port) = mirror.target else { continue };
         let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
         match admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed).await {
-            Ok(None) => mirrors.push((service, port)),
+            Ok(None) => mirrors.push((service, port, headers)),
             Ok(Some(_)) => tracing::debug!(%service, "no mirror: the authorizer has refused"),
             Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
         }
     }
     forwarded(&mut head.headers, connection, exchange);
+    mirrors.iter_mut().for_each(|(_, _, headers)| forwarded(headers, connection, exchange));
     let version = version_for(context, service, *port, head.version, upgrade.is_some());
     let deadline = plan.rule.timeout().map(|t| Instant::now() + t);
     let mut body = Body::incoming(incoming);
     exchange.request_bytes = body.counted.clone();
     let head = Head { method: head.method, headers: head.headers, host: to_host, path: to_path, query };
-    for (service, port) in mirrors {
+    for (service, port, headers) in mirrors {
         let Some(place) = context.upstream.mirror_place() else { break };
-        let (context, head, body) = (context.clone(), head.clone(), body.copy());
+        let (context, head, body) = (context.clone(), Head { headers, ..head.clone() }, body.copy());
         // Nobody waits for its answer.
         tokio::task::spawn_local(async move {
             let _place = place;
@@ -369,21 +370,24 @@ async fn consult(
         bound.policies.asks(&Subject { http: Some(http), port: asked.port, ..connection.subject() })
     };
     for (policy, whom) in asks {
-        if passed.policies.contains(&policy) {
+        let target = if query.is_empty() { asked.path.to_owned() } else { format!("{}?{query}", asked.path) };
+        let question = (policy, format!("{}:{} {target}", asked.host, asked.port));
+        if passed.passed.contains(&question) {
             continue;
         }
-        let target = if query.is_empty() { asked.path.to_owned() } else { format!("{}?{query}", asked.path) };
-        passed.policies.push(policy.clone());
+        passed.refused_by = Some(question.0.clone());
         match authorizer::ask(context, &whom, asked.method, &target, headers).await {
             Answer::Yes(told) => {
                 for (name, value) in told {
                     passed.told.push(name.clone());
                     headers.insert(name, value);
                 }
+                passed.refused_by = None;
+                passed.passed.push(question);
             }
             Answer::No(response) => return Ok(Some(response)),
             Answer::Unknown(status, reason) => {
-                return Err(Local::new(status, "UAEX", "access denied\n", format!("{policy}: {reason}")));
+                return Err(Local::new(status, "UAEX", "access denied\n", format!("{}: {reason}", question.0)));
             }
         }
     }

@@ -434,9 +434,13 @@ fn authorizer(
     let Some(http) = &found.envoy_ext_authz_http else {
         return invalid(name, "a provider with envoyExtAuthzHttp: other kinds are not supported yet");
     };
+    if let Some(field) = http.other.keys().next() {
+        return invalid(field, "no such field of envoyExtAuthzHttp: it is not supported");
+    }
     let (namespace, host) = http.service.split_once('/').map_or((None, &*http.service), |(n, h)| (Some(n), h));
-    let fits = |key: &&NamespacedHostname| *key.hostname == *host && namespace.is_none_or(|n| *key.namespace == *n);
-    let Some(service) = services.keys().find(fits) else {
+    // Without a namespace the canonical one: nobody takes its place by an entry of the same host elsewhere.
+    let fits = |s: &&Service| *s.hostname == *host && namespace.map_or(s.canonical, |n| *s.namespace == *n);
+    let Some(service) = services.values().find(fits).map(Service::key) else {
         return invalid(&http.service, "a service of the mesh, by its full host name");
     };
     let Some(timeout_ms) = routes::gep2257(http.timeout.as_deref().unwrap_or("5s")).filter(|ms| *ms > 0) else {
@@ -448,7 +452,7 @@ fn authorizer(
     };
     let all = |list: &[String]| list.iter().map(|s| Str::from(s.as_str())).collect();
     Ok(Authorizer {
-        service: service.clone(),
+        service,
         port: http.port,
         path_prefix: http.path_prefix.as_str().into(),
         timeout_ms,

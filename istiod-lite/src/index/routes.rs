@@ -206,13 +206,14 @@ struct Owner<'a> {
 }
 
 impl Owner<'_> {
-    fn has_parent(&self, namespace: &str, name: &str) -> bool {
+    /// Whether it is attached to this service and to nothing else.
+    fn is_of(&self, namespace: &str, name: &str) -> bool {
         let is = |p: &route::ParentRef| {
-            p.kind.as_deref() == Some("Service")
+            (p.group.as_deref(), p.kind.as_deref()) == (Some(""), Some("Service"))
                 && p.name == name
                 && p.namespace.as_deref().unwrap_or(&self.key.namespace) == namespace
         };
-        self.parents.iter().any(is)
+        !self.parents.is_empty() && self.parents.iter().all(is)
     }
 }
 
@@ -362,7 +363,7 @@ fn backend(world: &World<'_>, from: Owner<'_>, r: &route::BackendRef, unresolved
     }
     let namespace = r.namespace.as_deref().unwrap_or(&key.namespace);
     // Its clients could call a parent without the route as well.
-    let allowed = namespace == key.namespace || from.has_parent(namespace, &r.name);
+    let allowed = namespace == key.namespace || from.is_of(namespace, &r.name);
     if !allowed && !world.granted(key, namespace, &r.name) {
         let text = format!("backend {namespace}/{}: no ReferenceGrant there allows {}", r.name, key.namespace);
         return no("RefNotPermitted", text);

@@ -30,7 +30,7 @@ pub struct ExtensionProvider {
 
 /// An authorizer (Istio's `EnvoyExternalAuthorizationHttpProvider`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 #[allow(missing_docs, reason = "field names of MeshConfig")]
 pub struct ExtAuthzHttp {
     /// `hostname` or `namespace/hostname`.
@@ -44,6 +44,9 @@ pub struct ExtAuthzHttp {
     pub include_request_headers_in_check: Vec<String>,
     pub headers_to_upstream_on_allow: Vec<String>,
     pub headers_to_downstream_on_deny: Vec<String>,
+    /// What is not supported: policies that name the provider are refused, and nothing else of the configuration.
+    #[serde(flatten)]
+    pub other: std::collections::BTreeMap<String, serde_yaml::Value>,
 }
 
 impl PartialEq for super::istio::Selector {
