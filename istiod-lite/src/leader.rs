@@ -12,7 +12,7 @@ use kube::{Api, Client};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 const NAME: &str = "ambit-istiod-lite";
 /// Somebody else's lease that nobody has renewed for this long may be taken.
@@ -87,6 +87,7 @@ impl Lease {
                     }
                 }
                 Ok(Ok(false)) => self.lost(&leads),
+                Ok(Err(error @ kube::Error::Api(_))) => warn!(%error, "lease"),
                 Ok(Err(error)) => debug!(%error, "lease"),
                 Err(_) => debug!("the lease takes too long"),
             }

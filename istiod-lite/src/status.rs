@@ -27,6 +27,8 @@ const MANAGER: &str = "ambit-istiod-lite-status";
 const CONTROLLER: &str = "ambit.dev/mesh-controller";
 /// What could not be written is tried again after this.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Types of conditions that are ours alone.
+const TYPES: [&str; 4] = ["Accepted", "ZtunnelAccepted", "WaypointAccepted", "istio.io/WaypointBound"];
 /// Changes within this time are written as one.
 const TOGETHER: Duration = Duration::from_millis(50);
 
@@ -56,9 +58,24 @@ pub async fn write(
             }
         }
         tokio::time::sleep(TOGETHER).await;
+        if !source.borrow().ready {
+            // Half of a cluster would be taken for the whole.
+            tokio::select! {
+                changed = mesh.changed() => if changed.is_err() { return },
+                _ = again.tick() => {}
+            }
+            continue;
+        }
         let now = mesh.borrow_and_update().clone();
-        let wanted = wanted(&now, &source.borrow().clone());
-        written.retain(|key, _| wanted.contains_key(key));
+        let mut wanted = wanted(&now, &source.borrow().clone());
+        // Nothing more to say is said as well, once.
+        let over: Vec<Key> = written.keys().filter(|k| !wanted.contains_key(k)).cloned().collect();
+        for key in over {
+            written.remove(&key);
+            if source.borrow().objects.contains_key(&key) && !now.rendered.contains_key(&key) {
+                wanted.insert(key, Said::default());
+            }
+        }
         for (key, said) in wanted {
             if written.get(&key) == Some(&said) || !*leads.borrow() {
                 continue;
@@ -92,8 +109,8 @@ fn wanted(mesh: &Mesh, source: &SourceState) -> BTreeMap<Key, Said> {
         all.entry(key.clone()).or_default().addresses = addresses.clone();
     }
     for problem in source.problems.values() {
-        let Some(key) = problem.key.clone() else { continue };
-        if Kind::named(key.kind).is_some_and(Kind::is_kubernetes) {
+        let Some(key) = problem.key.clone().filter(ours) else { continue };
+        if key.kind == "ReferenceGrant" || Kind::named(key.kind).is_some_and(Kind::is_kubernetes) {
             continue;
         }
         let kept = match problem.kept {
@@ -145,6 +162,10 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
         let rest: Vec<Condition> = said.conditions.iter().filter(|c| c.r#type != "Accepted").cloned().collect();
         // One that could not be read says the same of each of its parents.
         let only = (accepted.clone().count() == 1).then(|| accepted.clone().next()).flatten();
+        if ours.is_empty() && !parents.iter().any(|p| p["kind"] == "Service") {
+            // Other controllers' affair altogether.
+            return None;
+        }
         let mut next: Vec<Value> = others.into_iter().cloned().collect();
         for parent in parents {
             let of = accepted.next().or(only);
@@ -168,6 +189,9 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
             said.addresses.iter().map(|(host, ip)| json!({ "value": ip.to_string(), "host": host })).collect();
         if !addresses.is_empty() {
             status.insert("addresses".into(), json!(addresses));
+        } else if old["addresses"].is_array() {
+            // An entry that cannot be read just now keeps what clients know it by.
+            status.insert("addresses".into(), old["addresses"].clone());
         }
         if !next.is_empty() {
             status.insert("conditions".into(), json!(next));
@@ -181,7 +205,12 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
         }),
         _ => status.iter().all(|(field, value)| old[field] == *value),
     };
-    (!same).then_some(Value::Object(status))
+    // What we said before and say no more is to go.
+    let mine = |c: &Value| c["type"].as_str().is_some_and(|t| TYPES.contains(&t));
+    let stale = !status.contains_key("conditions")
+        && !status.contains_key("parents")
+        && old["conditions"].as_array().is_some_and(|all| all.iter().any(mine));
+    (!same || stale).then_some(Value::Object(status))
 }
 
 /// Conditions in the form of Kubernetes; several of one type become one, which holds where all of them do. The time of a

@@ -4,6 +4,7 @@
 //! where one is added; the answer is a JSON object. Both carry the version, for the asker may outlive this process.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,28 +66,59 @@ pub struct Answer {
     pub pods: Vec<String>,
 }
 
-/// Serves the socket for ever.
-pub async fn serve(path: &Path, pods: Arc<Pods>) -> std::io::Result<()> {
+/// How often it is looked whether the socket is still ours.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Serves the socket for ever. While another process answers there, it is taken over only when `ready`: in an update the tunnel
+/// that leaves answers until the one that comes can. Taken back should that one die.
+pub async fn serve(path: &Path, pods: Arc<Pods>, ready: impl Fn() -> bool) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    // A socket that an earlier process left behind.
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    while is_answered(path).await && !ready() {
+        tokio::time::sleep(LOOK).await;
     }
-    let listener = UnixListener::bind(path)?;
+    let mut listener = bind(path)?;
+    let mut inode = std::fs::metadata(path)?.ino();
     info!(path = %path.display(), "node agent listens");
+    let mut look = tokio::time::interval(LOOK);
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => drop(tokio::spawn(answer(stream, pods.clone()))),
-            Err(error) => {
-                // Out of descriptors, mostly; without this socket no pod of the node could start.
-                warn!(%error, "node agent accept");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => drop(tokio::spawn(answer(stream, pods.clone()))),
+                Err(error) => {
+                    // Out of descriptors, mostly; without this socket no pod of the node could start.
+                    warn!(%error, "node agent accept");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            _ = look.tick() => {
+                let ours = std::fs::metadata(path).is_ok_and(|m| m.ino() == inode);
+                if !ours && !is_answered(path).await {
+                    listener = bind(path)?;
+                    inode = std::fs::metadata(path)?.ino();
+                    info!(path = %path.display(), "node agent listens again: who had taken over is gone");
+                }
             }
         }
     }
+}
+
+async fn is_answered(path: &Path) -> bool {
+    UnixStream::connect(path).await.is_ok()
+}
+
+/// Binds beside the path and moves there, so that at no moment nobody answers.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    let beside = path.with_extension(format!("new-{}", std::process::id()));
+    // One that an earlier process of this number left behind.
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&beside)?;
+    std::fs::rename(&beside, path)?;
+    Ok(listener)
 }
 
 async fn answer(mut stream: UnixStream, pods: Arc<Pods>) {

@@ -141,9 +141,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
                 let ending = drain.clone();
                 tokio::spawn(async move { ending.run_until_cancelled(install::keep(places)).await });
             }
-            let (path, pods) = (config.agent_socket.clone(), pods.clone());
+            let (path, pods, ready) = (config.agent_socket.clone(), pods.clone(), readiness.clone());
             tokio::spawn(async move {
-                if let Err(error) = agent::serve(&path, pods).await {
+                if let Err(error) = agent::serve(&path, pods, || ready.status().is_ok()).await {
                     tracing::error!(path = %path.display(), %error, "node agent socket");
                 }
             });

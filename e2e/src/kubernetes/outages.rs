@@ -38,7 +38,7 @@ pub(super) fn restarts(c: &Cluster) -> Result<String, Failure> {
     c.kubectl(&["-n", "istio-system", "rollout", "status", "deployment/istiod-lite", "--timeout=90s"])?;
     let controller = end(asking)?;
     has(&controller, " failed=0")?;
-    let asking = load(c, "20")?;
+    let asking = load(c, "45")?;
     c.kubectl(&["-n", "istio-system", "rollout", "restart", "daemonset/ztunnel"])?;
     c.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=90s"])?;
     let tunnels = end(asking)?;

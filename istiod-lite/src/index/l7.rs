@@ -203,7 +203,8 @@ fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>,
         };
         let policy = compiled.unwrap_or_else(|reason| {
             statuses.push(closing(&reason));
-            closed(entry.key)
+            let dry_run = entry.meta.annotation("istio.io/dry-run") == Some("true");
+            HttpPolicy { dry_run, ..closed(entry.key) }
         });
         for target in targets {
             let give = |config: &mut ServiceConfig| config.policies.push(policy.clone());

@@ -210,7 +210,8 @@ impl Directory {
                                 let value = serde_yaml::from_str(text).ok().filter(|_| !kept);
                                 match value.and_then(|v| parse::stand_in(key, &v, &error.reason)) {
                                     Some(parsed) => closed.push((place.clone(), parsed)),
-                                    None => drop(keep_keys.insert(key.clone())),
+                                    None if kept => drop(keep_keys.insert(key.clone())),
+                                    None => {}
                                 }
                                 (Some(key.clone()), kept)
                             }

@@ -260,6 +260,10 @@ impl Cluster {
             Err(reason) => {
                 let kept = self.objects.get(&key).is_some_and(|o| !o.object.is_broken());
                 warn!(object = %key, reason, kept, "object refused");
+                if !kept {
+                    // What stood for an earlier mistake has had its time.
+                    self.objects.remove(&key);
+                }
                 if let (false, Some(closed)) = (kept, parse::stand_in(&key, object, &reason)) {
                     let Parsed { object, meta, .. } = closed;
                     self.objects.insert(key.clone(), Arc::new(Loaded { object, meta, place }));
