@@ -104,11 +104,8 @@ pub async fn publish_roots(
     let mut written: HashMap<String, String> = HashMap::new();
     let mut look = tokio::time::interval(Duration::from_secs(10));
     loop {
-        if !*leads.borrow() {
-            written.clear();
-            if !leading(&mut leads).await {
-                return;
-            }
+        if !leading(&mut leads, || written.clear()).await {
+            return;
         }
         let roots = authority.load().roots().to_owned();
         let wanted = {

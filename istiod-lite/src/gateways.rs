@@ -30,11 +30,8 @@ pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: w
     let mut times: BTreeMap<(Key, String), (Value, String)> = BTreeMap::new();
     let mut again = tokio::time::interval(AGAIN);
     loop {
-        if !*leads.borrow() {
-            written.clear();
-            if !leading(&mut leads).await {
-                return;
-            }
+        if !leading(&mut leads, || written.clear()).await {
+            return;
         }
         let now = mesh.borrow_and_update().clone();
         written.retain(|key, _| now.rendered.contains_key(key));

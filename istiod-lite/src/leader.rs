@@ -162,8 +162,13 @@ fn taken(written: Result<DynamicObject, kube::Error>) -> Result<bool, kube::Erro
     }
 }
 
-/// Waits until this replica is the one that writes; `false` when nobody will ever say so.
-pub async fn leading(leads: &mut watch::Receiver<bool>) -> bool {
+/// Waits until this replica is the one that writes; `false` when nobody will ever say so. Where it was not, `forget` is called:
+/// another one may have written meanwhile.
+pub async fn leading(leads: &mut watch::Receiver<bool>, forget: impl FnOnce()) -> bool {
+    if *leads.borrow() {
+        return true;
+    }
+    forget();
     leads.wait_for(|l| *l).await.is_ok()
 }
 

@@ -50,12 +50,8 @@ pub async fn write(
     let mut written: BTreeMap<Key, Said> = BTreeMap::new();
     let mut again = tokio::time::interval(AGAIN);
     loop {
-        if !*leads.borrow() {
-            // Another replica may write meanwhile.
-            written.clear();
-            if !leading(&mut leads).await {
-                return;
-            }
+        if !leading(&mut leads, || written.clear()).await {
+            return;
         }
         tokio::time::sleep(TOGETHER).await;
         if !source.borrow().ready {

@@ -99,3 +99,36 @@ fn addresses_of_hosts_are_kept_in_their_entry() {
         render("ServiceEntry", &Said { addresses, ..Said::default() }, &object(entry), NOW).expect("addresses");
     assert_eq!(status, json!({ "addresses": [{ "value": "240.240.0.1", "host": "db.example" }] }));
 }
+
+#[test]
+fn what_is_said_no_more_is_taken_back_and_addresses_stay() {
+    let entry = |status: Value| {
+        object(json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry",
+            "metadata": { "name": "e", "namespace": "ns" }, "status": status,
+        }))
+    };
+    let addresses = json!([{ "value": "240.240.0.1", "host": "db.example" }]);
+    let conflicted = json!({ "type": "Accepted", "status": "False", "reason": "Conflicted", "message": "", "lastTransitionTime": NOW });
+    let before = entry(json!({ "addresses": addresses, "conditions": [conflicted] }));
+    let status = render("ServiceEntry", &Said::default(), &before, NOW).expect("something to take back");
+    assert_eq!(status, json!({ "addresses": addresses }), "the condition goes, the addresses stay");
+    assert_eq!(render("ServiceEntry", &Said::default(), &entry(status), NOW), None);
+    // An entry that cannot be read just now keeps what clients know it by.
+    let broken = said(vec![Condition::no("Accepted", "Invalid", "spec.hostz: unknown field")]);
+    let status = render("ServiceEntry", &broken, &entry(json!({ "addresses": addresses })), NOW).expect("a change");
+    assert_eq!(status["addresses"], addresses);
+    // A condition of somebody else's is not ours to take back.
+    let theirs = json!({ "type": "Reconciled", "status": "True" });
+    assert_eq!(render("ServiceEntry", &Said::default(), &entry(json!({ "conditions": [theirs] })), NOW), None);
+}
+
+#[test]
+fn a_route_without_a_service_as_parent_is_not_ours() {
+    let route = object(json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+        "metadata": { "name": "r", "namespace": "ns" }, "spec": { "parentRefs": [{ "name": "edge" }] },
+    }));
+    let not_ours = said(vec![Condition::no("Accepted", "NoMatchingParent", "only a Service can be a parent here")]);
+    assert_eq!(render("HTTPRoute", &not_ours, &route, NOW), None);
+}
