@@ -234,6 +234,26 @@ fn the_end_of_an_old_sandbox_does_not_take_the_pod_out() {
 }
 
 #[test]
+fn the_agents_socket_is_taken_back_from_a_successor_that_died() {
+    sandbox::test("the_agents_socket_is_taken_back_from_a_successor_that_died", || async {
+        let mesh = shop(Options::default()).await?;
+        let (path, beside) = (&mesh.nodes[0].agent, mesh.nodes[0].agent.with_extension("successor"));
+        let list = |_: &Mesh| {
+            let request = br#"{"version":1,"command":{"list":{}}}"#;
+            let answer = fdpass::ask(path, request, &[], std::time::Duration::from_secs(2));
+            answer.is_ok_and(|a| String::from_utf8_lossy(&a).contains("\"pods\""))
+        };
+        mesh.wait("an answer", list).await?;
+        // As a tunnel does that takes over in an update, and then dies.
+        let successor = std::os::unix::net::UnixListener::bind(&beside).doing("bind")?;
+        std::fs::rename(&beside, path).doing("take over")?;
+        drop(successor);
+        mesh.wait("an answer again", list).await?;
+        mesh.wait("the log to say so", |m| m.log("ztunnel-node1").contains("listens again")).await
+    });
+}
+
+#[test]
 fn rubbish_on_the_agents_socket_is_refused_with_reasons() {
     sandbox::test("rubbish_on_the_agents_socket_is_refused_with_reasons", || async {
         let mesh = shop(Options::default()).await?;
