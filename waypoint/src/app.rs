@@ -25,11 +25,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::info;
 
+use crate::cluster::Clusters;
 use crate::config::Config;
 use crate::explain;
 use crate::keys::Keys;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
+use crate::upstream::names::Names;
+use crate::upstream::origination::Originations;
 use crate::worker::{self, Shared};
 
 /// Why the process cannot run.
@@ -90,6 +93,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         drain: CancellationToken::new(),
         connections: TaskTracker::new(),
         outside: outside::connector(config.outside_roots.as_deref()).map_err(|e| RunError::Io("OUTSIDE_ROOTS", e))?,
+        clusters: Clusters::default(),
+        names: Arc::new(Names::new(tokio::runtime::Handle::current())),
+        originations: Originations::default(),
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;

@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 
 use crate::body::Body;
-use crate::upstream::Version;
+use crate::upstream::{Version, Wish};
 use crate::worker::Context;
 
 /// The longest refusal that is passed on.
@@ -31,7 +31,7 @@ pub enum Answer {
     /// Yes; these headers are set on the request.
     Yes(Vec<(HeaderName, HeaderValue)>),
     /// No, with what the client is told.
-    No(Response<Body>),
+    No(Box<Response<Body>>),
     /// It has not said anything that counts; why, and the status for the client.
     Unknown(StatusCode, String),
 }
@@ -79,7 +79,7 @@ pub async fn ask(
             return Answer::Yes(told);
         }
         Ok(Ok(response)) if !response.status().is_server_error() => {
-            return Answer::No(refusal(authorizer, response).await);
+            return Answer::No(Box::new(refusal(authorizer, response).await));
         }
         Ok(Ok(response)) => format!("answered {}", response.status()),
         Ok(Err(reason)) => reason,
@@ -148,7 +148,8 @@ async fn send(
     authorizer: &Authorizer,
     question: Request<Body>,
 ) -> Result<Response<Incoming>, String> {
-    let endpoint = context.upstream.choose(&authorizer.service, authorizer.port, &[]).map_err(|e| e.to_string())?;
+    let wish = Wish::plain(&authorizer.service, authorizer.port);
+    let endpoint = context.upstream.find(&wish, &[]).await.map_err(|e| e.to_string())?;
     context.upstream.send(&endpoint, Version::Http1, question).await.map_err(|(e, _)| e.to_string())
 }
 

@@ -14,8 +14,8 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use crate::forward::Kept;
 use crate::observe::Exchange;
-use crate::upstream::Held;
 
 /// Frames of a copy that wait for the mirror.
 const COPIES: usize = 16;
@@ -30,7 +30,7 @@ pub struct Body {
     exchange: Option<Box<Exchange>>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Given back when the body is done with.
-    held: Option<Held>,
+    held: Kept,
 }
 
 enum Source {
@@ -62,7 +62,14 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 impl Body {
     fn of(source: Source) -> Self {
-        Self { source, counted: Arc::default(), copies: Vec::new(), exchange: None, deadline: None, held: None }
+        Self {
+            source,
+            counted: Arc::default(),
+            copies: Vec::new(),
+            exchange: None,
+            deadline: None,
+            held: Kept::default(),
+        }
     }
 
     /// Known bytes.
@@ -99,8 +106,8 @@ impl Body {
         self
     }
 
-    /// Keeps a place on a connection until the body is done with.
-    pub fn holding(mut self, held: Option<Held>) -> Self {
+    /// Keeps places until the body is done with.
+    pub fn holding(mut self, held: Kept) -> Self {
         self.held = held;
         self
     }

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::observe::Facts;
 use crate::request;
 use crate::target::{Refusal, Target, resolve};
-use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable};
+use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable, Wish};
 use crate::worker::{Context, Downstream};
 
 /// Head of a request, and each of its lines, must come within this.
@@ -150,18 +150,22 @@ async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) ->
     loop {
         let endpoint = match (&target.service, &target.workload, target.address) {
             (Some(service), ..) => {
-                let chosen = context.upstream.choose(&service.key(), target.port, &avoid);
+                let key = service.key();
+                let traffic = target.bound.traffic(&key, target.port);
+                let wish = Wish { traffic, asked: target.address, ..Wish::plain(&key, target.port) };
+                let chosen = context.upstream.find(&wish, &avoid).await;
                 // That there is no other one says less than why the first was not reached.
                 chosen.map_err(|error| before.take().unwrap_or(error))?
             }
-            (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
+            (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr, via: None },
             _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
         };
-        match context.upstream.connect(&endpoint, trace).await {
+        match context.upstream.connect(&endpoint, None, trace).await {
             Ok(io) => return Ok((endpoint, io)),
+            Err(error @ Unreachable::Overflow(_)) => return Err(error),
             Err(error) if avoid.len() < 2 && target.service.is_some() => {
                 tracing::debug!(%error, "another endpoint is tried");
-                avoid.push(endpoint.workload.uid.clone());
+                avoid.extend(endpoint.tag());
                 before = Some(error);
             }
             Err(error) => return Err(error),

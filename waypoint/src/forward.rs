@@ -4,22 +4,26 @@
 //! nothing that it has not kept whole. Never decides whether a request may go.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ambit_model::l7::RouteRule;
+use ambit_model::NamespacedHostname;
+use ambit_model::l7::{Retry, RouteRule};
 use ambit_model::service::AppProtocol;
-use ambit_model::{NamespacedHostname, Str};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 
 use crate::body::Body;
+use crate::cluster::counts::Place;
+use crate::cluster::eject::Outcome;
+use crate::cluster::member::Member;
 use crate::connection::Connection;
 use crate::observe::Exchange;
 use crate::request::Local;
 use crate::retry;
-use crate::upstream::{Endpoint, Unreachable, Version};
+use crate::upstream::{Endpoint, Held, Unreachable, Version, Wish};
 use crate::worker::Context;
 
 /// Endpoints tried while nobody has seen a byte of the request.
@@ -107,48 +111,112 @@ enum Try {
     Late(Duration),
 }
 
-#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
+impl Try {
+    /// What it says of the endpoint; `None` where it says nothing.
+    fn outcome(&self) -> Option<Outcome> {
+        match self {
+            Self::Answered(response) => Some(Outcome::Answered(status_of(response))),
+            // What the client sends, and what there is too much of, is no fault of the endpoint's.
+            Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_)) => None,
+            Self::Unsent(..) | Self::Lost(_) | Self::Late(_) => Some(Outcome::Failed),
+        }
+    }
+}
+
+/// The status of gRPC that an answer without a body has in its head.
+fn grpc_status(response: &Response<Incoming>) -> Option<u8> {
+    response.headers().get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok())
+}
+
+/// The status of an answer; of gRPC the one of HTTP that says the same.
+fn status_of(response: &Response<Incoming>) -> u16 {
+    match grpc_status(response) {
+        None | Some(0) => response.status().as_u16(),
+        Some(14) => 503,
+        Some(4) => 504,
+        Some(2 | 13 | 15) => 500,
+        Some(12) => 501,
+        Some(_) => 400,
+    }
+}
+
+/// A request under way at an endpoint.
+#[derive(Debug)]
+struct Busy(Arc<Member>);
+
+impl Busy {
+    fn at(endpoint: &Endpoint) -> Option<Self> {
+        let member = endpoint.via.as_ref().map(|v| v.member.clone())?;
+        member.stats.begin();
+        Some(Self(member))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.stats.end();
+    }
+}
+
+/// What a request holds until its answer has been read.
+#[derive(Debug, Default)]
+pub struct Kept {
+    _stream: Option<Held>,
+    _busy: Option<Busy>,
+    _request: Option<Place>,
+}
+
+/// A request to be sent.
+pub(crate) struct Sending<'a> {
+    pub(crate) wish: Wish<'a>,
+    pub(crate) version: Version,
+    pub(crate) rule: &'a RouteRule,
+    pub(crate) head: &'a Head,
+}
+
+/// An answer.
+pub(crate) struct Sent {
+    pub(crate) response: Response<Incoming>,
+    /// The end of the try that it belongs to.
+    pub(crate) end: Option<Instant>,
+    pub(crate) kept: Kept,
+    /// The endpoint that has given it, for the client's session.
+    pub(crate) tag: Option<u64>,
+}
+
 pub(crate) async fn forward(
     context: &Rc<Context>,
     connection: &Connection,
-    service: &NamespacedHostname,
-    port: u16,
-    version: Version,
-    rule: &RouteRule,
-    head: &Head,
+    sending: Sending<'_>,
     body: Body,
     exchange: &mut Exchange,
-) -> Result<(Response<Incoming>, Option<Instant>), Local> {
-    let unavailable = |e: &Unreachable| {
-        let flag = match e {
-            Unreachable::Body(_) => return Local::new(StatusCode::BAD_REQUEST, "DPE", "the body is not valid\n", e),
-            Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
-            Unreachable::Connect(..) => "UF",
-            Unreachable::Lost(..) => "UC",
-        };
-        Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, "no healthy upstream", e)
-    };
-    let retry = rule.retry.as_ref();
+) -> Result<Sent, Local> {
+    let Sending { wish, version, rule, head } = sending;
+    let (retry, limits) = (rule.retry.as_ref(), &wish.traffic.limits);
+    let cluster = context.upstream.cluster(&wish);
+    let place = cluster.counts.request(limits).map_err(|e| unavailable(&Unreachable::Overflow(e)))?;
+    let mut held = Kept { _request: Some(place), ..Kept::default() };
     let (mut request, kept) = match retry {
         None => (head.request(version, body)?, None),
         Some(_) => {
-            context.upstream.budget(service, |b, now| b.request(now));
+            cluster.may_retry(&wish.traffic);
             match replayable(body).await {
                 Ok(bytes) => (head.request(version, Body::whole(bytes.clone()))?, Some(bytes)),
                 Err(body) => (head.request(version, body)?, None),
             }
         }
     };
-    let mut avoid: Vec<Str> = Vec::new();
+    let mut avoid: Vec<u64> = Vec::new();
     let mut before: Option<Unreachable> = None;
     let mut unsent = 0;
+    let mut _again = None;
     loop {
         let endpoint = match (&connection.target.workload, connection.target.address) {
-            (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr },
+            (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr, via: None },
             // Another one than before; for another try the same one, where there is no other.
-            _ => match context.upstream.choose(service, port, &avoid) {
+            _ => match context.upstream.find(&wish, &avoid).await {
                 Ok(endpoint) => endpoint,
-                Err(error) => match context.upstream.choose(service, port, &[]) {
+                Err(error) => match context.upstream.choose(&wish, &[]) {
                     Ok(endpoint) if exchange.retries > 0 => endpoint,
                     // That there is no other one says less than why the first was not reached.
                     _ => return Err(unavailable(before.as_ref().unwrap_or(&error))),
@@ -159,9 +227,18 @@ pub(crate) async fn forward(
         exchange.facts.dst_workload = Some(endpoint.workload.clone());
         let start = Instant::now();
         let end = rule.try_timeout().map(|t| start + t);
+        held._busy = Busy::at(&endpoint);
         let outcome = one_try(context, &endpoint, version, request, rule.try_timeout()).await;
-        exchange.waited += start.elapsed();
-        avoid.push(endpoint.workload.uid.clone());
+        let took = start.elapsed();
+        exchange.waited += took;
+        note(context, &endpoint, outcome.outcome(), took);
+        avoid.extend(endpoint.tag());
+        let answered = |mut response: Response<Incoming>, held: Kept| Sent {
+            kept: Kept { _stream: response.extensions_mut().remove::<Held>(), ..held },
+            response,
+            end,
+            tag: endpoint.tag(),
+        };
         let again = match (retry, &kept) {
             (Some(retry), Some(kept)) if exchange.retries < retry.attempts => Some((retry, kept)),
             _ => None,
@@ -169,8 +246,9 @@ pub(crate) async fn forward(
         let (outcome, retry, kept) = match (outcome, again) {
             (Try::Unsent(error, whole), _)
                 if unsent + 1 < TRIES
+                    && !matches!(error, Unreachable::Overflow(_))
                     && connection.target.workload.is_none()
-                    && context.upstream.choose(service, port, &avoid).is_ok() =>
+                    && context.upstream.choose(&wish, &avoid).is_ok() =>
             {
                 tracing::debug!(%error, "another endpoint is tried");
                 unsent += 1;
@@ -178,31 +256,39 @@ pub(crate) async fn forward(
                 request = *whole;
                 continue;
             }
-            (Try::Answered(response), Some((retry, _))) if !retry.codes.contains(&response.status().as_u16()) => {
-                return Ok((response, end));
+            (Try::Answered(response), Some((retry, _))) if !is_named(retry, &response) => {
+                return Ok(answered(response, held));
             }
-            (outcome, Some((retry, kept)))
-                if may_repeat(&outcome, &head.method) && context.upstream.budget(service, |b, now| b.take(now)) =>
-            {
+            (outcome, Some((retry, kept))) if may_repeat(&outcome, &head.method, retry) => {
+                match cluster.counts.retry(limits) {
+                    Ok(place) if cluster.retry(&wish.traffic) => _again = Some(place),
+                    over => {
+                        tracing::debug!(over = ?over.err(), "not tried again: the budget is used up");
+                        return match outcome {
+                            Try::Answered(response) => {
+                                exchange.flag = "URX";
+                                Ok(answered(response, held))
+                            }
+                            Try::Unsent(error, _) | Try::Lost(error) => Err(unavailable(&error)),
+                            Try::Late(time) => Err(late(time)),
+                        };
+                    }
+                }
                 (outcome, retry, kept)
             }
             (Try::Answered(response), _) => {
-                if exchange.retries > 0
-                    && rule.retry.as_ref().is_some_and(|r| r.codes.contains(&response.status().as_u16()))
-                {
+                if exchange.retries > 0 && rule.retry.as_ref().is_some_and(|r| is_named(r, &response)) {
                     exchange.flag = "URX";
                 }
-                return Ok((response, end));
+                return Ok(answered(response, held));
             }
             (Try::Unsent(error, _) | Try::Lost(error), _) => return Err(unavailable(&error)),
-            (Try::Late(time), _) => {
-                let reason = format!("no answer within the time of a try, {time:?}");
-                return Err(Local::new(StatusCode::GATEWAY_TIMEOUT, "UT", "upstream request timeout\n", reason));
-            }
+            (Try::Late(time), _) => return Err(late(time)),
         };
         if let Try::Unsent(error, _) | Try::Lost(error) = outcome {
             before = Some(error);
         }
+        held._busy = None;
         let pause = retry::pause(Duration::from_millis(retry.backoff_ms), exchange.retries, fastrand::f64());
         exchange.retries += 1;
         tokio::time::sleep(pause).await;
@@ -210,12 +296,45 @@ pub(crate) async fn forward(
     }
 }
 
+fn unavailable(e: &Unreachable) -> Local {
+    let flag = match e {
+        Unreachable::Body(_) => return Local::new(StatusCode::BAD_REQUEST, "DPE", "the body is not valid\n", e),
+        Unreachable::Overflow(_) => "UO",
+        Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
+        Unreachable::Connect(..) => "UF",
+        Unreachable::Lost(..) => "UC",
+    };
+    let text = if flag == "UO" { "upstream overflow\n" } else { "no healthy upstream" };
+    Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, text, e)
+}
+
+fn late(time: Duration) -> Local {
+    let reason = format!("no answer within the time of a try, {time:?}");
+    Local::new(StatusCode::GATEWAY_TIMEOUT, "UT", "upstream request timeout\n", reason)
+}
+
+/// Tells the cluster how a try went.
+fn note(context: &Context, endpoint: &Endpoint, outcome: Option<Outcome>, took: Duration) {
+    let (Some(via), Some(outcome)) = (&endpoint.via, outcome) else { return };
+    if let Some((why, time)) = via.cluster.note(&via.member, &via.traffic, outcome, took) {
+        let service = via.cluster.service();
+        tracing::warn!(%service, workload = &*endpoint.workload.name, addr = %endpoint.addr, why, ?time, "endpoint left out");
+        context.shared.observer.ejected(&service.hostname);
+    }
+}
+
+/// Whether an answer is one of those after which a request is tried again.
+fn is_named(retry: &Retry, response: &Response<Incoming>) -> bool {
+    retry.codes.contains(&response.status().as_u16()) || grpc_status(response).is_some_and(|s| retry.grpc.contains(&s))
+}
+
 /// Whether another try does no harm: nobody has seen the request, or its answer is one of those that the route names; what may
 /// have been done already is done again only where doing it twice is like doing it once (RFC 9110, section 9.2.2).
-fn may_repeat(outcome: &Try, method: &Method) -> bool {
+fn may_repeat(outcome: &Try, method: &Method, retry: &Retry) -> bool {
     match outcome {
+        Try::Unsent(Unreachable::Overflow(_), _) => false,
         Try::Answered(_) | Try::Unsent(..) => true,
-        Try::Lost(_) | Try::Late(_) => method.is_idempotent(),
+        Try::Lost(_) | Try::Late(_) => method.is_idempotent() || retry.any_method,
     }
 }
 
@@ -241,12 +360,12 @@ async fn one_try(
     }
 }
 
-pub(crate) async fn mirror_to(context: &Rc<Context>, service: &NamespacedHostname, port: u16, head: &Head, body: Body) {
+pub(crate) async fn mirror_to(context: &Rc<Context>, wish: &Wish<'_>, head: &Head, body: Body) {
     const PATIENCE: Duration = Duration::from_secs(15);
     let sent = async {
-        let version = version_for(context, service, port, http::Version::HTTP_11, false);
+        let version = version_for(context, wish.service, wish.port, http::Version::HTTP_11, false);
         let request = head.request(version, body).map_err(|e| e.reason)?;
-        let endpoint = context.upstream.choose(service, port, &[]).map_err(|e| e.to_string())?;
+        let endpoint = context.upstream.find(wish, &[]).await.map_err(|e| e.to_string())?;
         let response = context.upstream.send(&endpoint, version, request).await.map_err(|(e, _)| e.to_string())?;
         let mut body = response.into_body();
         while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
@@ -254,6 +373,7 @@ pub(crate) async fn mirror_to(context: &Rc<Context>, service: &NamespacedHostnam
         }
         Ok::<(), String>(())
     };
+    let service = wish.service;
     match tokio::time::timeout(PATIENCE, sent).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%service, error, "mirror"),
@@ -271,9 +391,12 @@ mod tests {
         let lost = Try::Lost(Unreachable::NoAddress("gone".into()));
         let unsent = Try::Unsent(Unreachable::NoAddress("none".into()), Box::new(Request::new(Body::whole(""))));
         for (outcome, get, post) in [(late, true, false), (lost, true, false), (unsent, true, true)] {
-            assert_eq!(may_repeat(&outcome, &Method::GET), get);
-            assert_eq!(may_repeat(&outcome, &Method::PUT), get);
-            assert_eq!(may_repeat(&outcome, &Method::POST), post);
+            let asked = Retry { any_method: true, ..Retry::default() };
+            let plain = Retry::default();
+            assert_eq!(may_repeat(&outcome, &Method::GET, &plain), get);
+            assert_eq!(may_repeat(&outcome, &Method::PUT, &plain), get);
+            assert_eq!(may_repeat(&outcome, &Method::POST, &plain), post);
+            assert!(may_repeat(&outcome, &Method::POST, &asked), "where it is asked for");
         }
     }
 }

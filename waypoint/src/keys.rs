@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::body::Body;
-use crate::upstream::Version;
+use crate::upstream::{Version, Wish};
 use crate::worker::Context;
 
 /// Keys are fetched anew this often...
@@ -172,7 +172,7 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
     };
     let response = match of_mesh {
         Some(service) => {
-            let endpoint = context.upstream.choose(&service, port, &[]).map_err(|e| e.to_string())?;
+            let endpoint = context.upstream.find(&Wish::plain(&service, port), &[]).await.map_err(|e| e.to_string())?;
             context.upstream.send(&endpoint, Version::Http1, request).await.map_err(|(e, _)| e.to_string())?
         }
         None => {

@@ -4,14 +4,16 @@
 //! # Layout
 //! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
-//! - [`request`]: one request from its head to its answer; [`filters`] are what routes do to it;
+//! - [`request`]: one request from its head to its answer; [`plan`]: its rule and backend; [`filters`]: what routes do to it;
 //!   [`token`]: its JWT, [`keys`] where those are fetched; [`authorizer`]: asking somebody else.
-//! - [`forward`]: sending it, again if need be ([`retry`]: how often). [`upstream`]: choosing a pod and getting to it. [`body`]: what travels with a request and its answer.
+//! - [`forward`]: sending it, again if need be ([`retry`]: how often). [`cluster`]: which pod, and how each does; [`upstream`]: getting there. [`body`]: what travels with a request and its answer.
+//! - [`treatment`]: limits on the rate of requests ([`rate`]) and failures made on purpose. [`session`]: what keeps a client with a pod.
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
 pub mod app;
 pub mod authorizer;
 pub mod body;
+pub mod cluster;
 pub mod config;
 pub mod connection;
 pub mod explain;
@@ -20,9 +22,13 @@ pub mod forward;
 pub mod keys;
 pub mod mesh;
 pub mod observe;
+pub mod plan;
+pub mod rate;
 pub mod request;
 pub mod retry;
+pub mod session;
 pub mod target;
 pub mod token;
+pub mod treatment;
 pub mod upstream;
 pub mod worker;

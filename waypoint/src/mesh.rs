@@ -3,13 +3,14 @@
 //! Owns compiling, once a change and for the changed service alone. A configuration that cannot be read closes its service:
 //! what it was to forbid is not known.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use ambit_model::NamespacedHostname;
 use ambit_model::l7::policy::PolicyTable;
 use ambit_model::l7::table::RouteTable;
+use ambit_model::l7::traffic::Traffic;
 use ambit_model::l7::{RouteRule, ServiceConfig};
 use ambit_runtime::Readiness;
 use ambit_store::Store;
@@ -21,7 +22,9 @@ use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 
 use crate::keys::Keys;
+use crate::rate::Limiters;
 use crate::token::TokenTable;
+use crate::treatment::Treatment;
 
 /// A service of this waypoint.
 #[derive(Debug, Default)]
@@ -36,9 +39,29 @@ pub struct Bound {
     pub closed: Option<String>,
     /// What requests follow where no route is attached.
     pub default: Arc<RouteRule>,
+    /// What rules do to requests besides, in the order of the routes' rules, and what the default does.
+    pub treatments: (Vec<Treatment>, Treatment),
+    /// What holds for the endpoints of services.
+    pub traffic: HashMap<NamespacedHostname, OfPorts>,
+}
+
+/// What holds for all ports of a service, and for some in place of that.
+#[derive(Debug, Default)]
+pub struct OfPorts {
+    all: Arc<Traffic>,
+    ports: BTreeMap<u16, Arc<Traffic>>,
 }
 
 impl Bound {
+    /// What holds for the endpoints of a service's port.
+    pub fn traffic(&self, service: &NamespacedHostname, port: u16) -> Arc<Traffic> {
+        static PLAIN: LazyLock<Arc<Traffic>> = LazyLock::new(Arc::default);
+        match self.traffic.get(service) {
+            Some(of) => of.ports.get(&port).unwrap_or(&of.all).clone(),
+            None => PLAIN.clone(),
+        }
+    }
+
     /// Not everybody may do everything.
     pub fn is_guarded(&self) -> bool {
         self.closed.is_some() || !self.tokens.is_empty() || !self.policies.is_empty()
@@ -83,6 +106,7 @@ pub struct MeshHandler {
     /// The next answer about services is the first of its stream, so it is the whole truth.
     fresh: bool,
     keys: Keys,
+    limiters: Limiters,
     readiness: Readiness,
 }
 
@@ -91,7 +115,7 @@ impl MeshHandler {
     pub fn new(store: Arc<Store>, services: Arc<ArcSwap<Services>>, keys: Keys, readiness: Readiness) -> Self {
         readiness.pending("addresses", "no answer from the controller yet");
         readiness.pending("services", "no answer from the controller yet");
-        Self { store, services, fresh: true, keys, readiness }
+        Self { store, services, fresh: true, keys, limiters: Limiters::default(), readiness }
     }
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
@@ -110,7 +134,7 @@ impl MeshHandler {
                 rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
                 continue;
             };
-            let bound = compile(resource, &self.keys).unwrap_or_else(|reason| {
+            let bound = compile(resource, &self.keys, &self.limiters).unwrap_or_else(|reason| {
                 rejected.push((resource.name.clone(), reason.clone()));
                 Bound { closed: Some(reason), ..Bound::default() }
             });
@@ -123,12 +147,26 @@ impl MeshHandler {
     }
 }
 
-fn compile(resource: &Resource, keys: &Keys) -> Result<Bound, String> {
+fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Bound, String> {
     let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
     let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
     let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
     let tokens = TokenTable::new(&config.tokens, keys)?;
-    Ok(Bound { routes, tokens, policies: PolicyTable::new(&config.policies), closed: None, default: Arc::default() })
+    let treat = |rule: &RouteRule| Treatment::new(rule, limiters).map_err(|e| e.to_string());
+    let treatments = config.routes.iter().flat_map(|r| &r.rules).map(treat).collect::<Result<_, _>>()?;
+    let traffic = config.traffic.into_iter().map(|(service, of)| {
+        let ports = of.ports.into_iter().map(|(port, traffic)| (port, Arc::new(traffic))).collect();
+        (service, OfPorts { all: Arc::new(of.all), ports })
+    });
+    Ok(Bound {
+        routes,
+        tokens,
+        policies: PolicyTable::new(&config.policies),
+        closed: None,
+        treatments: (treatments, treat(&config.default)?),
+        default: Arc::new(config.default),
+        traffic: traffic.collect(),
+    })
 }
 
 impl Handler for MeshHandler {

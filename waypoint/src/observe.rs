@@ -108,6 +108,7 @@ pub struct Observer {
     response_bytes: Arc<HistogramVec>,
     opened: Arc<CounterVec>,
     closed: Arc<CounterVec>,
+    ejections: Arc<CounterVec>,
     sent: Arc<CounterVec>,
     received: Arc<CounterVec>,
     log: AccessLog,
@@ -132,6 +133,11 @@ impl Observer {
             response_bytes: registry.histogram("istio_response_bytes", "Bodies of answers.", HTTP, BYTES),
             opened: tcp("istio_tcp_connections_opened_total", "Connections opened."),
             closed: tcp("istio_tcp_connections_closed_total", "Connections closed."),
+            ejections: registry.counter(
+                "ambit_waypoint_ejections_total",
+                "Endpoints left out for some time.",
+                &["destination_service"],
+            ),
             sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to clients."),
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from clients."),
             log,
@@ -161,6 +167,11 @@ impl Observer {
             request_bytes: Arc::default(),
             response_bytes: Arc::default(),
         }
+    }
+
+    /// An endpoint of a service was left out.
+    pub fn ejected(&self, service: &Str) {
+        self.ejections.with(&[service.clone()].into()).inc();
     }
 
     /// A stream or a connection was refused.

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::headers::TraceParent;
+use ambit_model::NamespacedHostname;
 use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
-use ambit_model::l7::table::{Found, RequestView};
 use ambit_model::l7::token::Token;
-use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule, path};
-use ambit_model::{NamespacedHostname, Str, Workload};
+use ambit_model::l7::traffic::{Abort, Balancing};
+use ambit_model::l7::{BackendTarget, path};
 use ambit_telemetry::spans::Parent;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -24,13 +24,15 @@ use tokio::io::copy_bidirectional;
 use crate::authorizer::{self, Answer, Consulted};
 use crate::body::Body;
 use crate::connection::Connection;
-use crate::filters;
-use crate::forward::{Head, forward, mirror_to, version_for};
+use crate::forward::{Head, Sending, Sent, forward, mirror_to, version_for};
 use crate::mesh::Bound;
 use crate::observe::Exchange;
+use crate::plan::{self, Asked, Change};
 use crate::token::TokenError;
-use crate::upstream::Held;
+use crate::treatment::{Exceeded, Treatment};
+use crate::upstream::Wish;
 use crate::worker::Context;
+use crate::{cluster, filters, session};
 
 const XFCC: &str = "x-forwarded-client-cert";
 const XFF: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -46,21 +48,24 @@ pub(crate) struct Local {
     text: &'static str,
     /// For the log.
     pub(crate) reason: String,
+    /// What is seldom told.
+    more: Option<Box<More>>,
+}
+
+#[derive(Default)]
+struct More {
+    /// For the client.
+    headers: HeaderMap,
+    /// The status of gRPC, where that of HTTP does not say it.
+    grpc: Option<u8>,
+    /// What somebody else has answered, in place of all that.
+    answer: Option<Response<Body>>,
 }
 
 impl Local {
     pub(crate) fn new(status: StatusCode, flag: &'static str, text: &'static str, reason: impl ToString) -> Self {
-        Self { status, flag, text, reason: reason.to_string() }
+        Self { status, flag, text, reason: reason.to_string(), more: None }
     }
-}
-
-/// What is done with a request.
-struct Plan {
-    rule: Arc<RouteRule>,
-    prefix: Option<Str>,
-    /// Where it goes; `None` where the rule answers by itself.
-    to: Option<(NamespacedHostname, u16)>,
-    backend: Option<Backend>,
 }
 
 /// Answers a request.
@@ -90,10 +95,10 @@ pub async fn handle(
     let outcome = respond(&context, &connection, request, &host, exchange, upgrade).await;
     let response = match outcome {
         Ok(response) => response,
-        Err(local) => {
+        Err(mut local) => {
             exchange.flag = local.flag;
-            exchange.error = Some(local.reason);
-            local_answer(local.status, local.text, grpc)
+            exchange.error = Some(std::mem::take(&mut local.reason));
+            local.into_response(grpc)
         }
     };
     exchange.answered(response.status().as_u16(), response.headers());
@@ -180,20 +185,17 @@ async fn respond(
     let port = connection.target.port;
     let asked = Asked { method: &head.method, host, path: &path, port };
     let mut passed = Consulted::default();
-    if let Some(no) =
-        consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed).await?
-    {
-        exchange.flag = "UAEX";
-        exchange.error = Some(passed.refusal());
-        return Ok(no);
-    }
+    consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed).await?;
     exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;
-    let plan = plan(connection, &bound, &head, &path, &query, exchange)?;
+    let plan = plan::plan(context, connection, &bound, &head, &path, &query, &original.headers, exchange)?;
+    let treatment = plan.treatment(&bound);
+    treatment.limit(&connection.facts.src_identity, &head.headers, cluster::now()).map_err(too_many)?;
+    on_purpose(treatment, &head.headers).await?;
 
     let mut change = Change { headers: Vec::new(), cors: None, mirrors: Vec::new(), host: None, path: path.clone() };
     let of_backend = plan.backend.iter().flat_map(|b| &b.filters);
     for filter in plan.rule.filters.iter().chain(of_backend) {
-        if let Some(answer) = apply(filter, &mut head.headers, &asked, &query, &plan, &mut change)? {
+        if let Some(answer) = plan::apply(filter, &mut head.headers, &asked, &query, &plan, &mut change)? {
             return Ok(answer);
         }
     }
@@ -209,20 +211,9 @@ async fn respond(
     let changed = !plan.rule.filters.is_empty() || plan.backend.as_ref().is_some_and(|b| !b.filters.is_empty());
     let arrives = Asked { method: &head.method, host: &to_host, path: &to_path, port: *port };
     if !here {
-        let admitted = admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed);
-        if let Some(no) = admitted.await? {
-            exchange.flag = "UAEX";
-            exchange.error = Some(passed.refusal());
-            return Ok(no);
-        }
+        admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed).await?;
     } else if changed {
-        let more =
-            consult(context, connection, &bound, &arrives, &query, &mut head.headers, token.as_ref(), &mut passed);
-        if let Some(no) = more.await? {
-            exchange.flag = "UAEX";
-            exchange.error = Some(passed.refusal());
-            return Ok(no);
-        }
+        consult(context, connection, &bound, &arrives, &query, &mut head.headers, token.as_ref(), &mut passed).await?;
         authorize(connection, &bound, &arrives, &head.headers, token.as_ref())?;
     }
     let mut mirrors = Vec::new();
@@ -230,14 +221,20 @@ async fn respond(
         let BackendTarget::Service(service, port) = mirror.target else { continue };
         let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
         match admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed).await {
-            Ok(None) => mirrors.push((service, port, headers)),
-            Ok(Some(_)) => tracing::debug!(%service, "no mirror: the authorizer has refused"),
+            Ok(()) => mirrors.push((service, port, headers)),
             Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
         }
     }
     forwarded(&mut head.headers, connection, exchange);
     mirrors.iter_mut().for_each(|(_, _, headers)| forwarded(headers, connection, exchange));
     let version = version_for(context, service, *port, head.version, upgrade.is_some());
+    let traffic = bound.traffic(service, *port);
+    let (hash, cookie) = match &traffic.balancing {
+        Balancing::Hash(key) => session::hash(key, &original.headers, &original.query, connection.facts.src.ip()),
+        _ => (None, None),
+    };
+    let (asked, named) = (connection.target.address.filter(|_| here), plan.session);
+    let wish = Wish { service, port: *port, traffic, asked, hash, session: named.map(|n| n.tag) };
     let deadline = plan.rule.timeout().map(|t| Instant::now() + t);
     let mut body = Body::incoming(incoming);
     exchange.request_bytes = body.counted.clone();
@@ -245,14 +242,16 @@ async fn respond(
     for (service, port, headers) in mirrors {
         let Some(place) = context.upstream.mirror_place() else { break };
         let (context, head, body) = (context.clone(), Head { headers, ..head.clone() }, body.copy());
+        let traffic = bound.traffic(&service, port);
         // Nobody waits for its answer.
         tokio::task::spawn_local(async move {
             let _place = place;
-            mirror_to(&context, &service, port, &head, body).await;
+            mirror_to(&context, &Wish { traffic, ..Wish::plain(&service, port) }, &head, body).await;
         });
     }
-    let sent = forward(context, connection, service, *port, version, &plan.rule, &head, body, exchange);
-    let (response, end_of_try) = match deadline {
+    let sending = Sending { wish, version, rule: &plan.rule, head: &head };
+    let sent = forward(context, connection, sending, body, exchange);
+    let Sent { response, end: end_of_try, kept, tag } = match deadline {
         None => sent.await?,
         Some(at) => tokio::time::timeout_at(at.into(), sent).await.map_err(|_| {
             Local::new(
@@ -275,8 +274,15 @@ async fn respond(
         let response = Response::from_parts(head, incoming);
         return Ok(switch(response, upgrade.map(|(_, client)| client)));
     }
-    let held = head.extensions.remove::<Held>();
     filters::strip_hop_by_hop(&mut head.headers, None);
+    if let (Some(session), Some(tag)) = (&plan.rule.session, tag)
+        && let Some((name, value)) = session::tell(session, named, tag, plan::seconds())
+    {
+        head.headers.append(name, value);
+    }
+    if let Some(cookie) = cookie {
+        head.headers.append(header::SET_COOKIE, cookie);
+    }
     for one in &change.headers {
         filters::change(&mut head.headers, one);
     }
@@ -284,7 +290,37 @@ async fn respond(
         filters::origin_headers(&cors, origin, &mut head.headers);
     }
     head.version = http::Version::default();
-    Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline).holding(held)))
+    Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline).holding(kept)))
+}
+
+/// The answer of a limit that a request has gone over.
+fn too_many(exceeded: Exceeded) -> Local {
+    let reason = format!("rate limit {}: {} in {} ms", exceeded.name, exceeded.limit.0, exceeded.limit.1 / 1000);
+    let mut more = More::default();
+    exceeded.tell(&mut more.headers);
+    let local = Local::new(StatusCode::TOO_MANY_REQUESTS, "RL", "too many requests\n", reason);
+    Local { more: Some(Box::new(more)), ..local }
+}
+
+/// Waits and fails where a policy says so.
+async fn on_purpose(treatment: &Treatment, headers: &HeaderMap) -> Result<(), Local> {
+    let made = treatment.fault(headers, fastrand::f64);
+    if let Some(delay) = made.delay {
+        tokio::time::sleep(delay).await;
+    }
+    let reason = || format!("made to fail by {}", made.by.join(", "));
+    match made.abort {
+        None => Ok(()),
+        Some(Abort::Http(status)) => {
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Err(Local::new(status, "FI", "fault filter abort\n", reason()))
+        }
+        Some(Abort::Grpc(code)) => {
+            let local = Local::new(StatusCode::SERVICE_UNAVAILABLE, "FI", "fault filter abort\n", reason());
+            let more = More { grpc: Some(code), ..More::default() };
+            Err(Local { more: Some(Box::new(more)), ..local })
+        }
+    }
 }
 
 /// Routes and policies as they are now; a connection may be older than they are.
@@ -292,15 +328,6 @@ fn current(context: &Context, connection: &Connection) -> Arc<Bound> {
     let service = connection.target.service.as_ref();
     let now = service.and_then(|s| context.shared.services.load().get(&s.key()).cloned());
     now.unwrap_or_else(|| connection.target.bound.clone())
-}
-
-/// A request as policies look at it, without its headers.
-#[derive(Clone, Copy)]
-struct Asked<'a> {
-    method: &'a Method,
-    host: &'a str,
-    path: &'a str,
-    port: u16,
 }
 
 /// What a request brought along, before a token was taken off.
@@ -328,8 +355,8 @@ async fn admit(
     headers: &mut HeaderMap,
     original: &Original,
     passed: &mut Consulted,
-) -> Result<Option<Response<Body>>, Local> {
-    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(None) };
+) -> Result<(), Local> {
+    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(()) };
     if let Some(reason) = &bound.closed {
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }
@@ -344,15 +371,12 @@ async fn admit(
             }
         }
     }
-    let consulted = consult(context, connection, &bound, asked, query_now, headers, token.as_ref(), passed);
-    if let Some(no) = consulted.await? {
-        return Ok(Some(no));
-    }
-    authorize(connection, &bound, asked, headers, token.as_ref()).map(|_| None)
+    consult(context, connection, &bound, asked, query_now, headers, token.as_ref(), passed).await?;
+    authorize(connection, &bound, asked, headers, token.as_ref()).map(drop)
 }
 
-/// Asks the authorizers whose policies match a request, those in `passed` excepted; the answer of one that refuses. What they
-/// tell goes on with the request, and comes from nobody else.
+/// Asks the authorizers whose policies match a request, those in `passed` excepted; the answer of one that refuses is the
+/// request's. What they tell goes on with the request, and comes from nobody else.
 #[allow(clippy::too_many_arguments, reason = "the parts of a request")]
 async fn consult(
     context: &Rc<Context>,
@@ -363,7 +387,7 @@ async fn consult(
     headers: &mut HeaderMap,
     token: Option<&Token>,
     passed: &mut Consulted,
-) -> Result<Option<Response<Body>>, Local> {
+) -> Result<(), Local> {
     bound.policies.authorizers().for_each(|a| authorizer::strip(headers, a, passed));
     let asks = {
         let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
@@ -385,13 +409,17 @@ async fn consult(
                 passed.refused_by = None;
                 passed.passed.push(question);
             }
-            Answer::No(response) => return Ok(Some(response)),
+            Answer::No(response) => {
+                let refused = Local::new(response.status(), "UAEX", "", passed.refusal());
+                let more = More { answer: Some(*response), ..More::default() };
+                return Err(Local { more: Some(Box::new(more)), ..refused });
+            }
             Answer::Unknown(status, reason) => {
                 return Err(Local::new(status, "UAEX", "access denied\n", format!("{}: {reason}", question.0)));
             }
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 /// Whether policies let a request through; the one that did so, if there is any.
@@ -414,113 +442,6 @@ fn authorize(
         }
         refused => Err(Local::new(StatusCode::FORBIDDEN, "UAEX", "RBAC: access denied", refused)),
     }
-}
-
-fn plan(
-    connection: &Connection,
-    bound: &Bound,
-    head: &http::request::Parts,
-    path: &str,
-    query: &str,
-    exchange: &mut Exchange,
-) -> Result<Plan, Local> {
-    let target = &connection.target;
-    let view = RequestView { method: &head.method, path, query, headers: &head.headers };
-    let namespace = &connection.facts.src_identity.namespace;
-    match bound.routes.find(&view, target.port, Some(namespace)) {
-        Found::Default => {
-            let of_workload = |w: &Arc<Workload>| NamespacedHostname::new(w.namespace.clone(), w.name.clone());
-            let key = target.service.as_ref().map(|s| s.key()).or_else(|| target.workload.as_ref().map(of_workload));
-            let to = key.map(|key| (key, target.port));
-            Ok(Plan { rule: bound.default.clone(), prefix: None, to, backend: None })
-        }
-        Found::None(kind) => {
-            let status = if kind == RouteKind::GRPCRoute { StatusCode::NOT_IMPLEMENTED } else { StatusCode::NOT_FOUND };
-            Err(Local::new(status, "NR", "no route matches\n", "no rule of the attached routes matches"))
-        }
-        Found::Rule(chosen) => {
-            let name = chosen.rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
-            exchange.route = Some(format!("{:?} {} rule {}{name}", chosen.kind, chosen.route, chosen.index));
-            let backend = pick(&chosen.rule.backends).cloned();
-            let to = match &backend {
-                Some(Backend { target: BackendTarget::Service(service, port), .. }) => Some((service.clone(), *port)),
-                Some(Backend { target: BackendTarget::Invalid(reason), .. }) => {
-                    return Err(Local::new(
-                        StatusCode::INTERNAL_SERVER_ERROR,
-                        "NC",
-                        "the backend is not valid\n",
-                        reason,
-                    ));
-                }
-                None => None,
-            };
-            Ok(Plan { rule: chosen.rule.clone(), prefix: chosen.prefix.clone(), to, backend })
-        }
-    }
-}
-
-/// One of the backends, by weight.
-fn pick(backends: &[Backend]) -> Option<&Backend> {
-    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
-    if total == 0 {
-        return None;
-    }
-    let mut at = fastrand::u64(0..total);
-    backends.iter().find(|b| {
-        let here = at < u64::from(b.weight);
-        at = at.saturating_sub(u64::from(b.weight));
-        here
-    })
-}
-
-/// What filters have decided for later.
-struct Change {
-    /// For the answer.
-    headers: Vec<HeaderChange>,
-    cors: Option<(Cors, HeaderValue)>,
-    mirrors: Vec<Backend>,
-    host: Option<Str>,
-    path: String,
-}
-
-/// Applies one filter; its answer, where it answers by itself.
-fn apply(
-    filter: &Filter,
-    headers: &mut HeaderMap,
-    asked: &Asked<'_>,
-    query: &str,
-    plan: &Plan,
-    change: &mut Change,
-) -> Result<Option<Response<Body>>, Local> {
-    let Asked { method, host, path, port } = *asked;
-    match filter {
-        Filter::RequestHeaders(h) => filters::change(headers, h),
-        Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
-        Filter::Redirect(r) => {
-            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix.as_deref())));
-        }
-        Filter::Rewrite(r) => {
-            change.host = r.hostname.clone().or(change.host.take());
-            if let Some(p) = &r.path {
-                change.path = filters::path(path, p, plan.prefix.as_deref());
-            }
-        }
-        Filter::Mirror(m) => {
-            if fastrand::u32(0..m.denominator.max(1)) < m.numerator {
-                change.mirrors.push(m.backend.clone());
-            }
-        }
-        Filter::Cors(cors) => {
-            if filters::is_preflight(method, headers) {
-                return Ok(Some(filters::preflight(cors, headers)));
-            }
-            change.cors = filters::allowed_origin(cors, headers).map(|origin| (cors.clone(), origin));
-        }
-        Filter::Unknown(what) => {
-            return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NC", "a filter is not supported\n", what));
-        }
-    }
-    Ok(None)
 }
 
 /// Says whom the request is for and where it belongs.
@@ -572,31 +493,38 @@ fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade
     Response::from_parts(head, Body::whole(""))
 }
 
-/// An answer of our own. A gRPC client gets its status as gRPC has it.
-fn local_answer(status: StatusCode, text: &'static str, grpc: bool) -> Response<Body> {
-    if !grpc {
-        let mut response = Response::new(Body::whole(text));
-        *response.status_mut() = match status {
+impl Local {
+    /// An answer of our own. A gRPC client gets its status as gRPC has it.
+    fn into_response(self, grpc: bool) -> Response<Body> {
+        let more = self.more.map(|m| *m).unwrap_or_default();
+        if let Some(answer) = more.answer {
+            return answer;
+        }
+        let mut response = Response::new(Body::whole(if grpc { "" } else { self.text }));
+        *response.headers_mut() = more.headers;
+        if grpc {
+            let code = more.grpc.unwrap_or(match self.status {
+                StatusCode::BAD_REQUEST => 13,
+                StatusCode::UNAUTHORIZED => 16,
+                StatusCode::FORBIDDEN => 7,
+                StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
+                StatusCode::TOO_MANY_REQUESTS => 8,
+                StatusCode::GATEWAY_TIMEOUT => 4,
+                StatusCode::SERVICE_UNAVAILABLE => 14,
+                _ => 2,
+            });
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", HeaderValue::from(u16::from(code)));
+            headers.insert("grpc-message", HeaderValue::from_static(self.text.trim_ascii_end()));
+            return response;
+        }
+        *response.status_mut() = match self.status {
             // Only gRPC has a word for it.
             StatusCode::NOT_IMPLEMENTED => StatusCode::NOT_FOUND,
             status => status,
         };
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-        return response;
+        response
     }
-    let code = match status {
-        StatusCode::BAD_REQUEST => "13",
-        StatusCode::UNAUTHORIZED => "16",
-        StatusCode::FORBIDDEN => "7",
-        StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => "12",
-        StatusCode::GATEWAY_TIMEOUT => "4",
-        StatusCode::SERVICE_UNAVAILABLE => "14",
-        _ => "2",
-    };
-    let mut response = Response::new(Body::whole(""));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    headers.insert("grpc-status", HeaderValue::from_static(code));
-    headers.insert("grpc-message", HeaderValue::from_static(text.trim_ascii_end()));
-    response
 }

@@ -1,62 +1,92 @@
 //! Getting to a pod: choosing one, a tunnel with its exact identity, and the HTTP connections inside.
 //!
-//! Owns the pools of one worker: tunnels, idle HTTP/1 connections, shared HTTP/2 connections. All are keyed by the
-//! workload's uid, so that an address that another pod has taken over never gets an old one. A workload marked HBONE never
-//! gets plaintext.
+//! Owns the connections of one worker. All are keyed by the workload's uid, so that an address that another pod has taken
+//! over never gets an old one. A workload marked HBONE never gets plaintext, nor does one that is to get TLS.
+
+mod http;
+mod io;
+pub mod names;
+pub mod origination;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll};
+use std::rc::Rc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::TraceParent;
-use ambit_hbone::io::TunnelIo;
 use ambit_hbone::pool::ConnectLost;
-use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders, OpenError, Pool, Tunnel};
-use ambit_model::service::ClientPlace;
+use ambit_model::l7::traffic::{Origination, OwnTls, Traffic};
+use ambit_model::service::{BalanceMode, ClientPlace};
 use ambit_model::workload::Protocol;
 use ambit_model::{NamespacedHostname, Str, Workload};
 use ambit_net::listen;
 use ambit_tls::handshake;
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::body::Body;
-use crate::request::trace_of;
-use crate::retry::Budget;
+use crate::cluster::choose::Ask;
+use crate::cluster::counts::{Counts, Overflow};
+use crate::cluster::member::Member;
+use crate::cluster::{Around, Cluster};
 use crate::worker::Shared;
 
+pub use http::Held;
+pub use io::Io;
+
 const HBONE_PORT: u16 = 15008;
-/// An idle HTTP/1 connection is kept for this long, shorter than most servers do.
-const IDLE: Duration = Duration::from_secs(30);
-/// Requests on one HTTP/2 connection before another is made; most servers allow a hundred.
-const PER_CONNECTION: usize = 90;
-/// HTTP/2 connections to one pod from one worker.
-const CONNECTIONS: usize = 8;
 /// Mirrored requests under way on one worker.
 const MIRRORS: usize = 256;
-/// Idle HTTP/1 connections to one pod.
-const MAX_IDLE: usize = 128;
 
 /// A pod and port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Endpoint {
     /// Who.
     pub workload: Arc<Workload>,
     /// Where.
     pub addr: SocketAddr,
+    /// The service that it was chosen for.
+    pub via: Option<Via>,
+}
+
+/// By what an endpoint was chosen.
+#[derive(Clone, Debug)]
+pub struct Via {
+    /// All endpoints of the service.
+    pub cluster: Arc<Cluster>,
+    /// The one.
+    pub member: Arc<Member>,
+    /// What holds for it.
+    pub traffic: Arc<Traffic>,
+}
+
+/// A service to choose an endpoint of.
+#[derive(Clone, Debug)]
+pub struct Wish<'a> {
+    /// Which service.
+    pub service: &'a NamespacedHostname,
+    /// Which port of it.
+    pub port: u16,
+    /// What holds for it.
+    pub traffic: Arc<Traffic>,
+    /// The address that the client asked for.
+    pub asked: Option<SocketAddr>,
+    /// Hash by which it is chosen, where it is.
+    pub hash: Option<u64>,
+    /// The endpoint of the request's session.
+    pub session: Option<u64>,
+}
+
+impl<'a> Wish<'a> {
+    /// For a request of the waypoint's own.
+    pub fn plain(service: &'a NamespacedHostname, port: u16) -> Self {
+        static PLAIN: LazyLock<Arc<Traffic>> = LazyLock::new(Arc::default);
+        Self { service, port, traffic: PLAIN.clone(), asked: None, hash: None, session: None }
+    }
 }
 
 /// Version of HTTP to speak to a pod.
@@ -73,12 +103,15 @@ pub enum Unreachable {
     /// Nobody serves.
     #[error("no healthy upstream: service {0} port {1} has no endpoint that can be used")]
     NoEndpoint(String, u16),
-    /// The endpoint cannot be addressed from here.
+    /// The endpoint cannot be addressed from here, or not as it is to be.
     #[error("{0}")]
     NoAddress(String),
     /// Its connection could not be made; nobody has seen a byte of the request.
     #[error("connect to {0}: {1}")]
     Connect(SocketAddr, String),
+    /// The service has as much to do as it may.
+    #[error("{0}")]
+    Overflow(Overflow),
     /// The client's body broke off or is not valid.
     #[error("the body of the request: {0}")]
     Body(String),
@@ -93,14 +126,6 @@ impl From<ConnectLost> for Unreachable {
     }
 }
 
-/// A byte stream to a pod.
-pub enum Io {
-    /// Inside a tunnel.
-    Tunnel(Box<TunnelIo>),
-    /// To a workload that is not in the mesh.
-    Plain(TcpStream),
-}
-
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct TunnelKey {
     peer: SocketAddr,
@@ -108,46 +133,18 @@ struct TunnelKey {
     identity: Arc<str>,
 }
 
-type ConnKey = (Str, SocketAddr);
-/// Connections that wait for another request, and since when.
-type Idle = Vec<(http1::SendRequest<Body>, Instant)>;
+type OfPorts = Vec<(u16, Option<bool>, Arc<Cluster>)>;
 
 /// Connections of one worker.
 pub struct Upstream {
     shared: Arc<Shared>,
     tunnels: Pool<TunnelKey, Unreachable>,
-    http1: RefCell<HashMap<ConnKey, Idle>>,
-    http2: RefCell<HashMap<ConnKey, Vec<Shared2>>>,
+    pools: http::Pools,
     mirrors: Arc<Semaphore>,
-    /// For trying again, by service.
-    budgets: RefCell<HashMap<NamespacedHostname, Budget>>,
-}
-
-/// An HTTP/2 connection, and the requests on it whose answers have not been read.
-#[derive(Clone)]
-struct Shared2 {
-    sender: http2::SendRequest<Body>,
-    requests: Arc<AtomicUsize>,
-}
-
-/// A place on a connection; given back when the last clone is gone.
-#[derive(Clone, Debug)]
-pub struct Held(#[allow(dead_code, reason = "held for its end")] Arc<Place2>);
-
-#[derive(Debug)]
-struct Place2(Arc<AtomicUsize>);
-
-impl Place2 {
-    fn take(requests: &Arc<AtomicUsize>) -> Held {
-        requests.fetch_add(1, Relaxed);
-        Held(Arc::new(Self(requests.clone())))
-    }
-}
-
-impl Drop for Place2 {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
+    /// Those that this worker has used.
+    clusters: RefCell<HashMap<NamespacedHostname, OfPorts>>,
+    /// Where we are, and our own workload that says so.
+    place: RefCell<(Option<Arc<Workload>>, Rc<ClientPlace>)>,
 }
 
 /// Runs what hyper starts on this thread.
@@ -160,61 +157,170 @@ impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
     }
 }
 
+impl Endpoint {
+    /// Its tag among the endpoints of its service.
+    pub fn tag(&self) -> Option<u64> {
+        self.via.as_ref().map(|v| v.member.tag)
+    }
+
+    fn tls(&self) -> Option<&Arc<OwnTls>> {
+        match &self.traffic().tls {
+            Some(Origination::Tls(tls)) => Some(tls),
+            Some(Origination::Refused(_)) | None => None,
+        }
+    }
+
+    fn traffic(&self) -> &Traffic {
+        static PLAIN: LazyLock<Traffic> = LazyLock::new(Traffic::default);
+        self.via.as_ref().map_or(&*PLAIN, |v| &v.traffic)
+    }
+
+    /// The counters of its service, where connections are limited.
+    fn counted(&self) -> Option<Arc<Counts>> {
+        let limited = self.traffic().limits.connections.is_some();
+        self.via.as_ref().filter(|_| limited).map(|v| v.cluster.counts.clone())
+    }
+}
+
 impl Upstream {
     /// No connection yet.
     pub fn new(shared: Arc<Shared>) -> Self {
         let tunnels = Pool::new(shared.config.hbone.clone());
-        let mirrors = Arc::new(Semaphore::new(MIRRORS));
-        let budgets = RefCell::default();
-        Self { shared, tunnels, http1: RefCell::default(), http2: RefCell::default(), mirrors, budgets }
-    }
-
-    /// The budget of a service for trying again.
-    pub fn budget<T>(&self, service: &NamespacedHostname, with: impl FnOnce(&mut Budget, Instant) -> T) -> T {
-        let (mut budgets, now) = (self.budgets.borrow_mut(), Instant::now());
-        with(budgets.entry(service.clone()).or_insert_with(|| Budget::new(now)), now)
-    }
-
-    /// Chooses an endpoint of a service, other than those in `avoid`.
-    pub fn choose(&self, service: &NamespacedHostname, port: u16, avoid: &[Str]) -> Result<Endpoint, Unreachable> {
-        let snapshot = self.shared.store.load();
-        let none = || Unreachable::NoEndpoint(service.to_string(), port);
-        let found = snapshot.service(service).ok_or_else(none)?;
-        let chosen = snapshot.choose(found, port, &self.place(), avoid).ok_or_else(none)?;
-        let ips = &chosen.workload.workload_ips;
-        let ip = ips.iter().find(|ip| ip.is_ipv4()).or_else(|| ips.first()).copied();
-        let ip = ip.ok_or_else(|| Unreachable::NoAddress(format!("{} has no address", chosen.workload.uid)))?;
-        Ok(Endpoint { workload: chosen.workload, addr: SocketAddr::new(ip, chosen.port) })
-    }
-
-    fn place(&self) -> ClientPlace {
-        let config = &self.shared.config;
-        let own: Option<IpAddr> = config.instance_ip.parse().ok();
-        let snapshot = self.shared.store.load();
-        let own = own.and_then(|ip| snapshot.workload_at(&config.network, ip).cloned());
-        ClientPlace {
+        let config = &shared.config;
+        let place = Rc::new(ClientPlace {
             node: config.node_name.clone(),
             cluster: config.cluster_id.clone(),
             network: config.network.clone(),
-            locality: own.map(|w| w.locality.clone()).unwrap_or_default(),
+            ..ClientPlace::default()
+        });
+        Self {
+            tunnels,
+            pools: http::Pools::default(),
+            mirrors: Arc::new(Semaphore::new(MIRRORS)),
+            clusters: RefCell::default(),
+            place: RefCell::new((None, place)),
+            shared,
         }
     }
 
-    /// Connects to an endpoint, on behalf of a trace.
-    pub async fn connect(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<Io, Unreachable> {
+    /// The endpoints of a service.
+    pub fn cluster(&self, wish: &Wish<'_>) -> Arc<Cluster> {
+        let mut all = self.clusters.borrow_mut();
+        let near = wish.traffic.prefer_near;
+        if let Some(of_service) = all.get(wish.service)
+            && let Some((.., cluster)) = of_service.iter().find(|(p, n, _)| *p == wish.port && *n == near)
+        {
+            return cluster.clone();
+        }
+        let cluster = self.shared.clusters.get(wish.service, wish.port, near);
+        all.entry(wish.service.clone()).or_default().push((wish.port, near, cluster.clone()));
+        cluster
+    }
+
+    /// Chooses an endpoint of a service, other than those with the tags in `avoid`.
+    pub fn choose(&self, wish: &Wish<'_>, avoid: &[u64]) -> Result<Endpoint, Unreachable> {
+        if let Some(Origination::Refused(reason)) = &wish.traffic.tls {
+            return Err(Unreachable::NoAddress(reason.to_string()));
+        }
+        let snapshot = self.shared.store.load();
+        let none = || Unreachable::NoEndpoint(wish.service.to_string(), wish.port);
+        let cluster = self.cluster(wish);
+        let ask = Ask { hash: wish.hash, session: wish.session, avoid };
+        let chosen = self.around(|around| cluster.choose(&snapshot, around, &wish.traffic, &ask));
+        if let Some(member) = chosen {
+            let (workload, addr) = (member.workload.clone(), member.addr);
+            return Ok(Endpoint { workload, addr, via: Some(Via { cluster, member, traffic: wish.traffic.clone() }) });
+        }
+        // A service whose endpoints nobody knows: whoever has the address that was asked for.
+        let service = snapshot.service(wish.service).ok_or_else(none)?;
+        match wish.asked {
+            Some(addr) if service.load_balancing.mode == BalanceMode::Passthrough => {
+                let uid = format!("{}/{addr}", wish.service).into();
+                let network = self.shared.config.network.clone();
+                Ok(Endpoint { workload: Arc::new(Workload { uid, network, ..Workload::default() }), addr, via: None })
+            }
+            _ => Err(none()),
+        }
+    }
+
+    /// Chooses an endpoint; where names stand in the way, waits until DNS has been asked for them once.
+    pub async fn find(&self, wish: &Wish<'_>, avoid: &[u64]) -> Result<Endpoint, Unreachable> {
+        match self.choose(wish, avoid) {
+            Err(Unreachable::NoEndpoint(..)) if avoid.is_empty() => {
+                let snapshot = self.shared.store.load();
+                let all = snapshot.endpoints(wish.service).into_iter().flat_map(|e| e.iter()).cloned();
+                self.shared.names.wait(all).await;
+                self.choose(wish, avoid)
+            }
+            chosen => chosen,
+        }
+    }
+
+    /// Whether an endpoint of a service has this tag.
+    pub fn has(&self, wish: &Wish<'_>, tag: u64) -> bool {
+        let (snapshot, cluster) = (self.shared.store.load(), self.cluster(wish));
+        self.around(|around| cluster.has(&snapshot, around, &wish.traffic, tag))
+    }
+
+    fn around<T>(&self, with: impl FnOnce(&Around<'_>) -> T) -> T {
+        let place = self.place();
+        let names = &self.shared.names;
+        with(&Around { place: &place, names: names.number(), addresses: &|workload| names.addresses(workload) })
+    }
+
+    fn place(&self) -> Rc<ClientPlace> {
+        let config = &self.shared.config;
+        let own: Option<IpAddr> = config.instance_ip.parse().ok();
+        let snapshot = self.shared.store.load();
+        let own = own.and_then(|ip| snapshot.workload_at(&config.network, ip));
+        let mut place = self.place.borrow_mut();
+        if own.map(Arc::as_ptr) != place.0.as_ref().map(Arc::as_ptr) {
+            let locality = own.map(|w| w.locality.clone()).unwrap_or_default();
+            *place = (own.cloned(), Rc::new(ClientPlace { locality, ..ClientPlace::clone(&place.1) }));
+        }
+        place.1.clone()
+    }
+
+    /// Connects to an endpoint, on behalf of a trace; `version` is what will be spoken, where that is HTTP.
+    pub async fn connect(
+        &self,
+        to: &Endpoint,
+        version: Option<Version>,
+        trace: Option<TraceParent>,
+    ) -> Result<Io, Unreachable> {
+        let limits = &to.traffic().limits;
+        let patience = self.patience(to);
+        let place = match &to.via {
+            Some(via) if version.is_some() => Some(via.cluster.counts.connection(limits, patience).await),
+            Some(via) => Some(via.cluster.counts.connection_now(limits)),
+            None => None,
+        };
+        let place = place.transpose().map_err(Unreachable::Overflow)?;
+        let io = self.carrier(to, patience, trace).await?;
+        let Some(tls) = to.tls() else { return Ok(io.holding(place)) };
+        let failed = |e: String| Unreachable::Connect(to.addr, e);
+        let made = tokio::time::timeout(patience, self.shared.originations.connect(tls, version, io)).await;
+        let io = made.map_err(|_| failed(format!("TLS: no answer within {patience:?}")))?;
+        Ok(io.map_err(failed)?.holding(place))
+    }
+
+    fn patience(&self, to: &Endpoint) -> Duration {
+        to.traffic().connect_timeout_ms.map_or(self.shared.config.connect_timeout, Duration::from_millis)
+    }
+
+    async fn carrier(&self, to: &Endpoint, patience: Duration, trace: Option<TraceParent>) -> Result<Io, Unreachable> {
         let failed = |e: String| Unreachable::Connect(to.addr, e);
         if to.workload.network != self.shared.config.network {
             return Err(failed(format!("it is in network {:?}, which is not reached from here", to.workload.network)));
         }
         match to.workload.protocol {
             Protocol::Tcp => {
-                let deadline = self.shared.config.connect_timeout;
-                let tcp = tokio::time::timeout(deadline, TcpStream::connect(to.addr)).await;
-                let tcp = tcp.map_err(|_| failed(format!("no answer within {deadline:?}")))?;
+                let tcp = tokio::time::timeout(patience, TcpStream::connect(to.addr)).await;
+                let tcp = tcp.map_err(|_| failed(format!("no answer within {patience:?}")))?;
                 let tcp = tcp.map_err(|e| failed(e.to_string()))?;
                 // Without these options the connection still works.
                 let _ = listen::prepare_stream(&tcp);
-                Ok(Io::Plain(tcp))
+                Ok(tcp.into())
             }
             Protocol::Hbone => {
                 let peer = SocketAddr::new(to.addr.ip(), HBONE_PORT);
@@ -223,11 +329,11 @@ impl Upstream {
                 let mut closing = 0;
                 loop {
                     let (shared, dialled) = (self.shared.clone(), key.clone());
-                    let place = self.tunnels.place(&key, || dial(shared.clone(), dialled.clone())).await?;
+                    let place = self.tunnels.place(&key, || dial(shared.clone(), dialled.clone(), patience)).await?;
                     let (authority, headers) =
                         (Authority::Address(to.addr), ConnectHeaders { trace, ..ConnectHeaders::default() });
                     match place.open(&authority, &headers, self.tunnels.settings()).await {
-                        Ok(stream) => return Ok(Io::Tunnel(Box::new(stream.into_io()))),
+                        Ok(stream) => return Ok(stream.into_io().into()),
                         // The tunnel was closing; nothing was seen of the request.
                         Err(OpenError::Ended(_)) if closing < 4 => closing += 1,
                         Err(error) => return Err(failed(error.to_string())),
@@ -237,144 +343,16 @@ impl Upstream {
         }
     }
 
-    /// Sends a request to an endpoint. Where the connection that was kept turns out to be gone before anything was sent, a
-    /// new one is made.
-    pub async fn send(
-        self: &std::rc::Rc<Self>,
-        to: &Endpoint,
-        version: Version,
-        mut request: Request<Body>,
-    ) -> Result<Response<Incoming>, (Unreachable, Option<Request<Body>>)> {
-        let key: ConnKey = (to.workload.uid.clone(), to.addr);
-        let lost = |e: hyper::Error| match e.is_user() {
-            true => Unreachable::Body(chain(&e)),
-            false => Unreachable::Lost(to.addr, chain(&e)),
-        };
-        for _ in 0..3 {
-            match version {
-                Version::Http1 => {
-                    let kept = self.take_idle(&key);
-                    let mut sender = match kept {
-                        Some(sender) => sender,
-                        None => match self.http1(to, trace_of(request.headers())).await {
-                            Ok(sender) => sender,
-                            Err(error) => return Err((error, Some(request))),
-                        },
-                    };
-                    match sender.try_send_request(request).await {
-                        Ok(response) => {
-                            self.keep(key, sender, response.status() == http::StatusCode::SWITCHING_PROTOCOLS);
-                            return Ok(response);
-                        }
-                        Err(mut error) => match error.take_message() {
-                            Some(unsent) => request = unsent,
-                            None => return Err((lost(error.into_error()), None)),
-                        },
-                    }
-                }
-                Version::Http2 => {
-                    let mut shared = match self.shared2(&key) {
-                        Some(shared) => shared,
-                        None => match self.http2(to, &key, trace_of(request.headers())).await {
-                            Ok(shared) => shared,
-                            Err(error) => return Err((error, Some(request))),
-                        },
-                    };
-                    let held = Place2::take(&shared.requests);
-                    match shared.sender.try_send_request(request).await {
-                        Ok(mut response) => {
-                            response.extensions_mut().insert(held);
-                            return Ok(response);
-                        }
-                        Err(mut error) => match error.take_message() {
-                            Some(unsent) => {
-                                let this = |s: &Shared2| Arc::ptr_eq(&s.requests, &shared.requests);
-                                if let Some(all) = self.http2.borrow_mut().get_mut(&key) {
-                                    all.retain(|s| !this(s));
-                                }
-                                request = unsent;
-                            }
-                            None => return Err((lost(error.into_error()), None)),
-                        },
-                    }
-                }
-            }
-        }
-        Err((Unreachable::Connect(to.addr, "connections end as soon as they are made".into()), Some(request)))
-    }
-
-    /// The connection with the fewest requests, unless all are full and there may be another.
-    fn shared2(&self, key: &ConnKey) -> Option<Shared2> {
-        let mut all = self.http2.borrow_mut();
-        let connections = all.get_mut(key)?;
-        connections.retain(|s| !s.sender.is_closed());
-        let least = connections.iter().min_by_key(|s| s.requests.load(Relaxed))?;
-        let full = least.requests.load(Relaxed) >= PER_CONNECTION && connections.len() < CONNECTIONS;
-        (!full).then(|| least.clone())
-    }
-
     /// A place for a mirrored request; none where too many are under way.
     pub fn mirror_place(&self) -> Option<OwnedSemaphorePermit> {
         self.mirrors.clone().try_acquire_owned().ok()
-    }
-
-    fn take_idle(&self, key: &ConnKey) -> Option<http1::SendRequest<Body>> {
-        let mut all = self.http1.borrow_mut();
-        let idle = all.get_mut(key)?;
-        while let Some((sender, since)) = idle.pop() {
-            if sender.is_ready() && since.elapsed() < IDLE {
-                return Some(sender);
-            }
-        }
-        None
-    }
-
-    /// Keeps a connection once its answer has been read.
-    fn keep(self: &std::rc::Rc<Self>, key: ConnKey, mut sender: http1::SendRequest<Body>, upgraded: bool) {
-        if upgraded {
-            return;
-        }
-        let this = self.clone();
-        tokio::task::spawn_local(async move {
-            if sender.ready().await.is_ok() {
-                let mut all = this.http1.borrow_mut();
-                let idle = all.entry(key).or_default();
-                if idle.len() < MAX_IDLE {
-                    idle.push((sender, Instant::now()));
-                }
-            }
-        });
-    }
-
-    async fn http1(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<http1::SendRequest<Body>, Unreachable> {
-        let io = self.connect(to, trace).await?;
-        let made = http1::Builder::new().handshake(TokioIo::new(io)).await;
-        let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
-        // Ends with the connection; how is told to whoever waits for an answer.
-        tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });
-        Ok(sender)
-    }
-
-    async fn http2(&self, to: &Endpoint, key: &ConnKey, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
-        let io = self.connect(to, trace).await?;
-        let made = http2::Builder::new(LocalExecutor)
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(1024 * 1024)
-            .initial_connection_window_size(MAX_WINDOW)
-            .keep_alive_interval(Duration::from_secs(30))
-            .handshake(TokioIo::new(io))
-            .await;
-        let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
-        tokio::task::spawn_local(async move { drop(connection.await) });
-        let shared = Shared2 { sender, requests: Arc::default() };
-        self.http2.borrow_mut().entry(key.clone()).or_default().push(shared.clone());
-        Ok(shared)
     }
 
     /// Closes what is idle or belongs to workloads that are gone; for ever.
     pub async fn sweep(&self) {
         let mut generations = self.shared.store.generations();
         let mut tick = tokio::time::interval(Duration::from_secs(5));
+        let mut clusters = Instant::now();
         loop {
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() { return },
@@ -383,26 +361,23 @@ impl Upstream {
             }
             let snapshot = self.shared.store.load();
             let there = |uid: &Str, ip: IpAddr| snapshot.workload(uid).is_some_and(|w| w.workload_ips.contains(&ip));
-            self.budgets.borrow_mut().retain(|service, _| snapshot.service(service).is_some());
             self.tunnels.sweep(|key| there(&key.uid, key.peer.ip()));
-            self.http2.borrow_mut().retain(|(uid, addr), all| {
-                all.retain(|s| !s.sender.is_closed());
-                !all.is_empty() && there(uid, addr.ip())
-            });
-            self.http1.borrow_mut().retain(|(uid, addr), idle| {
-                idle.retain(|(sender, since)| sender.is_ready() && since.elapsed() < IDLE);
-                !idle.is_empty() && there(uid, addr.ip())
-            });
+            self.pools.sweep(&snapshot);
+            if clusters.elapsed() > Duration::from_secs(5) {
+                clusters = Instant::now();
+                self.clusters.borrow_mut().retain(|service, _| snapshot.service(service).is_some());
+                self.shared.clusters.sweep(&snapshot);
+            }
         }
     }
 }
 
-async fn dial(shared: Arc<Shared>, key: TunnelKey) -> Result<Tunnel, Unreachable> {
+async fn dial(shared: Arc<Shared>, key: TunnelKey, patience: Duration) -> Result<Tunnel, Unreachable> {
     let config = &shared.config;
     let failed = |e: String| Unreachable::Connect(key.peer, e);
     let certificate = shared.certificate.wait(config.connect_timeout).await.map_err(failed)?;
-    let tcp = tokio::time::timeout(config.connect_timeout, TcpStream::connect(key.peer)).await;
-    let tcp = tcp.map_err(|_| failed(format!("no answer within {:?}", config.connect_timeout)))?;
+    let tcp = tokio::time::timeout(patience, TcpStream::connect(key.peer)).await;
+    let tcp = tcp.map_err(|_| failed(format!("no answer within {patience:?}")))?;
     let tcp = tcp.map_err(|e| failed(e.to_string()))?;
     // Without these options the connection still works.
     let _ = listen::prepare_stream(&tcp);
@@ -412,62 +387,4 @@ async fn dial(shared: Arc<Shared>, key: TunnelKey) -> Result<Tunnel, Unreachable
         .map_err(|e| failed(e.to_string()))?;
     let not_after = peer.not_after.min(certificate.facts.not_after);
     Tunnel::start(tls, &config.hbone, not_after, &TaskTracker::new()).await.map_err(|e| failed(e.to_string()))
-}
-
-/// An error with what caused it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text.push_str(&format!(": {inner}"));
-        source = inner.source();
-    }
-    text
-}
-
-impl AsyncRead for Io {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        match self.get_mut() {
-            Self::Tunnel(io) => Pin::new(io).poll_read(cx, buf),
-            Self::Plain(io) => Pin::new(io).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Io {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tunnel(io) => Pin::new(io).poll_write(cx, buf),
-            Self::Plain(io) => Pin::new(io).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tunnel(io) => Pin::new(io).poll_write_vectored(cx, slices),
-            Self::Plain(io) => Pin::new(io).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        match self.get_mut() {
-            Self::Tunnel(io) => Pin::new(io).poll_flush(cx),
-            Self::Plain(io) => Pin::new(io).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        match self.get_mut() {
-            Self::Tunnel(io) => Pin::new(io).poll_shutdown(cx),
-            Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
-        }
-    }
 }

@@ -22,12 +22,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use crate::cluster::Clusters;
 use crate::config::Config;
 use crate::connection;
 use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
 use crate::upstream::Upstream;
+use crate::upstream::names::Names;
+use crate::upstream::origination::Originations;
 
 /// What all workers share.
 #[allow(missing_docs, reason = "the types are the documentation")]
@@ -40,6 +43,9 @@ pub struct Shared {
     pub drain: CancellationToken,
     pub connections: TaskTracker,
     pub outside: TlsConnector,
+    pub clusters: Clusters,
+    pub names: Arc<Names>,
+    pub originations: Originations,
 }
 
 /// What a worker has.

@@ -32,6 +32,16 @@ struct Group {
     sums: Vec<u64>,
 }
 
+/// A state of the endpoints of a service.
+#[derive(Clone, Debug, Default)]
+pub struct Generation(Arc<OnceLock<Groups>>);
+
+impl PartialEq for Generation {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// A chosen endpoint and the port to use there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
@@ -75,8 +85,33 @@ impl Endpoints {
         groups.ranked.iter().find_map(|group| group.choose(service, &key, port, avoid))
     }
 
+    /// Its state; two that are equal have the same endpoints.
+    pub fn generation(&self) -> Generation {
+        Generation(self.groups.clone())
+    }
+
+    /// The endpoints of a port with their capacity, in groups, best first.
+    pub fn ranked(
+        &self,
+        service: &Service,
+        port: u16,
+        client: &ClientPlace,
+        balancing: LoadBalancing,
+    ) -> Vec<Vec<(Chosen, u32)>> {
+        let (key, groups) = (service.key(), self.rank_by(balancing, client));
+        let of_port = |workload: Arc<Workload>| {
+            let (port, capacity) = (target(&workload, service, &key, port)?, workload.capacity);
+            Some((Chosen { workload, port }, capacity))
+        };
+        let groups = groups.ranked.into_iter().map(|g| g.members.into_iter().filter_map(of_port).collect());
+        groups.filter(|g: &Vec<_>| !g.is_empty()).collect()
+    }
+
     fn rank(&self, service: &Service, client: &ClientPlace) -> Groups {
-        let balancing = service.load_balancing.clone();
+        self.rank_by(service.load_balancing.clone(), client)
+    }
+
+    fn rank_by(&self, balancing: LoadBalancing, client: &ClientPlace) -> Groups {
         let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Group> = BTreeMap::new();
         for workload in self.members.values() {
             let healthy = workload.status == Health::Healthy || balancing.allow_unhealthy;

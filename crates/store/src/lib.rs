@@ -21,6 +21,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 pub use apply::Change;
+pub use endpoints::{Chosen, Generation};
 pub use snapshot::{Destination, Snapshot};
 
 /// The current snapshot, and a signal for each new one.

@@ -8,10 +8,12 @@ pub mod path;
 pub mod policy;
 pub mod table;
 pub mod token;
+pub mod traffic;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +33,16 @@ pub struct ServiceConfig {
     /// Policies that target the service or its waypoint.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<policy::HttpPolicy>,
+    /// What requests follow where no route is attached.
+    #[serde(skip_serializing_if = "is_default")]
+    pub default: RouteRule,
+    /// What holds for the endpoints of services: of this one, and of those that its routes lead to.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub traffic: BTreeMap<NamespacedHostname, traffic::ServiceTraffic>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Kind of a route.
@@ -82,6 +94,15 @@ pub struct RouteRule {
     /// When a request is tried again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry: Option<Retry>,
+    /// Failures made on purpose.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<traffic::Fault>,
+    /// Limits on the rate of requests.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rate_limits: Vec<traffic::RateLimit>,
+    /// Requests of one client go to one endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<traffic::Session>,
 }
 
 /// When a request is tried again (Gateway API, GEP-1731): after one of these answers, and after none within the time of a try.
@@ -90,6 +111,12 @@ pub struct RouteRule {
 pub struct Retry {
     /// Statuses of answers.
     pub codes: Vec<u16>,
+    /// Statuses of gRPC.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub grpc: Vec<u8>,
+    /// Requests too of which doing them twice is not like doing them once.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub any_method: bool,
     /// Tries after the first.
     pub attempts: u32,
     /// Before the first of them; milliseconds, doubled for each one.

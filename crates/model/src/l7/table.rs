@@ -60,6 +60,8 @@ pub struct Chosen {
     pub kind: RouteKind,
     /// Its index in the route.
     pub index: usize,
+    /// Its index among the rules of all routes of the table.
+    pub order: usize,
     /// Itself.
     pub rule: Arc<RouteRule>,
     /// The prefix by which it was found, for rewrites.
@@ -103,6 +105,22 @@ enum Path {
     Prefix(Str),
 }
 
+/// Tests of headers, compiled; all must hold.
+#[derive(Clone, Debug, Default)]
+pub struct HeaderTests(Vec<ValueTest>);
+
+impl HeaderTests {
+    /// Compiles them.
+    pub fn new(all: &[ValueMatch]) -> Result<Self, BadExpression> {
+        all.iter().map(ValueTest::new).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether all hold.
+    pub fn match_all(&self, headers: &HeaderMap) -> bool {
+        self.0.iter().all(|t| t.matches_header(headers))
+    }
+}
+
 #[derive(Clone, Debug)]
 struct ValueTest {
     name: Str,
@@ -131,6 +149,7 @@ impl RouteTable {
     /// Compiles routes, which come with the winner of a tie first.
     pub fn new(routes: &[Route]) -> Result<Self, BadExpression> {
         let mut table = Self::default();
+        let mut order = 0;
         for route in routes {
             let scope = match &route.consumers {
                 None => &mut table.producers,
@@ -149,8 +168,9 @@ impl RouteTable {
                         Path::Exact(_) | Path::Regex(_) => None,
                     };
                     let (route, kind, rule) = (route.name.clone(), route.kind, rule.clone());
-                    entries.push(Entry { matcher, chosen: Chosen { route, kind, index, rule, prefix } });
+                    entries.push(Entry { matcher, chosen: Chosen { route, kind, index, order, rule, prefix } });
                 }
+                order += 1;
             }
         }
         for scope in std::iter::once(&mut table.producers).chain(table.consumers.values_mut()) {

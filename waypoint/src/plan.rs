@@ -1,0 +1,184 @@
+//! What is done with a request: its rule, the backend that it goes to, and what the rule's filters change.
+//!
+//! Owns the choice of a backend, by weight or by the client's session. Never sends anything.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ambit_model::l7::table::{Found, RequestView};
+use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule};
+use ambit_model::{NamespacedHostname, Str, Workload};
+use http::header::HeaderValue;
+use http::{HeaderMap, Method, Response, StatusCode};
+
+use crate::body::Body;
+use crate::connection::Connection;
+use crate::filters;
+use crate::mesh::Bound;
+use crate::observe::Exchange;
+use crate::request::Local;
+use crate::session::{self, Named};
+use crate::treatment::Treatment;
+use crate::upstream::Wish;
+use crate::worker::Context;
+
+/// What is done with a request.
+pub(crate) struct Plan {
+    pub(crate) rule: Arc<RouteRule>,
+    prefix: Option<Str>,
+    /// Index of the rule among all of the service; `None` for the default.
+    order: Option<usize>,
+    /// Where it goes; `None` where the rule answers by itself.
+    pub(crate) to: Option<(NamespacedHostname, u16)>,
+    pub(crate) backend: Option<Backend>,
+    /// The session that the request names, where its rule has such.
+    pub(crate) session: Option<Named>,
+}
+
+impl Plan {
+    /// What its rule does besides.
+    pub(crate) fn treatment<'a>(&self, bound: &'a Bound) -> &'a Treatment {
+        let of_rule = self.order.and_then(|n| bound.treatments.0.get(n));
+        of_rule.unwrap_or(&bound.treatments.1)
+    }
+}
+
+/// A request as policies look at it, without its headers.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) method: &'a Method,
+    pub(crate) host: &'a str,
+    pub(crate) path: &'a str,
+    pub(crate) port: u16,
+}
+
+/// Finds the rule of a request and chooses its backend.
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
+pub(crate) fn plan(
+    context: &Rc<Context>,
+    connection: &Connection,
+    bound: &Bound,
+    head: &http::request::Parts,
+    path: &str,
+    query: &str,
+    original: &HeaderMap,
+    exchange: &mut Exchange,
+) -> Result<Plan, Local> {
+    let target = &connection.target;
+    let view = RequestView { method: &head.method, path, query, headers: &head.headers };
+    let namespace = &connection.facts.src_identity.namespace;
+    match bound.routes.find(&view, target.port, Some(namespace)) {
+        Found::Default => {
+            let of_workload = |w: &Arc<Workload>| NamespacedHostname::new(w.namespace.clone(), w.name.clone());
+            let key = target.service.as_ref().map(|s| s.key()).or_else(|| target.workload.as_ref().map(of_workload));
+            let to = key.map(|key| (key, target.port));
+            Ok(Plan { rule: bound.default.clone(), prefix: None, order: None, to, backend: None, session: None })
+        }
+        Found::None(kind) => {
+            let status = if kind == RouteKind::GRPCRoute { StatusCode::NOT_IMPLEMENTED } else { StatusCode::NOT_FOUND };
+            Err(Local::new(status, "NR", "no route matches\n", "no rule of the attached routes matches"))
+        }
+        Found::Rule(chosen) => {
+            let name = chosen.rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
+            exchange.route = Some(format!("{:?} {} rule {}{name}", chosen.kind, chosen.route, chosen.index));
+            let session = chosen.rule.session.as_ref().and_then(|s| session::named(s, original, seconds()));
+            let of_session = session.and_then(|s| of_session(context, bound, &chosen.rule.backends, s));
+            let backend = of_session.or_else(|| pick(&chosen.rule.backends)).cloned();
+            let to = match &backend {
+                Some(Backend { target: BackendTarget::Service(service, port), .. }) => Some((service.clone(), *port)),
+                Some(Backend { target: BackendTarget::Invalid(reason), .. }) => {
+                    return Err(Local::new(
+                        StatusCode::INTERNAL_SERVER_ERROR,
+                        "NC",
+                        "the backend is not valid\n",
+                        reason,
+                    ));
+                }
+                None => None,
+            };
+            let (rule, prefix, order) = (chosen.rule.clone(), chosen.prefix.clone(), Some(chosen.order));
+            Ok(Plan { rule, prefix, order, to, backend, session })
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// The backend that has the endpoint of a session; one that gets nothing any more has no sessions either.
+fn of_session<'a>(context: &Context, bound: &Bound, backends: &'a [Backend], session: Named) -> Option<&'a Backend> {
+    backends.iter().filter(|b| b.weight > 0).find(|b| match &b.target {
+        BackendTarget::Invalid(_) => false,
+        BackendTarget::Service(service, port) => {
+            let wish = Wish { traffic: bound.traffic(service, *port), ..Wish::plain(service, *port) };
+            context.upstream.has(&wish, session.tag)
+        }
+    })
+}
+
+/// One of the backends, by weight.
+fn pick(backends: &[Backend]) -> Option<&Backend> {
+    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
+    if total == 0 {
+        return None;
+    }
+    let mut at = fastrand::u64(0..total);
+    backends.iter().find(|b| {
+        let here = at < u64::from(b.weight);
+        at = at.saturating_sub(u64::from(b.weight));
+        here
+    })
+}
+
+/// What filters have decided for later.
+pub(crate) struct Change {
+    /// For the answer.
+    pub(crate) headers: Vec<HeaderChange>,
+    pub(crate) cors: Option<(Cors, HeaderValue)>,
+    pub(crate) mirrors: Vec<Backend>,
+    pub(crate) host: Option<Str>,
+    pub(crate) path: String,
+}
+
+/// Applies one filter; its answer, where it answers by itself.
+pub(crate) fn apply(
+    filter: &Filter,
+    headers: &mut HeaderMap,
+    asked: &Asked<'_>,
+    query: &str,
+    plan: &Plan,
+    change: &mut Change,
+) -> Result<Option<Response<Body>>, Local> {
+    let Asked { method, host, path, port } = *asked;
+    match filter {
+        Filter::RequestHeaders(h) => filters::change(headers, h),
+        Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
+        Filter::Redirect(r) => {
+            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix.as_deref())));
+        }
+        Filter::Rewrite(r) => {
+            change.host = r.hostname.clone().or(change.host.take());
+            if let Some(p) = &r.path {
+                change.path = filters::path(path, p, plan.prefix.as_deref());
+            }
+        }
+        Filter::Mirror(m) => {
+            if fastrand::u32(0..m.denominator.max(1)) < m.numerator {
+                change.mirrors.push(m.backend.clone());
+            }
+        }
+        Filter::Cors(cors) => {
+            if filters::is_preflight(method, headers) {
+                return Ok(Some(filters::preflight(cors, headers)));
+            }
+            change.cors = filters::allowed_origin(cors, headers).map(|origin| (cors.clone(), origin));
+        }
+        Filter::Unknown(what) => {
+            return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NC", "a filter is not supported\n", what));
+        }
+    }
+    Ok(None)
+}

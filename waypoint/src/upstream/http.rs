@@ -1,0 +1,279 @@
+//! HTTP connections to endpoints: idle HTTP/1 ones, and HTTP/2 ones that requests share.
+//!
+//! Owns both pools of one worker, keyed by the workload's uid and the address.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use ambit_hbone::headers::TraceParent;
+use ambit_hbone::settings::MAX_WINDOW;
+use ambit_model::Str;
+use ambit_model::l7::traffic::OwnTls;
+use ambit_store::Snapshot;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+
+use super::{Endpoint, LocalExecutor, Unreachable, Upstream, Version};
+use crate::body::Body;
+use crate::cluster::counts::Counts;
+use crate::request::trace_of;
+
+/// An idle HTTP/1 connection is kept for this long, shorter than most servers do.
+const IDLE: Duration = Duration::from_secs(30);
+/// Requests on one HTTP/2 connection before another is made; most servers allow a hundred.
+const PER_CONNECTION: usize = 90;
+/// HTTP/2 connections to one pod from one worker.
+const CONNECTIONS: usize = 8;
+/// Idle HTTP/1 connections to one pod.
+const MAX_IDLE: usize = 128;
+
+/// An endpoint, and the TLS to it.
+type Key = (Str, SocketAddr, Option<Arc<OwnTls>>);
+
+/// Connections that wait for another request.
+#[derive(Default)]
+pub(super) struct Pools {
+    http1: RefCell<HashMap<Key, Vec<Idle>>>,
+    http2: RefCell<HashMap<Key, Vec<Shared2>>>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<Body>,
+    since: Instant,
+    /// Requests that it has had.
+    used: u32,
+}
+
+/// An HTTP/2 connection, and the requests on it whose answers have not been read.
+#[derive(Clone)]
+struct Shared2 {
+    sender: http2::SendRequest<Body>,
+    requests: Arc<AtomicUsize>,
+    used: Arc<AtomicUsize>,
+}
+
+/// A place on a connection; given back when the last clone is gone.
+#[derive(Clone, Debug)]
+pub struct Held(#[allow(dead_code, reason = "held for its end")] Arc<Place2>);
+
+#[derive(Debug)]
+struct Place2(Arc<AtomicUsize>);
+
+impl Place2 {
+    fn take(requests: &Arc<AtomicUsize>) -> Held {
+        requests.fetch_add(1, Relaxed);
+        Held(Arc::new(Self(requests.clone())))
+    }
+}
+
+impl Drop for Place2 {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Pools {
+    /// Forgets what has ended, was idle for long or belongs to a workload that is gone.
+    pub(super) fn sweep(&self, snapshot: &Snapshot) {
+        let there = |uid: &Str, ip: IpAddr| {
+            let found = snapshot.workload(uid);
+            found.is_some_and(|w| w.workload_ips.contains(&ip) || w.workload_ips.is_empty())
+        };
+        self.http2.borrow_mut().retain(|(uid, addr, _), all| {
+            all.retain(|s| !s.sender.is_closed());
+            !all.is_empty() && there(uid, addr.ip())
+        });
+        self.http1.borrow_mut().retain(|(uid, addr, _), idle| {
+            idle.retain(|i| i.sender.is_ready() && i.since.elapsed() < IDLE);
+            !idle.is_empty() && there(uid, addr.ip())
+        });
+    }
+
+    fn take_idle(&self, key: &Key) -> Option<(http1::SendRequest<Body>, u32)> {
+        let mut all = self.http1.borrow_mut();
+        let idle = all.get_mut(key)?;
+        while let Some(one) = idle.pop() {
+            if one.sender.is_ready() && one.since.elapsed() < IDLE {
+                return Some((one.sender, one.used));
+            }
+        }
+        None
+    }
+
+    /// The connection with the fewest requests, unless all are full and there may be another.
+    fn shared2(&self, key: &Key) -> Option<Shared2> {
+        let mut all = self.http2.borrow_mut();
+        let connections = all.get_mut(key)?;
+        connections.retain(|s| !s.sender.is_closed());
+        let least = connections.iter().min_by_key(|s| s.requests.load(Relaxed))?;
+        let full = least.requests.load(Relaxed) >= PER_CONNECTION && connections.len() < CONNECTIONS;
+        (!full).then(|| least.clone())
+    }
+
+    /// Requests that come later take another connection.
+    fn forget2(&self, key: &Key, one: &Shared2) {
+        if let Some(all) = self.http2.borrow_mut().get_mut(key) {
+            all.retain(|s| !Arc::ptr_eq(&s.requests, &one.requests));
+        }
+    }
+}
+
+impl Upstream {
+    /// Sends a request to an endpoint. Where the connection that was kept turns out to be gone before anything was sent, a
+    /// new one is made.
+    pub async fn send(
+        self: &Rc<Self>,
+        to: &Endpoint,
+        version: Version,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, (Unreachable, Option<Request<Body>>)> {
+        let key: Key = (to.workload.uid.clone(), to.addr, to.tls().cloned());
+        let lost = |e: hyper::Error| match e.is_user() {
+            true => Unreachable::Body(chain(&e)),
+            false => Unreachable::Lost(to.addr, chain(&e)),
+        };
+        let most = to.traffic().limits.requests_per_connection.unwrap_or(u32::MAX);
+        for _ in 0..3 {
+            match version {
+                Version::Http1 => {
+                    let (mut sender, used) = match self.pools.take_idle(&key) {
+                        Some(kept) => kept,
+                        None => match self.http1(to, trace_of(request.headers())).await {
+                            Ok(sender) => (sender, 0),
+                            Err(error) => return Err((error, Some(request))),
+                        },
+                    };
+                    match sender.try_send_request(request).await {
+                        Ok(response) => {
+                            if response.status() != http::StatusCode::SWITCHING_PROTOCOLS && used + 1 < most {
+                                self.keep(key, to, sender, used + 1);
+                            }
+                            return Ok(response);
+                        }
+                        Err(mut error) => match error.take_message() {
+                            Some(unsent) => request = unsent,
+                            None => return Err((lost(error.into_error()), None)),
+                        },
+                    }
+                }
+                Version::Http2 => {
+                    let mut shared = match self.pools.shared2(&key) {
+                        Some(shared) => shared,
+                        None => match self.http2(to, &key, trace_of(request.headers())).await {
+                            Ok(shared) => shared,
+                            Err(error) => return Err((error, Some(request))),
+                        },
+                    };
+                    let held = Place2::take(&shared.requests);
+                    if shared.used.fetch_add(1, Relaxed) + 1 >= most as usize {
+                        self.pools.forget2(&key, &shared);
+                    }
+                    match shared.sender.try_send_request(request).await {
+                        Ok(mut response) => {
+                            response.extensions_mut().insert(held);
+                            return Ok(response);
+                        }
+                        Err(mut error) => match error.take_message() {
+                            Some(unsent) => {
+                                self.pools.forget2(&key, &shared);
+                                request = unsent;
+                            }
+                            None => return Err((lost(error.into_error()), None)),
+                        },
+                    }
+                }
+            }
+        }
+        Err((Unreachable::Connect(to.addr, "connections end as soon as they are made".into()), Some(request)))
+    }
+
+    /// Keeps a connection once its answer has been read; where connections are counted, until somebody waits for one.
+    fn keep(self: &Rc<Self>, key: Key, to: &Endpoint, mut sender: http1::SendRequest<Body>, used: u32) {
+        let this = self.clone();
+        let counts = to.counted();
+        tokio::task::spawn_local(async move {
+            if sender.ready().await.is_err() {
+                return;
+            }
+            let since = Instant::now();
+            {
+                let mut all = this.pools.http1.borrow_mut();
+                let idle = all.entry(key.clone()).or_default();
+                if idle.len() >= MAX_IDLE {
+                    return;
+                }
+                idle.push(Idle { sender, since, used });
+            }
+            if let Some(counts) = counts
+                && tokio::time::timeout(IDLE, counts.wanted()).await.is_ok()
+                && let Some(idle) = this.pools.http1.borrow_mut().get_mut(&key)
+            {
+                idle.retain(|i| i.since != since);
+            }
+        });
+    }
+
+    async fn http1(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<http1::SendRequest<Body>, Unreachable> {
+        let io = self.connect(to, Some(Version::Http1), trace).await?;
+        let made = http1::Builder::new().handshake(TokioIo::new(io)).await;
+        let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
+        // Ends with the connection; how is told to whoever waits for an answer.
+        tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });
+        Ok(sender)
+    }
+
+    async fn http2(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
+        let io = self.connect(to, Some(Version::Http2), trace).await?;
+        let made = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(1024 * 1024)
+            .initial_connection_window_size(MAX_WINDOW)
+            .keep_alive_interval(Duration::from_secs(30))
+            .handshake(TokioIo::new(io))
+            .await;
+        let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
+        let shared = Shared2 { sender, requests: Arc::default(), used: Arc::default() };
+        let (counts, requests) = (to.counted(), shared.requests.clone());
+        tokio::task::spawn_local(async move {
+            tokio::select! {
+                // How is told to whoever waits for an answer.
+                ended = connection => drop(ended),
+                () = unwanted(counts.as_ref(), &requests) => {}
+            }
+        });
+        self.pools.http2.borrow_mut().entry(key.clone()).or_default().push(shared.clone());
+        Ok(shared)
+    }
+}
+
+/// Returns when a connection without requests is to make room for another one.
+async fn unwanted(counts: Option<&Arc<Counts>>, requests: &AtomicUsize) {
+    let Some(counts) = counts else { return std::future::pending().await };
+    loop {
+        counts.wanted().await;
+        if requests.load(Relaxed) == 0 {
+            return;
+        }
+        // Somebody may go on waiting for long; a request of ours ends when it ends.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// An error with what caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text.push_str(&format!(": {inner}"));
+        source = inner.source();
+    }
+    text
+}
