@@ -48,6 +48,49 @@ pub async fn layer7(mesh: &Mesh) -> Result<(), Failure> {
     .await
 }
 
+/// The example with its waypoint.
+pub async fn layer7_shop() -> Result<Mesh, Failure> {
+    let mesh = shop(Options::default()).await?;
+    layer7(&mesh).await?;
+    Ok(mesh)
+}
+
+/// One request of the client.
+pub async fn request(mesh: &Mesh, words: &[&str]) -> Result<Output, Failure> {
+    mesh.exec(CLIENT, &[&["ambit-app", "request"], words].concat()).await
+}
+
+/// Asks until an answer says something.
+pub async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Result<Output, Failure> {
+    let start = std::time::Instant::now();
+    loop {
+        let output = request(mesh, words).await?;
+        if output.text.contains(text) {
+            return Ok(output);
+        }
+        if start.elapsed() > ambit_testing::mesh::PATIENCE {
+            let said = mesh.debug("/debug/objects")?;
+            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}; {said}")));
+        }
+    }
+}
+
+/// An HTTPRoute for `web` with these rules.
+pub fn route(rules: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+         parentRefs: [{{group: \"\", kind: Service, name: web, port: 80}}]\n  rules:\n{rules}"
+    )
+}
+
+/// Lines of the waypoint's access log.
+pub fn told(mesh: &Mesh) -> Vec<serde_json::Value> {
+    let Ok(pod) = waypoint(mesh) else { return Vec::new() };
+    let text = std::fs::read_to_string(pod.logs.join("waypoint.log")).unwrap_or_default();
+    let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    lines.filter(|l| l["scope"] == "access").collect()
+}
+
 /// The pod of that waypoint.
 pub fn waypoint(mesh: &Mesh) -> Result<ambit_testing::kubelet::Pod, Failure> {
     let pods = mesh.kubelet.pods();

@@ -1,34 +1,9 @@
 //! Layer 7: requests to services of a namespace with a waypoint are routed, protected and told of by it. Everything is as
 //! users have it: a label, a Gateway, routes and policies as files; the controller renders the waypoint, the kubelet runs it.
 
-use ambit_e2e::{CLIENT, expect, layer7, waypoint};
+use ambit_e2e::{CLIENT, expect, layer7_shop, request, route, told, until, waypoint};
 use ambit_testing::mesh::{Mesh, Output};
 use ambit_testing::{Doing, Failure, sandbox};
-
-async fn layer7_shop() -> Result<Mesh, Failure> {
-    let mesh = ambit_e2e::shop(ambit_testing::mesh::Options::default()).await?;
-    layer7(&mesh).await?;
-    Ok(mesh)
-}
-
-async fn request(mesh: &Mesh, words: &[&str]) -> Result<Output, Failure> {
-    mesh.exec(CLIENT, &[&["ambit-app", "request"], words].concat()).await
-}
-
-/// Asks until an answer says something.
-async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Result<Output, Failure> {
-    let start = std::time::Instant::now();
-    loop {
-        let output = request(mesh, words).await?;
-        if output.text.contains(text) {
-            return Ok(output);
-        }
-        if start.elapsed() > ambit_testing::mesh::PATIENCE {
-            let said = mesh.debug("/debug/objects")?;
-            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}; {said}")));
-        }
-    }
-}
 
 #[test]
 fn a_request_passes_one_waypoint_and_is_told_of() {
@@ -50,14 +25,6 @@ fn a_request_passes_one_waypoint_and_is_told_of() {
         }
         Ok(())
     });
-}
-
-/// An HTTPRoute for `web` with these rules.
-fn route(rules: &str) -> String {
-    format!(
-        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
-         parentRefs: [{{group: \"\", kind: Service, name: web, port: 80}}]\n  rules:\n{rules}"
-    )
 }
 
 fn refused(output: &Output, text: &str) -> Result<(), Failure> {
@@ -359,14 +326,6 @@ fn other_protocols_pass_without_waiting() {
         mesh.wait("lines to come back", |_| held.text().contains("held 3")).await?;
         if held.ended().is_some() { Err(Failure(held.text())) } else { Ok(()) }
     });
-}
-
-/// Lines of the waypoint's access log.
-fn told(mesh: &Mesh) -> Vec<serde_json::Value> {
-    let Ok(pod) = waypoint(mesh) else { return Vec::new() };
-    let text = std::fs::read_to_string(pod.logs.join("waypoint.log")).unwrap_or_default();
-    let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-    lines.filter(|l| l["scope"] == "access").collect()
 }
 
 #[test]

@@ -27,6 +27,8 @@ const MANAGER: &str = "ambit-istiod-lite-status";
 const CONTROLLER: &str = "ambit.dev/mesh-controller";
 /// What could not be written is tried again after this.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Targets of a policy that its status may speak of (Gateway API).
+const MAX_ANCESTORS: usize = 16;
 /// Types of conditions that are ours alone.
 const TYPES: [&str; 4] = ["Accepted", "ZtunnelAccepted", "WaypointAccepted", "istio.io/WaypointBound"];
 /// Changes within this time are written as one.
@@ -130,7 +132,7 @@ fn wanted(mesh: &Mesh, source: &SourceState) -> BTreeMap<Key, Said> {
 /// Writes one status; whether there was anything to write.
 async fn apply(client: &Client, key: &Key, said: &Said) -> Result<bool, kube::Error> {
     let Some(kind) = Kind::named(key.kind) else { unreachable!("only objects of known kinds are read") };
-    let gvk = GroupVersionKind::gvk(kind.group, "v1", kind.kind);
+    let gvk = GroupVersionKind::gvk(kind.group, kind.version(), kind.kind);
     let resource = ApiResource::from_gvk(&gvk);
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
     let there = api.get(&key.name).await?;
@@ -175,6 +177,26 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
             next.push(json!({ "parentRef": parent, "controllerName": CONTROLLER, "conditions": conditions }));
         }
         status.insert("parents".into(), json!(next));
+    } else if matches!(kind, "BackendTLSPolicy" | "XBackendTrafficPolicy") {
+        let others = old["ancestors"].as_array().into_iter().flatten().filter(|a| a["controllerName"] != CONTROLLER);
+        let mut next: Vec<Value> = others.cloned().collect();
+        let targets = there.data["spec"]["targetRefs"].as_array().cloned().unwrap_or_default();
+        let only = (said.conditions.len() == 1).then(|| said.conditions.first()).flatten();
+        let mut each = said.conditions.iter();
+        for target in targets.iter().take(MAX_ANCESTORS) {
+            let Some(of) = each.next().or(only) else { break };
+            let ancestor = json!({ "group": target["group"], "kind": target["kind"], "name": target["name"] });
+            let before = old["ancestors"].as_array().into_iter().flatten();
+            let before = before.into_iter().find(|a| a["ancestorRef"] == ancestor && a["controllerName"] == CONTROLLER);
+            let conditions = conditions(
+                std::slice::from_ref(of),
+                generation,
+                before.map_or(&Value::Null, |a| &a["conditions"]),
+                now,
+            );
+            next.push(json!({ "ancestorRef": ancestor, "controllerName": CONTROLLER, "conditions": conditions }));
+        }
+        status.insert("ancestors".into(), json!(next));
     } else {
         let mut next = conditions(&said.conditions, generation, &old["conditions"], now);
         if kind == "Service" {
@@ -205,6 +227,7 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
     let mine = |c: &Value| c["type"].as_str().is_some_and(|t| TYPES.contains(&t));
     let stale = !status.contains_key("conditions")
         && !status.contains_key("parents")
+        && !status.contains_key("ancestors")
         && old["conditions"].as_array().is_some_and(|all| all.iter().any(mine));
     (!same || stale).then_some(Value::Object(status))
 }

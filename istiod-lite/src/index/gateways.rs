@@ -3,11 +3,15 @@
 //! Owns the shape of the ServiceAccount, Deployment and Service of a waypoint. Who applies them is the sink's affair: a
 //! cluster's API server, or the overlay of a directory. A Gateway with addresses of its own is run by somebody else.
 
+use std::collections::BTreeSet;
+
+use ambit_model::l7::traffic::{Origination, Roots};
 use ambit_model::workload::Health;
 use serde_json::{Value, json};
 
 use super::lookup::{Entry, World};
-use super::{Condition, Mesh, waypoints};
+use super::traffic::{AUTHORITIES, CREDENTIALS};
+use super::{Condition, Mesh, l7, waypoints};
 use crate::objects::gateway::Gateway;
 use crate::objects::{Key, core};
 
@@ -58,7 +62,8 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             status["addresses"] = json!([{ "type": "Hostname", "value": *host }]);
         }
         mesh.statuses.entry(gateway.key.clone()).or_default().push(programmed);
-        let rendered = Rendered { objects: objects(world, gateway), status };
+        let files = mounted(gateway, mesh);
+        let rendered = Rendered { objects: objects(world, gateway, &files), status };
         mesh.rendered.insert(gateway.key.clone(), rendered);
     }
 }
@@ -76,7 +81,36 @@ fn is_ready(world: &World<'_>, gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> boo
     pods.any(|p| mesh.workloads.get(&*uid(p.key)).is_some_and(|w| w.status == Health::Healthy))
 }
 
-fn objects(world: &World<'_>, gateway: &Entry<'_, Gateway>) -> Vec<Value> {
+/// Secrets and ConfigMaps of the Gateway's namespace that its services need for TLS of the waypoint's own: kind, name, path.
+fn mounted(gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> BTreeSet<(&'static str, String, String)> {
+    let of = |b: &&l7::Bound| (&b.gateway.0, &b.gateway.1) == (&gateway.key.namespace, &gateway.key.name);
+    let services = mesh.bound.values().filter(of).flat_map(|b| b.config.traffic.values());
+    let all = services.flat_map(|s| std::iter::once(&s.all).chain(s.ports.values()));
+    let files = all.filter_map(|t| match &t.tls {
+        Some(Origination::Tls(tls)) => Some(tls),
+        _ => None,
+    });
+    let files = files.flat_map(|tls| {
+        let roots = if let Roots::File(file) = &tls.roots { Some(file) } else { None };
+        roots.into_iter().chain(tls.client.iter().map(|(certificate, _)| certificate))
+    });
+    let name = |file: &str, dir: &str| Some(file.strip_prefix(dir)?.strip_prefix('/')?.split_once('/')?.0.to_owned());
+    files
+        .filter_map(|file| {
+            let secret = name(file, CREDENTIALS).map(|n| ("secret", CREDENTIALS, n));
+            let (kind, dir, name) =
+                secret.or_else(|| name(file, AUTHORITIES).map(|n| ("configMap", AUTHORITIES, n)))?;
+            let path = format!("{dir}/{name}");
+            Some((kind, name, path))
+        })
+        .collect()
+}
+
+fn objects(
+    world: &World<'_>,
+    gateway: &Entry<'_, Gateway>,
+    files: &BTreeSet<(&'static str, String, String)>,
+) -> Vec<Value> {
     let (namespace, name) = (&gateway.key.namespace, &gateway.key.name);
     let labels =
         json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: CONTROLLER });
@@ -105,7 +139,7 @@ fn objects(world: &World<'_>, gateway: &Entry<'_, Gateway>) -> Vec<Value> {
             "spec": {
                 "replicas": 1,
                 "selector": { "matchLabels": selector },
-                "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name) },
+                "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name, files) },
             },
         }),
     ]
@@ -118,7 +152,7 @@ fn pod_labels(labels: &Value) -> Value {
     labels
 }
 
-fn pod(world: &World<'_>, account: &str) -> Value {
+fn pod(world: &World<'_>, account: &str, files: &BTreeSet<(&'static str, String, String)>) -> Value {
     let field = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let text = |name: &str, value: &str| json!({ "name": name, "value": value });
     let settings = world.settings;
@@ -170,6 +204,21 @@ fn pod(world: &World<'_>, account: &str) -> Value {
             { "name": "istiod-ca-cert", "configMap": { "name": "istio-ca-root-cert" } },
         ],
     });
+    for (n, (kind, name, path)) in files.iter().enumerate() {
+        let volume = format!("tls-{n}");
+        // A pod starts without it; connections that need it fail until it is there.
+        let source = if *kind == "secret" {
+            json!({ "name": volume, "secret": { "secretName": name, "optional": true } })
+        } else {
+            json!({ "name": volume, "configMap": { "name": name, "optional": true } })
+        };
+        if let Some(volumes) = pod["volumes"].as_array_mut() {
+            volumes.push(source);
+        }
+        if let Some(mounts) = pod["containers"][0]["volumeMounts"].as_array_mut() {
+            mounts.push(json!({ "name": volume, "mountPath": path, "readOnly": true }));
+        }
+    }
     if let (Some((endpoint, sampling)), Some(env)) = (&settings.tracing, pod["containers"][0]["env"].as_array_mut()) {
         env.push(text("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint));
         env.push(text("OTEL_TRACES_SAMPLER_ARG", &sampling.to_string()));

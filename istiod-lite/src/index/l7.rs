@@ -9,16 +9,20 @@ use ambit_model::l7::policy::{
     Authorizer, Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
 };
 use ambit_model::l7::token::{TokenPlace, TokenRule};
-use ambit_model::l7::{Route, ServiceConfig};
+use ambit_model::l7::traffic::ServiceTraffic;
+use ambit_model::l7::{BackendTarget, Filter, Route, ServiceConfig};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
-use super::{Condition, Mesh, routes, services, waypoints};
+use super::{Condition, Mesh, routes, services, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
 use crate::objects::route::ParentRef;
 use crate::objects::{Key, Meta};
+
+/// An object whose services are bound to a waypoint: kind, namespace and name.
+pub type Owner<'a> = (&'static str, &'a str, &'a str);
 
 /// A service and its waypoint's Gateway.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,35 +31,92 @@ pub struct Bound {
     pub gateway: (String, String),
     /// What the waypoint is told.
     pub config: ServiceConfig,
+    /// The service; an entry has one for each of its hosts.
+    pub own: Vec<NamespacedHostname>,
 }
 
 /// Adds what waypoints are told.
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
-    let mut bound: BTreeMap<(&str, &str), Bound> = BTreeMap::new();
+    let mut bound: BTreeMap<Owner<'_>, Bound> = BTreeMap::new();
+    let bind = |gateway: (&str, &str), own| {
+        let gateway = (gateway.0.to_owned(), gateway.1.to_owned());
+        Bound { gateway, config: ServiceConfig::default(), own }
+    };
     for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
-        if let Some((namespace, name)) = waypoints::gateway_of_service(world, service.key, service.meta) {
-            let gateway = (namespace.to_owned(), name.to_owned());
-            let entry = Bound { gateway, config: ServiceConfig::default() };
-            bound.insert((&service.key.namespace, &service.key.name), entry);
+        let (namespace, name) = (&*service.key.namespace, &*service.key.name);
+        if let Some(gateway) = waypoints::gateway_of_service(world, service.key, service.meta) {
+            let own = vec![NamespacedHostname::new(namespace, world.hostname(name, namespace))];
+            bound.insert(("Service", namespace, name), bind(gateway, own));
+        }
+    }
+    for entry in &world.service_entries {
+        let (namespace, name) = (&*entry.key.namespace, &*entry.key.name);
+        if let Some(gateway) = waypoints::gateway_of_service(world, entry.key, entry.meta) {
+            let (wild, own): (Vec<&String>, Vec<&String>) =
+                entry.object.spec.hosts.iter().partition(|h| h.starts_with('*'));
+            let own = own.into_iter().map(|h| NamespacedHostname::new(namespace, h.as_str())).collect();
+            for host in wild {
+                let text = format!("spec.hosts: {host:?}: waypoints take no wildcards; it is refused there");
+                let condition = Condition::no("WaypointAccepted", "UnsupportedValue", text);
+                mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
+            }
+            bound.insert(("ServiceEntry", namespace, name), bind(gateway, own));
         }
     }
     attach_routes(world, &mut bound, mesh);
     attach_tokens(world, &mut bound, mesh);
     attach_policies(world, &mut bound, mesh);
     close(world, &bound, mesh);
-    for ((namespace, name), entry) in bound {
-        mesh.bound.insert(NamespacedHostname::new(namespace, world.hostname(name, namespace)), entry);
+    attach_traffic(world, &mut bound, mesh);
+    treatment::apply(world, &mut bound, mesh);
+    for one in bound.into_values() {
+        for service in &one.own {
+            let mut one = one.clone();
+            // What is not said need not be told.
+            one.config.traffic.retain(|_, of| *of != ServiceTraffic::default());
+            mesh.bound.insert(service.clone(), one);
+        }
     }
+}
+
+/// What holds for the endpoints of each service, and of those that its routes lead to.
+fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
+    let rules = traffic::Rules::new(world, mesh);
+    let budgets = traffic::budgets(world, mesh);
+    for one in bound.values_mut() {
+        let mut services = one.own.clone();
+        for rule in one.config.routes.iter().flat_map(|r| &r.rules) {
+            let mirrors = rule.filters.iter().chain(rule.backends.iter().flat_map(|b| &b.filters));
+            let mirrors = mirrors.filter_map(|f| if let Filter::Mirror(m) = f { Some(&m.backend) } else { None });
+            services.extend(rule.backends.iter().chain(mirrors).filter_map(|b| match &b.target {
+                BackendTarget::Service(service, _) => Some(service.clone()),
+                BackendTarget::Invalid(_) => None,
+            }));
+        }
+        for service in services {
+            let mut of = rules.of(world, &service, &one.gateway.0);
+            let fits = |(namespace, name, _): &&(String, String, _)| {
+                **namespace == *service.namespace && world.hostname(name, namespace) == service.hostname
+            };
+            if let Some((.., budget)) = budgets.iter().find(fits) {
+                std::iter::once(&mut of.all).chain(of.ports.values_mut()).for_each(|t| t.budget = *budget);
+            }
+            one.config.traffic.insert(service, of);
+        }
+    }
+    let gateway = |namespace: &str, name: &str| bound.get(&("Service", namespace, name)).map(|b| b.gateway.0.clone());
+    traffic::describe_tls(world, mesh, &gateway);
 }
 
 /// Where a policy or a rule about tokens guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
 /// Services without policies stay open, so that scrapes and gateways outside the mesh go on.
-fn close(world: &World<'_>, bound: &BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     for service in &world.services {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
         let spec = &service.object.spec;
-        let guarded =
-            bound.get(&(namespace, name)).filter(|b| !b.config.policies.is_empty() || !b.config.tokens.is_empty());
+        let guarded = bound
+            .get(&("Service", namespace, name))
+            .filter(|b| !b.config.policies.is_empty() || !b.config.tokens.is_empty());
         let Some(guarded) = guarded.filter(|_| !spec.is_headless() && !spec.selector.is_empty()) else { continue };
         let pods = world.pods.iter().filter(|p| p.key.namespace == namespace && p.meta.has_labels(&spec.selector));
         let mut ports: Vec<u16> =
@@ -96,7 +157,7 @@ struct Candidate<'a> {
     compiled: Result<routes::Compiled, Invalid>,
 }
 
-fn attach_routes<'a>(world: &World<'a>, bound: &mut BTreeMap<(&'a str, &'a str), Bound>, mesh: &mut Mesh) {
+fn attach_routes<'a>(world: &World<'a>, bound: &mut BTreeMap<Owner<'a>, Bound>, mesh: &mut Mesh) {
     let http = world.http_routes.iter().map(|r| Candidate {
         key: r.key,
         meta: r.meta,
@@ -136,26 +197,41 @@ fn attach<'a>(
     n: usize,
     parent: &ParentRef,
     world: &World<'a>,
-    bound: &mut BTreeMap<(&'a str, &'a str), Bound>,
+    bound: &mut BTreeMap<Owner<'a>, Bound>,
 ) -> Condition {
     let no = |reason, text: String| Condition::no("Accepted", reason, format!("spec.parentRefs[{n}]: {text}"));
-    if (parent.group.as_deref().unwrap_or("gateway.networking.k8s.io"), parent.kind.as_deref().unwrap_or("Gateway"))
-        != ("", "Service")
-    {
-        return no("NoMatchingParent", "only a Service (group \"\") can be a parent here".into());
-    }
+    let group = parent.group.as_deref().unwrap_or("gateway.networking.k8s.io");
+    let of_entry = match (group, parent.kind.as_deref().unwrap_or("Gateway")) {
+        ("", "Service") => false,
+        ("networking.istio.io", "ServiceEntry") => true,
+        _ => {
+            return no("NoMatchingParent", "only a Service (group \"\") or a ServiceEntry can be a parent here".into());
+        }
+    };
     if let Some(section) = &parent.section_name {
         return no("UnsupportedValue", format!("sectionName {section:?}: a Service has none; use port"));
     }
     let namespace = parent.namespace.as_deref().unwrap_or(&candidate.key.namespace);
-    let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == parent.name);
-    let Some(service) = found.filter(|s| !services::is_external(s.object) && !s.object.spec.is_headless()) else {
-        return no("NoMatchingParent", format!("no Service {namespace}/{} with a cluster address", parent.name));
+    let (owner, ports): (Owner<'_>, Vec<u16>) = if of_entry {
+        let found = world.service_entries.iter().find(|e| e.key.namespace == namespace && e.key.name == parent.name);
+        let Some(entry) = found else {
+            return no("NoMatchingParent", format!("no ServiceEntry {namespace}/{}", parent.name));
+        };
+        let ports = entry.object.spec.ports.iter().map(|p| p.number).collect();
+        (("ServiceEntry", &entry.key.namespace, &entry.key.name), ports)
+    } else {
+        let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == parent.name);
+        let Some(service) = found.filter(|s| !services::is_external(s.object) && !s.object.spec.is_headless()) else {
+            return no("NoMatchingParent", format!("no Service {namespace}/{} with a cluster address", parent.name));
+        };
+        let ports = service.object.spec.ports.iter().map(|p| p.port).collect();
+        (("Service", &service.key.namespace, &service.key.name), ports)
     };
+    let kind_of = owner.0;
     if let Some(port) = parent.port
-        && !service.object.spec.ports.iter().any(|p| p.port == port)
+        && !ports.contains(&port)
     {
-        return no("NoMatchingParent", format!("Service {namespace}/{} has no port {port}", parent.name));
+        return no("NoMatchingParent", format!("{kind_of} {namespace}/{} has no port {port}", parent.name));
     }
     let compiled = match &candidate.compiled {
         Ok(compiled) => compiled,
@@ -163,8 +239,9 @@ fn attach<'a>(
             return Condition::no("Accepted", "UnsupportedValue", format!("{path}: {value:?}: expected {expected}"));
         }
     };
-    let Some(bound) = bound.get_mut(&(&*service.key.namespace, &*service.key.name)) else {
-        let text = format!("Service {namespace}/{} is bound to no waypoint, so nobody follows the route", parent.name);
+    let Some(bound) = bound.get_mut(&owner) else {
+        let text =
+            format!("{kind_of} {namespace}/{} is bound to no waypoint, so nobody follows the route", parent.name);
         return no("NoMatchingParent", text);
     };
     let kind = routes::kind(candidate.key);
@@ -185,10 +262,10 @@ fn attach<'a>(
         rules: compiled.rules.clone(),
     });
     let whom = if candidate.key.namespace == namespace { "all clients" } else { "clients of its own namespace" };
-    Condition::yes("Accepted", "Accepted", format!("attached to Service {namespace}/{}, for {whom}", parent.name))
+    Condition::yes("Accepted", "Accepted", format!("attached to {kind_of} {namespace}/{}, for {whom}", parent.name))
 }
 
-fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     let (mesh_services, statuses_of) = (&mesh.services, &mut mesh.statuses);
     for entry in &world.authorization {
         let targets = targets(&entry.object.spec);
@@ -227,12 +304,12 @@ fn attach_to(
     world: &World<'_>,
     key: &Key,
     target: &PolicyTarget,
-    bound: &mut BTreeMap<(&str, &str), Bound>,
+    bound: &mut BTreeMap<Owner<'_>, Bound>,
     give: &dyn Fn(&mut ServiceConfig),
 ) -> Condition {
     let namespace = if target.namespace.is_empty() { &key.namespace } else { &target.namespace };
     let no = |reason, text: String| Condition::no("WaypointAccepted", reason, text);
-    let of = |bound: &mut BTreeMap<(&str, &str), Bound>, wanted: &dyn Fn(&(&str, &str), &Bound) -> bool| {
+    let of = |bound: &mut BTreeMap<Owner<'_>, Bound>, wanted: &dyn Fn(&Owner<'_>, &Bound) -> bool| {
         let mut count = 0;
         for (_, one) in bound.iter_mut().filter(|(service, one)| wanted(service, one)) {
             give(&mut one.config);
@@ -248,8 +325,12 @@ fn attach_to(
     }
     let (count, what) = match (target.group.as_str(), target.kind.as_str()) {
         ("" | "core", "Service") => {
-            let n = of(bound, &|service, _| service.0 == namespace && service.1 == target.name);
+            let n = of(bound, &|owner, _| *owner == ("Service", namespace.as_str(), target.name.as_str()));
             (n, format!("Service {namespace}/{}", target.name))
+        }
+        ("networking.istio.io", "ServiceEntry") => {
+            let n = of(bound, &|owner, _| *owner == ("ServiceEntry", namespace.as_str(), target.name.as_str()));
+            (n, format!("ServiceEntry {namespace}/{}", target.name))
         }
         ("gateway.networking.k8s.io", "Gateway") => {
             let n = of(bound, &|_, one| one.gateway.0 == *namespace && one.gateway.1 == target.name);
@@ -285,7 +366,7 @@ fn targets(spec: &AuthorizationPolicySpec) -> Vec<&PolicyTarget> {
     spec.target_ref.iter().chain(&spec.target_refs).collect()
 }
 
-fn attach_tokens(world: &World<'_>, bound: &mut BTreeMap<(&str, &str), Bound>, mesh: &mut Mesh) {
+fn attach_tokens(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     for entry in &world.tokens {
         let spec = &entry.object.spec;
         let statuses = mesh.statuses.entry(entry.key.clone()).or_default();

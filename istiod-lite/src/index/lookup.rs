@@ -8,7 +8,7 @@ use ambit_model::workload::Locality;
 
 use super::Settings;
 use crate::objects::mesh::MeshConfig;
-use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio, route};
+use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio, route, traffic};
 
 /// An object of a kind with its key and metadata.
 #[derive(Debug)]
@@ -47,6 +47,10 @@ pub struct World<'a> {
     pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
     pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
     pub grants: Vec<Entry<'a, route::ReferenceGrant>>,
+    pub destination_rules: Vec<Entry<'a, traffic::DestinationRule>>,
+    pub traffic_policies: Vec<Entry<'a, traffic::TrafficPolicy>>,
+    pub backend_tls: Vec<Entry<'a, traffic::BackendTlsPolicy>>,
+    pub backend_traffic: Vec<Entry<'a, traffic::BackendTrafficPolicy>>,
 }
 
 impl<'a> World<'a> {
@@ -69,6 +73,10 @@ impl<'a> World<'a> {
             http_routes: Vec::new(),
             grpc_routes: Vec::new(),
             grants: Vec::new(),
+            destination_rules: Vec::new(),
+            traffic_policies: Vec::new(),
+            backend_tls: Vec::new(),
+            backend_traffic: Vec::new(),
         };
         for (key, loaded) in objects {
             if let Object::Namespace(_) = loaded.object {
@@ -109,6 +117,10 @@ impl<'a> World<'a> {
             Object::HttpRoute(object) => self.http_routes.push(Entry { key, meta, object }),
             Object::GrpcRoute(object) => self.grpc_routes.push(Entry { key, meta, object }),
             Object::ReferenceGrant(object) => self.grants.push(Entry { key, meta, object }),
+            Object::DestinationRule(object) => self.destination_rules.push(Entry { key, meta, object }),
+            Object::TrafficPolicy(object) => self.traffic_policies.push(Entry { key, meta, object }),
+            Object::BackendTlsPolicy(object) => self.backend_tls.push(Entry { key, meta, object }),
+            Object::BackendTrafficPolicy(object) => self.backend_traffic.push(Entry { key, meta, object }),
             Object::Namespace(_) | Object::MeshConfig(_) | Object::Other => {}
         }
     }

@@ -14,6 +14,8 @@ pub mod policies;
 pub mod routes;
 pub mod services;
 pub mod status;
+pub mod traffic;
+pub mod treatment;
 pub mod waypoints;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -26,6 +26,12 @@ pub struct Invalid {
     pub expected: &'static str,
 }
 
+impl std::fmt::Display for Invalid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {:?}: expected {}", self.path, self.value, self.expected)
+    }
+}
+
 /// A converted policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Converted {

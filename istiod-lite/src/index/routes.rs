@@ -3,6 +3,7 @@
 //! Owns the meaning of every field and what is refused, with the field's path. Attachment to services is
 //! [`super::l7`]'s.
 
+use ambit_model::l7::traffic::Session;
 use ambit_model::l7::{
     Backend, BackendTarget, Cors, Filter, HeaderChange, Mirror, PathChange, PathMatch, Redirect, RequestMatch, Retry,
     Rewrite, RouteKind, RouteRule, ValueMatch, table,
@@ -33,9 +34,6 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
-        if rule.session_persistence.is_some() {
-            return invalid(format!("{at}.sessionPersistence"), "", "nothing: it is not supported yet");
-        }
         let mut matches = Vec::new();
         for (m, one) in rule.matches.iter().enumerate() {
             matches.push(http_match(&format!("{at}.matches[{m}]"), one)?);
@@ -56,6 +54,8 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
             request_timeout_ms: duration("request", &rule.timeouts.request)?,
             backend_timeout_ms: duration("backendRequest", &rule.timeouts.backend_request)?,
             retry: rule.retry.as_ref().map(|r| retry(&format!("{at}.retry"), r)).transpose()?,
+            session: rule.session_persistence.as_ref().map(|s| session(key, n, s)).transpose()?,
+            ..RouteRule::default()
         });
     }
     if spec.rules.is_empty() {
@@ -65,7 +65,7 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
 }
 
 /// Tries that a rule may ask for.
-const MAX_ATTEMPTS: u32 = 10;
+pub const MAX_ATTEMPTS: u32 = 10;
 
 fn retry(at: &str, r: &route::Retry) -> Result<Retry, Invalid> {
     if let Some((n, code)) = r.codes.iter().enumerate().find(|(_, c)| !(400..600).contains(*c)) {
@@ -79,7 +79,45 @@ fn retry(at: &str, r: &route::Retry) -> Result<Retry, Invalid> {
     let Some(backoff_ms) = gep2257(text) else {
         return invalid(format!("{at}.backoff"), text, "a duration such as 10s or 500ms (GEP-2257)");
     };
-    Ok(Retry { codes: r.codes.clone(), attempts, backoff_ms })
+    Ok(Retry { codes: r.codes.clone(), attempts, backoff_ms, ..Retry::default() })
+}
+
+/// Requests of one client to one endpoint (GEP-1619).
+fn session(key: &Key, n: usize, s: &route::SessionPersistence) -> Result<Session, Invalid> {
+    let at = format!("spec.rules[{n}].sessionPersistence");
+    let name = match &s.session_name {
+        None => format!("ambit-{}-{n}", key.name).into(),
+        // A name of a header or cookie: the same characters (RFC 9110, RFC 6265).
+        Some(name) if name.parse::<http::HeaderName>().is_ok() => Str::from(name.as_str()),
+        Some(name) => return invalid(format!("{at}.sessionName"), name, "a name without spaces and separators"),
+    };
+    let header = match s.r#type.as_deref().unwrap_or("Cookie") {
+        "Cookie" => false,
+        "Header" => true,
+        other => return invalid(format!("{at}.type"), other, "Cookie or Header"),
+    };
+    if let Some(text) = &s.idle_timeout {
+        return invalid(format!("{at}.idleTimeout"), text, "nothing: only absoluteTimeout is supported");
+    }
+    let absolute_ms = match &s.absolute_timeout {
+        None => None,
+        Some(text) => match gep2257(text) {
+            Some(ms) => Some(ms),
+            None => return invalid(format!("{at}.absoluteTimeout"), text, "a duration such as 10s or 1h (GEP-2257)"),
+        },
+    };
+    let permanent = match s.cookie_config.lifetime_type.as_deref().unwrap_or("Session") {
+        "Session" => false,
+        "Permanent" if absolute_ms.is_some() => true,
+        other => {
+            return invalid(
+                format!("{at}.cookieConfig.lifetimeType"),
+                other,
+                "Session, or Permanent with absoluteTimeout",
+            );
+        }
+    };
+    Ok(Session { name, header, path: "/".into(), absolute_ms, permanent })
 }
 
 /// Compiles the rules of a GRPCRoute.
@@ -88,9 +126,6 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
-        if rule.session_persistence.is_some() {
-            return invalid(format!("{at}.sessionPersistence"), "", "nothing: it is not supported yet");
-        }
         let mut matches = Vec::new();
         for (m, one) in rule.matches.iter().enumerate() {
             let at = format!("{at}.matches[{m}]");
@@ -106,6 +141,7 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
             filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
             backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            session: rule.session_persistence.as_ref().map(|s| session(key, n, s)).transpose()?,
             ..RouteRule::default()
         });
     }
@@ -174,7 +210,8 @@ fn http_match(at: &str, m: &route::HttpMatch) -> Result<RequestMatch, Invalid> {
     })
 }
 
-fn values(at: &str, all: &[route::TypedValue], header: bool) -> Result<Vec<ValueMatch>, Invalid> {
+/// Tests of headers or query parameters.
+pub fn values(at: &str, all: &[route::TypedValue], header: bool) -> Result<Vec<ValueMatch>, Invalid> {
     let mut tests: Vec<ValueMatch> = Vec::new();
     for (n, one) in all.iter().enumerate() {
         let value = one.value.clone().unwrap_or_default();

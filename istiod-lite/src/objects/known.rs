@@ -61,6 +61,15 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "HTTPRoute", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
     Kind { kind: "GRPCRoute", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
     Kind { kind: "ReferenceGrant", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
+    Kind { kind: "DestinationRule", group: "networking.istio.io", namespaced: true, unread: &["status*"] },
+    Kind { kind: "TrafficPolicy", group: "ambit.dev", namespaced: true, unread: &["status*"] },
+    Kind { kind: "BackendTLSPolicy", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
+    Kind {
+        kind: "XBackendTrafficPolicy",
+        group: "gateway.networking.x-k8s.io",
+        namespaced: true,
+        unread: &["status*"],
+    },
     Kind { kind: "ConfigMap", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Deployment", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "DaemonSet", group: "apps", namespaced: true, unread: &["*"] },
@@ -191,16 +200,27 @@ impl Kind {
         }
         let instead = match (group, kind) {
             ("networking.istio.io", "VirtualService") => "use an HTTPRoute (Gateway API) with a waypoint",
-            ("networking.istio.io", "DestinationRule") => "traffic policies of waypoints are not supported yet",
             ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
             ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
             ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
             ("telemetry.istio.io", "Telemetry") => "telemetry is not configurable yet",
             (GATEWAY_API, "TCPRoute" | "TLSRoute" | "UDPRoute") => "TCP, TLS and UDP are not routed",
-            (GATEWAY_API, _) => "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute or ReferenceGrant",
+            (GATEWAY_API, _) => {
+                "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute, ReferenceGrant or BackendTLSPolicy"
+            }
+            ("ambit.dev", _) => "expected TrafficPolicy",
             _ => "expected one that the mesh knows, such as Pod, Service or AuthorizationPolicy",
         };
         Err(format!("kind {kind} of {api_version:?} is not supported: {instead}"))
+    }
+
+    /// The version of its API that is read.
+    pub fn version(&self) -> &'static str {
+        match self.kind {
+            "TrafficPolicy" | "XBackendTrafficPolicy" => "v1alpha1",
+            "ReferenceGrant" => "v1beta1",
+            _ => "v1",
+        }
     }
 
     /// A kind by its name alone.

@@ -11,6 +11,7 @@ pub mod mesh;
 pub mod meta;
 pub mod parse;
 pub mod route;
+pub mod traffic;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -57,6 +58,10 @@ pub enum Object {
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),
     ReferenceGrant(route::ReferenceGrant),
+    DestinationRule(Box<traffic::DestinationRule>),
+    TrafficPolicy(Box<traffic::TrafficPolicy>),
+    BackendTlsPolicy(traffic::BackendTlsPolicy),
+    BackendTrafficPolicy(traffic::BackendTrafficPolicy),
     MeshConfig(mesh::MeshConfig),
     /// Known, but nothing of it is read here (Deployment, ServiceAccount, other ConfigMaps, ...).
     Other,
@@ -68,6 +73,8 @@ impl Object {
         match self {
             Self::AuthorizationPolicy(policy) => policy.spec.broken.is_some(),
             Self::RequestAuthentication(tokens) => tokens.spec.broken.is_some(),
+            Self::DestinationRule(rule) => rule.spec.broken.is_some(),
+            Self::BackendTlsPolicy(policy) => policy.spec.broken.is_some(),
             _ => false,
         }
     }

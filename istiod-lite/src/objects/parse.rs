@@ -10,6 +10,7 @@ use super::istio::{
     AuthorizationPolicy, AuthorizationPolicySpec, PolicyTarget, RequestAuthentication, RequestAuthenticationSpec,
 };
 use super::known::Kind;
+use super::traffic::{BackendTlsPolicy, BackendTlsPolicySpec, DestinationRule, DestinationRuleSpec, TrafficTarget};
 use super::{Key, Meta, Object};
 
 /// A document that is an object.
@@ -130,7 +131,28 @@ pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<P
     let target_refs: Vec<PolicyTarget> = target(&object["spec"]["targetRef"]).into_iter().chain(many).collect();
     let broken = Some(reason.to_owned());
     let object = match key.kind {
+        "DestinationRule" => {
+            let policy = &object["spec"]["trafficPolicy"];
+            let ports = policy["portLevelSettings"].as_array().into_iter().flatten();
+            // Nothing goes out in the clear because a word was wrong elsewhere.
+            let wants = |p: &serde_json::Value| {
+                !matches!(p["tls"]["mode"].as_str(), None | Some("DISABLE" | "ISTIO_MUTUAL"))
+                    || (!p["tls"].is_null() && !p["tls"]["mode"].is_string())
+            };
+            if !std::iter::once(policy).chain(ports).any(wants) {
+                return None;
+            }
+            let host = object["spec"]["host"].as_str().unwrap_or_default().to_owned();
+            let spec = DestinationRuleSpec { host, broken, ..DestinationRuleSpec::default() };
+            Object::DestinationRule(Box::new(DestinationRule { spec }))
+        }
         _ if target_refs.is_empty() => return None,
+        "BackendTLSPolicy" => {
+            let of = |t: PolicyTarget| TrafficTarget { group: t.group, kind: t.kind, name: t.name, section_name: None };
+            let target_refs = target_refs.into_iter().map(of).collect();
+            let spec = BackendTlsPolicySpec { target_refs, broken, ..BackendTlsPolicySpec::default() };
+            Object::BackendTlsPolicy(BackendTlsPolicy { spec })
+        }
         "AuthorizationPolicy" => Object::AuthorizationPolicy(AuthorizationPolicy {
             spec: AuthorizationPolicySpec { target_refs, broken, ..AuthorizationPolicySpec::default() },
         }),
@@ -218,6 +240,10 @@ impl<I: Input> Reader<'_, I> {
             "HTTPRoute" => Object::HttpRoute(self.read()?),
             "GRPCRoute" => Object::GrpcRoute(self.read()?),
             "ReferenceGrant" => Object::ReferenceGrant(self.read()?),
+            "DestinationRule" => Object::DestinationRule(self.read()?),
+            "TrafficPolicy" => Object::TrafficPolicy(self.read()?),
+            "BackendTLSPolicy" => Object::BackendTlsPolicy(self.read()?),
+            "XBackendTrafficPolicy" => Object::BackendTrafficPolicy(self.read()?),
             "ConfigMap" if meta.name == "istio" => {
                 #[derive(Deserialize, Default)]
                 #[serde(default)]

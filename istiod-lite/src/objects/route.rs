@@ -39,7 +39,23 @@ pub struct HttpRule {
     pub backend_refs: Vec<BackendRef>,
     pub timeouts: Timeouts,
     pub retry: Option<Retry>,
-    pub session_persistence: Option<Value>,
+    pub session_persistence: Option<SessionPersistence>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SessionPersistence {
+    pub session_name: Option<String>,
+    pub absolute_timeout: Option<String>,
+    pub idle_timeout: Option<String>,
+    pub r#type: Option<String>,
+    pub cookie_config: CookieConfig,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CookieConfig {
+    pub lifetime_type: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -188,7 +204,7 @@ pub struct GrpcRule {
     pub matches: Vec<GrpcMatch>,
     pub filters: Vec<Filter>,
     pub backend_refs: Vec<BackendRef>,
-    pub session_persistence: Option<Value>,
+    pub session_persistence: Option<SessionPersistence>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

@@ -27,31 +27,34 @@ use crate::objects::{Key, Loaded, Objects, Place};
 /// A kind that is watched.
 struct Watched {
     kind: &'static str,
-    version: &'static str,
     plural: &'static str,
 }
 
-const fn watched(kind: &'static str, version: &'static str, plural: &'static str) -> Watched {
-    Watched { kind, version, plural }
+const fn watched(kind: &'static str, plural: &'static str) -> Watched {
+    Watched { kind, plural }
 }
 
 const WATCHED: &[Watched] = &[
-    watched("Namespace", "v1", "namespaces"),
-    watched("Node", "v1", "nodes"),
-    watched("Pod", "v1", "pods"),
-    watched("Service", "v1", "services"),
-    watched("EndpointSlice", "v1", "endpointslices"),
-    watched("ConfigMap", "v1", "configmaps"),
-    watched("DaemonSet", "v1", "daemonsets"),
-    watched("ServiceEntry", "v1", "serviceentries"),
-    watched("WorkloadEntry", "v1", "workloadentries"),
-    watched("AuthorizationPolicy", "v1", "authorizationpolicies"),
-    watched("PeerAuthentication", "v1", "peerauthentications"),
-    watched("RequestAuthentication", "v1", "requestauthentications"),
-    watched("Gateway", "v1", "gateways"),
-    watched("HTTPRoute", "v1", "httproutes"),
-    watched("GRPCRoute", "v1", "grpcroutes"),
-    watched("ReferenceGrant", "v1beta1", "referencegrants"),
+    watched("Namespace", "namespaces"),
+    watched("Node", "nodes"),
+    watched("Pod", "pods"),
+    watched("Service", "services"),
+    watched("EndpointSlice", "endpointslices"),
+    watched("ConfigMap", "configmaps"),
+    watched("DaemonSet", "daemonsets"),
+    watched("ServiceEntry", "serviceentries"),
+    watched("WorkloadEntry", "workloadentries"),
+    watched("AuthorizationPolicy", "authorizationpolicies"),
+    watched("PeerAuthentication", "peerauthentications"),
+    watched("RequestAuthentication", "requestauthentications"),
+    watched("Gateway", "gateways"),
+    watched("HTTPRoute", "httproutes"),
+    watched("GRPCRoute", "grpcroutes"),
+    watched("ReferenceGrant", "referencegrants"),
+    watched("DestinationRule", "destinationrules"),
+    watched("TrafficPolicy", "trafficpolicies"),
+    watched("BackendTLSPolicy", "backendtlspolicies"),
+    watched("XBackendTrafficPolicy", "xbackendtrafficpolicies"),
 ];
 
 /// Name of the DaemonSet of the node tunnels.
@@ -105,7 +108,7 @@ async fn follow(
     changes: mpsc::Sender<(&'static Kind, Change)>,
 ) {
     let Some(kind) = Kind::named(watched.kind) else { unreachable!("all watched kinds are known") };
-    let gvk = GroupVersionKind::gvk(kind.group, watched.version, watched.kind);
+    let gvk = GroupVersionKind::gvk(kind.group, kind.version(), watched.kind);
     let resource = ApiResource::from_gvk_with_plural(&gvk, watched.plural);
     // The one configuration object; nothing else of this kind may be read.
     let (api, config): (Api<DynamicObject>, _) = match watched.kind {

@@ -8,6 +8,7 @@
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
 //! ambit-app count N URL [--header N:V]...       N requests on connections of their own; prints each answer with its number
+//! ambit-app together N URL [--header N:V]...    N requests at once; prints each answer with its number
 //! ambit-app raw HOST:PORT TEXT                  sends TEXT, in which \\r and \\n are what they mean; prints the answer
 //! ambit-app upgrade http://HOST:PORT/PATH       asks for another protocol and speaks it: an echo
 //! ambit-app load http://HOST:PORT/ SECONDS      new connections one after the other; prints how many and how many failed
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ["raw", target, text] => raw(target, text).map(|answer| print!("{answer}")),
         ["upgrade", url] => upgrade(url),
         ["count", times, url, ..] => count(times, url, &words),
+        ["together", times, url, ..] => together(times, url, &words),
         ["load", url, seconds] => load(url, seconds),
         ["hold", target] => hold(target, false),
         ["hold", target, "--greeted"] => hold(target, true),
@@ -43,7 +45,8 @@ fn main() -> ExitCode {
         ["sleep"] => loop {
             std::thread::park();
         },
-        _ => Err("usage: ambit-app serve|echo|get|request|raw|upgrade|count|load|hold|ends|resolve|sleep ...".into()),
+        _ => Err("usage: ambit-app serve|echo|get|request|raw|upgrade|count|together|load|hold|ends|resolve|sleep ..."
+            .into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -270,22 +273,36 @@ fn upgrade(url: &str) -> Outcome<()> {
 
 fn count(times: &str, url: &str, words: &[&str]) -> Outcome<()> {
     let times: u32 = times.parse().map_err(|_| "expected a number")?;
-    let mut answers = std::collections::BTreeMap::<String, u32>::new();
-    for _ in 0..times {
-        let answer = match request("GET", url, words) {
-            Ok(answer) => {
-                let status = answer.lines().next().unwrap_or_default().to_owned();
-                let body = answer.split_once("\n\n").map_or("", |(_, body)| body.lines().next().unwrap_or_default());
-                format!("{status}: {body}")
-            }
-            Err(error) => error,
-        };
-        *answers.entry(answer).or_default() += 1;
+    counted((0..times).map(|_| one(url, words)));
+    Ok(())
+}
+
+fn together(times: &str, url: &str, words: &[&str]) -> Outcome<()> {
+    let times: u32 = times.parse().map_err(|_| "expected a number")?;
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..times).map(|_| scope.spawn(|| one(url, words))).collect();
+        counted(all.into_iter().map(|one| one.join().unwrap_or_else(|_| "panicked".into())));
+    });
+    Ok(())
+}
+
+fn one(url: &str, words: &[&str]) -> String {
+    match request("GET", url, words) {
+        Ok(answer) => {
+            let status = answer.lines().next().unwrap_or_default().to_owned();
+            let body = answer.split_once("\n\n").map_or("", |(_, body)| body.lines().next().unwrap_or_default());
+            format!("{status}: {body}")
+        }
+        Err(error) => error,
     }
+}
+
+fn counted(all: impl Iterator<Item = String>) {
+    let mut answers = std::collections::BTreeMap::<String, u32>::new();
+    all.for_each(|answer| *answers.entry(answer).or_default() += 1);
     for (answer, n) in answers {
         println!("{n} x {answer}");
     }
-    Ok(())
 }
 
 fn load(url: &str, seconds: &str) -> Outcome<()> {

@@ -1,0 +1,585 @@
+//! What holds for the endpoints of services: DestinationRules and TLS policies, compiled.
+//!
+//! Owns which rule holds for a service and the meaning of every field. A rule that asks for TLS and cannot be understood closes
+//! its services: nothing goes out in the clear for it.
+
+use std::sync::Arc;
+
+use ambit_model::l7::traffic::{
+    Balancing, Ejection, HashCookie, HashKey, Limits, Origination, OwnTls, RetryBudget, Roots, ServiceTraffic, Traffic,
+};
+use ambit_model::{NamespacedHostname, Str};
+
+use super::lookup::{Entry, World};
+use super::policies::Invalid;
+use super::{Condition, Mesh, routes};
+use crate::objects::traffic::{
+    BackendTlsPolicy, ClientTls, ConnectionPool, DestinationRule, IstioRetryBudget, LoadBalancer, OutlierDetection,
+    TrafficSettings,
+};
+
+/// Where credentials that DestinationRules name are mounted in a waypoint.
+pub const CREDENTIALS: &str = "/var/run/secrets/ambit/credentials";
+/// Where authorities that TLS policies name are mounted.
+pub const AUTHORITIES: &str = "/var/run/secrets/ambit/authorities";
+
+type Compiled = Result<ServiceTraffic, Invalid>;
+
+fn invalid<T>(path: &str, value: impl ToString, expected: &'static str) -> Result<T, Invalid> {
+    Err(Invalid { path: path.to_owned(), value: value.to_string(), expected })
+}
+
+/// Milliseconds of a duration as Istio writes them: numbers with a unit, fractions allowed.
+pub fn duration(at: &str, text: &str) -> Result<u64, Invalid> {
+    let expected = "a duration such as 10s, 1.5s or 100ms";
+    let (mut rest, mut total) = (text, 0.0);
+    while !rest.is_empty() {
+        let digits = rest.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+        let Ok(number) = rest[..digits].parse::<f64>() else { return invalid(at, text, expected) };
+        rest = &rest[digits..];
+        let (factor, length) = match rest {
+            r if r.starts_with("ms") => (1.0, 2),
+            r if r.starts_with('s') => (1000.0, 1),
+            r if r.starts_with('m') => (60_000.0, 1),
+            r if r.starts_with('h') => (3_600_000.0, 1),
+            _ => return invalid(at, text, expected),
+        };
+        total += number * factor;
+        rest = &rest[length..];
+    }
+    if text.is_empty() || total > 1e12 { invalid(at, text, expected) } else { Ok(total as u64) }
+}
+
+fn percent(at: &str, value: u32) -> Result<u32, Invalid> {
+    if value <= 100 { Ok(value) } else { invalid(at, value, "a percentage, 0 to 100") }
+}
+
+/// DestinationRules and TLS policies, compiled, and what was made of each.
+pub struct Rules<'a> {
+    destination: Vec<(Entry<'a, DestinationRule>, Compiled)>,
+    tls: Vec<Entry<'a, BackendTlsPolicy>>,
+}
+
+impl<'a> Rules<'a> {
+    /// Compiles them, with what is to be said of each.
+    pub fn new(world: &World<'a>, mesh: &mut Mesh) -> Self {
+        let mut entries = world.destination_rules.clone();
+        entries.sort_by_key(|e| e.meta.age());
+        let mut destination: Vec<(Entry<'a, DestinationRule>, Compiled)> = Vec::new();
+        for entry in entries {
+            let compiled = compile(&entry.object.spec.traffic_policy, &entry.object.spec.host);
+            let say = |condition| mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
+            describe(world, &entry, &compiled, &destination, say);
+            destination.push((entry, compiled));
+        }
+        let mut tls = world.backend_tls.clone();
+        tls.sort_by_key(|e| e.meta.age());
+        Self { destination, tls }
+    }
+
+    /// What holds for a service; `gateway` is the namespace of its waypoint.
+    pub fn of(&self, world: &World<'_>, service: &NamespacedHostname, gateway: &str) -> ServiceTraffic {
+        let mut traffic = self.rule(world, service).map_or_else(ServiceTraffic::default, |(entry, compiled)| {
+            match (&entry.object.spec.broken, compiled) {
+                (Some(reason), _) => refused(reason.clone()),
+                (None, Ok(traffic)) => traffic.clone(),
+                (None, Err(e)) if asks_for_tls(&entry.object.spec.traffic_policy) => refused(e.to_string()),
+                (None, Err(_)) => ServiceTraffic::default(),
+            }
+        });
+        for one in std::iter::once(&mut traffic.all).chain(traffic.ports.values_mut()) {
+            name_server(one, service);
+        }
+        if let Some((policy, of_port)) = self.tls_policy(world, service) {
+            let made = match (&policy.object.spec.broken, backend_tls(policy, gateway)) {
+                (Some(reason), _) => Origination::Refused(reason.as_str().into()),
+                (None, Ok(tls)) => Origination::Tls(tls.into()),
+                (None, Err(e)) => Origination::Refused(e.to_string().into()),
+            };
+            match of_port {
+                None => {
+                    let ports = traffic.ports.values_mut();
+                    std::iter::once(&mut traffic.all).chain(ports).for_each(|t| t.tls = Some(made.clone()));
+                }
+                Some(port) => {
+                    let all = traffic.all.clone();
+                    traffic.ports.entry(port).or_insert(all).tls = Some(made);
+                }
+            }
+        }
+        traffic
+    }
+
+    /// The rule of a service: of its own namespace before the root namespace, an exact host before the longest wildcard, the
+    /// oldest of several.
+    fn rule(&self, world: &World<'_>, service: &NamespacedHostname) -> Option<&(Entry<'a, DestinationRule>, Compiled)> {
+        let of = |namespace: &str| {
+            let here = self.destination.iter().filter(|(e, _)| e.key.namespace == namespace && usable(e));
+            let fits = here.filter_map(|d| Some((fit(&host(world, &d.0), &service.hostname)?, d)));
+            // The first of those that fit best is the oldest.
+            fits.fold(None, |best: Option<(usize, &(_, _))>, one| match best {
+                Some(b) if b.0 >= one.0 => Some(b),
+                _ => Some(one),
+            })
+        };
+        of(&service.namespace).or_else(|| of(&world.config.root_namespace)).map(|(_, d)| d)
+    }
+
+    fn tls_policy(
+        &self,
+        world: &World<'_>,
+        service: &NamespacedHostname,
+    ) -> Option<(&Entry<'a, BackendTlsPolicy>, Option<u16>)> {
+        let object = world.services.iter().find(|s| {
+            s.key.namespace == *service.namespace && world.hostname(&s.key.name, &s.key.namespace) == service.hostname
+        })?;
+        self.tls.iter().filter(|p| p.key.namespace == *service.namespace).find_map(|policy| {
+            let of = |t: &&crate::objects::traffic::TrafficTarget| t.kind == "Service" && t.name == object.key.name;
+            let target = policy.object.spec.target_refs.iter().find(of)?;
+            let port = match &target.section_name {
+                None => None,
+                Some(name) => Some(object.object.spec.ports.iter().find(|p| p.name == *name)?.port),
+            };
+            Some((policy, port))
+        })
+    }
+}
+
+fn usable(entry: &Entry<'_, DestinationRule>) -> bool {
+    entry.object.spec.workload_selector.is_none()
+}
+
+fn asks_for_tls(policy: &TrafficSettings) -> bool {
+    let all = policy.tls.iter().chain(policy.port_level_settings.iter().filter_map(|p| p.tls.as_ref()));
+    all.into_iter().any(|t| !matches!(t.mode.as_str(), "DISABLE" | "ISTIO_MUTUAL"))
+}
+
+fn refused(reason: String) -> ServiceTraffic {
+    let tls = Some(Origination::Refused(format!("TLS was asked for and cannot be done: {reason}").into()));
+    ServiceTraffic { all: Traffic { tls, ..Traffic::default() }, ..ServiceTraffic::default() }
+}
+
+/// The host of a rule; a short one is of its own namespace.
+fn host(world: &World<'_>, entry: &Entry<'_, DestinationRule>) -> Str {
+    let host = &entry.object.spec.host;
+    if host.contains('.') || host.contains('*') {
+        return host.as_str().into();
+    }
+    world.hostname(host, &entry.key.namespace)
+}
+
+/// How well a pattern fits a host: the length of what is written out.
+fn fit(pattern: &str, host: &str) -> Option<usize> {
+    match pattern.strip_prefix('*') {
+        Some(rest) => host.ends_with(rest).then_some(rest.len()),
+        None => (pattern == host).then_some(usize::MAX),
+    }
+}
+
+/// A server has the name of its service, where nothing else is said.
+fn name_server(traffic: &mut Traffic, service: &NamespacedHostname) {
+    if let Some(Origination::Tls(tls)) = &mut traffic.tls
+        && tls.sni.is_empty()
+    {
+        *tls = Arc::new(OwnTls { sni: service.hostname.clone(), ..OwnTls::clone(tls) });
+    }
+}
+
+/// What is to be said of a rule.
+fn describe(
+    world: &World<'_>,
+    entry: &Entry<'_, DestinationRule>,
+    compiled: &Compiled,
+    older: &[(Entry<'_, DestinationRule>, Compiled)],
+    mut say: impl FnMut(Condition),
+) {
+    let spec = &entry.object.spec;
+    let mut no = |reason, text: String| say(Condition::no("WaypointAccepted", reason, text));
+    if let Some(reason) = &spec.broken {
+        return no("Invalid", format!("{reason}; until then nothing is sent to its host"));
+    }
+    if spec.workload_selector.is_some() {
+        let text = "spec.workloadSelector: chooses clients with sidecars, and there are none; the rule is not in force";
+        return no("UnsupportedValue", text.into());
+    }
+    if let Err(e) = compiled {
+        let then = if asks_for_tls(&spec.traffic_policy) {
+            "until then nothing is sent to its host, for it asks for TLS"
+        } else {
+            "nothing of it is in force"
+        };
+        return no("Invalid", format!("{e}; {then}"));
+    }
+    let host = host(world, entry);
+    let same = |(other, _): &&(Entry<'_, DestinationRule>, Compiled)| {
+        other.key.namespace == entry.key.namespace && self::host(world, other) == host && usable(other)
+    };
+    if let Some((winner, _)) = older.iter().find(same) {
+        return no("Conflicted", format!("{} is older and has the same host", winner.key));
+    }
+    let root = entry.key.namespace == world.config.root_namespace;
+    let services = world.services.iter().map(|s| (&*s.key.namespace, world.hostname(&s.key.name, &s.key.namespace)));
+    let entries = world
+        .service_entries
+        .iter()
+        .flat_map(|e| e.object.spec.hosts.iter().map(|h| (&*e.key.namespace, Str::from(h.as_str()))));
+    let mut known = services.chain(entries).filter(|(namespace, _)| root || *namespace == entry.key.namespace);
+    if !known.any(|(_, of)| fit(&host, &of).is_some()) {
+        let text = format!("spec.host: {:?}: no service of this namespace has it, and rules hold for these", spec.host);
+        return no("TargetNotFound", text);
+    }
+    if !spec.subsets.is_empty() {
+        let text = "spec.subsets: not supported: give each version a Service of its own, and an HTTPRoute with backendRefs to \
+                    them (Gateway API); the rest of the rule is in force";
+        return no("UnsupportedValue", text.into());
+    }
+    say(Condition::yes("WaypointAccepted", "Accepted", "in force where a waypoint serves"));
+}
+
+fn compile(policy: &TrafficSettings, host: &str) -> Compiled {
+    let at = "spec.trafficPolicy";
+    if host.is_empty() {
+        return invalid("spec.host", "", "a host");
+    }
+    for (field, value) in [("tunnel", &policy.tunnel), ("proxyProtocol", &policy.proxy_protocol)] {
+        if value.is_some() {
+            return invalid(&format!("{at}.{field}"), "", "nothing: it is not supported");
+        }
+    }
+    let budget = policy.retry_budget.as_ref();
+    let part = Part {
+        load_balancer: policy.load_balancer.as_ref(),
+        connection_pool: policy.connection_pool.as_ref(),
+        outlier_detection: policy.outlier_detection.as_ref(),
+        tls: policy.tls.as_ref(),
+    };
+    let all = traffic(at, part, budget)?;
+    let mut traffic_of = ServiceTraffic { all, ..ServiceTraffic::default() };
+    for (n, port) in policy.port_level_settings.iter().enumerate() {
+        let at = format!("{at}.portLevelSettings[{n}]");
+        if port.port.number == 0 {
+            return invalid(&format!("{at}.port.number"), 0, "a port, 1 to 65535");
+        }
+        // What a port does not say has its default, not what is said of all ports.
+        let part = Part {
+            load_balancer: port.load_balancer.as_ref(),
+            connection_pool: port.connection_pool.as_ref(),
+            outlier_detection: port.outlier_detection.as_ref(),
+            tls: port.tls.as_ref(),
+        };
+        traffic_of.ports.insert(port.port.number, traffic(&at, part, budget)?);
+    }
+    Ok(traffic_of)
+}
+
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    load_balancer: Option<&'a LoadBalancer>,
+    connection_pool: Option<&'a ConnectionPool>,
+    outlier_detection: Option<&'a OutlierDetection>,
+    tls: Option<&'a ClientTls>,
+}
+
+fn traffic(at: &str, part: Part<'_>, budget: Option<&IstioRetryBudget>) -> Result<Traffic, Invalid> {
+    let mut traffic = Traffic::default();
+    if let Some(lb) = part.load_balancer {
+        balance(&format!("{at}.loadBalancer"), lb, &mut traffic)?;
+    }
+    if let Some(pool) = part.connection_pool {
+        limits(&format!("{at}.connectionPool"), pool, &mut traffic)?;
+    }
+    if let Some(detection) = part.outlier_detection {
+        traffic.ejection = Some(ejection(&format!("{at}.outlierDetection"), detection)?);
+        // Istio prefers near endpoints where bad ones are found; elsewhere the service says what it prefers.
+    }
+    if let Some(tls) = part.tls {
+        traffic.tls = origination(&format!("{at}.tls"), tls)?;
+    }
+    if let Some(budget) = budget {
+        traffic.budget.percent = budget.percent.unwrap_or(traffic.budget.percent);
+        if !(0.0..=100.0).contains(&traffic.budget.percent) {
+            return invalid("spec.trafficPolicy.retryBudget.percent", traffic.budget.percent, "a percentage, 0 to 100");
+        }
+        // Envoy has a number at once; as many a second is what comes nearest.
+        traffic.budget.per_second = budget.min_retry_concurrency.map_or(traffic.budget.per_second, f64::from);
+    }
+    Ok(traffic)
+}
+
+fn balance(at: &str, lb: &LoadBalancer, traffic: &mut Traffic) -> Result<(), Invalid> {
+    traffic.balancing = match (lb.simple.as_deref(), &lb.consistent_hash) {
+        (Some(_), Some(_)) => return invalid(at, "", "simple or consistentHash, not both"),
+        (None | Some("UNSPECIFIED" | "LEAST_REQUEST" | "LEAST_CONN"), None) => Balancing::LeastRequest,
+        (Some("ROUND_ROBIN"), None) => Balancing::RoundRobin,
+        (Some("RANDOM"), None) => Balancing::Random,
+        (Some(other), None) => {
+            return invalid(&format!("{at}.simple"), other, "LEAST_REQUEST, ROUND_ROBIN or RANDOM");
+        }
+        (None, Some(hash)) => {
+            let at = format!("{at}.consistentHash");
+            let given = [
+                hash.http_header_name.is_some(),
+                hash.http_cookie.is_some(),
+                hash.use_source_ip == Some(true),
+                hash.http_query_parameter_name.is_some(),
+            ];
+            if given.iter().filter(|g| **g).count() != 1 {
+                return invalid(&at, "", "one of httpHeaderName, httpCookie, useSourceIp and httpQueryParameterName");
+            }
+            let name = |field: &str, name: &str| match name.is_empty() {
+                true => invalid(&format!("{at}.{field}"), "", "a name"),
+                false => Ok(Str::from(name)),
+            };
+            Balancing::Hash(if let Some(header) = &hash.http_header_name {
+                HashKey::Header(name("httpHeaderName", &header.to_ascii_lowercase())?)
+            } else if let Some(cookie) = &hash.http_cookie {
+                let ttl = cookie.ttl.as_deref().map(|t| duration(&format!("{at}.httpCookie.ttl"), t)).transpose()?;
+                let (name, path) = (name("httpCookie.name", &cookie.name)?, cookie.path.as_str().into());
+                HashKey::Cookie(HashCookie { name, path, ttl_ms: ttl })
+            } else if let Some(query) = &hash.http_query_parameter_name {
+                HashKey::Query(name("httpQueryParameterName", query)?)
+            } else {
+                HashKey::SourceIp
+            })
+        }
+    };
+    let warmup = lb.warmup.as_ref().map(|w| w.duration.as_str()).or(lb.warmup_duration_secs.as_deref());
+    traffic.warmup_ms = warmup.map(|w| duration(&format!("{at}.warmup.duration"), w)).transpose()?;
+    if let Some(setting) = &lb.locality_lb_setting {
+        let others = [
+            ("distribute", &setting.distribute),
+            ("failover", &setting.failover),
+            ("failoverPriority", &setting.failover_priority),
+        ];
+        if let Some((field, _)) = others.into_iter().find(|(_, v)| !v.is_empty()) {
+            let expected = "nothing: region, zone and subzone are preferred in this order, with spill-over";
+            return invalid(&format!("{at}.localityLbSetting.{field}"), "", expected);
+        }
+        traffic.prefer_near = Some(setting.enabled.unwrap_or(true));
+    }
+    Ok(())
+}
+
+fn limits(at: &str, pool: &ConnectionPool, traffic: &mut Traffic) -> Result<(), Invalid> {
+    let (tcp, http) = (&pool.tcp, &pool.http);
+    let unsupported = [
+        ("tcp.maxConnectionDuration", &tcp.max_connection_duration),
+        ("http.h2UpgradePolicy", &http.h2_upgrade_policy),
+        ("http.maxConcurrentStreams", &http.max_concurrent_streams),
+    ];
+    if let Some((field, _)) = unsupported.into_iter().find(|(_, v)| v.is_some()) {
+        return invalid(&format!("{at}.{field}"), "", "nothing: it is not supported");
+    }
+    // Zero is Istio's way to say nothing.
+    let limit = |value: Option<u32>| value.filter(|v| *v > 0);
+    traffic.limits = Limits {
+        connections: limit(tcp.max_connections),
+        pending: limit(http.http1_max_pending_requests),
+        requests: limit(http.http2_max_requests),
+        retries: limit(http.max_retries),
+        requests_per_connection: limit(http.max_requests_per_connection),
+    };
+    let timeout = tcp.connect_timeout.as_deref();
+    traffic.connect_timeout_ms = timeout.map(|t| duration(&format!("{at}.tcp.connectTimeout"), t)).transpose()?;
+    Ok(())
+}
+
+fn ejection(at: &str, d: &OutlierDetection) -> Result<Ejection, Invalid> {
+    let usual = Ejection::default();
+    let time = |field: &str, value: &Option<String>, usual: u64| match value {
+        None => Ok(usual),
+        Some(text) => match duration(&format!("{at}.{field}"), text)? {
+            0 => invalid(&format!("{at}.{field}"), text, "more than nothing"),
+            ms => Ok(ms),
+        },
+    };
+    Ok(Ejection {
+        errors: d.consecutive_5xx_errors.unwrap_or(usual.errors),
+        gateway_errors: d.consecutive_gateway_errors.unwrap_or(usual.gateway_errors),
+        failures: match d.split_external_local_origin_errors {
+            true => d.consecutive_local_origin_failures.unwrap_or(5),
+            false => 0,
+        },
+        success_rate: None,
+        interval_ms: time("interval", &d.interval, usual.interval_ms)?,
+        base_ms: time("baseEjectionTime", &d.base_ejection_time, usual.base_ms)?,
+        max_percent: percent(&format!("{at}.maxEjectionPercent"), d.max_ejection_percent.unwrap_or(usual.max_percent))?,
+        panic_percent: percent(&format!("{at}.minHealthPercent"), d.min_health_percent.unwrap_or(0))?,
+    })
+}
+
+fn origination(at: &str, tls: &ClientTls) -> Result<Option<Origination>, Invalid> {
+    match tls.mode.as_str() {
+        // Tunnels are mutual TLS already, and what is outside the mesh has no identity in it.
+        "DISABLE" | "ISTIO_MUTUAL" => return Ok(None),
+        "SIMPLE" | "MUTUAL" => {}
+        other => return invalid(&format!("{at}.mode"), other, "DISABLE, SIMPLE, MUTUAL or ISTIO_MUTUAL"),
+    }
+    if tls.insecure_skip_verify == Some(true) {
+        return invalid(&format!("{at}.insecureSkipVerify"), true, "nothing: a server is always verified");
+    }
+    if tls.ca_crl.is_some() {
+        return invalid(&format!("{at}.caCrl"), "", "nothing: it is not supported");
+    }
+    if let Some((n, name)) = tls.subject_alt_names.iter().enumerate().find(|(_, n)| n.contains("://")) {
+        return invalid(&format!("{at}.subjectAltNames[{n}]"), name, "a host name");
+    }
+    let text = |s: &String| Str::from(s.as_str());
+    let mut own =
+        OwnTls { sni: text(&tls.sni), names: tls.subject_alt_names.iter().map(text).collect(), ..OwnTls::default() };
+    let mutual = tls.mode == "MUTUAL";
+    if !tls.credential_name.is_empty() {
+        if !tls.credential_name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.') {
+            return invalid(&format!("{at}.credentialName"), &tls.credential_name, "the name of a Secret");
+        }
+        let file = |name: &str| Str::from(format!("{CREDENTIALS}/{}/{name}", tls.credential_name));
+        own.roots = Roots::File(file("ca.crt"));
+        own.client = mutual.then(|| (file("tls.crt"), file("tls.key")));
+    } else {
+        if !tls.ca_certificates.is_empty() && tls.ca_certificates != "system" {
+            own.roots = Roots::File(text(&tls.ca_certificates));
+        }
+        if mutual {
+            if tls.client_certificate.is_empty() || tls.private_key.is_empty() {
+                return invalid(at, "MUTUAL", "clientCertificate and privateKey, or credentialName");
+            }
+            own.client = Some((text(&tls.client_certificate), text(&tls.private_key)));
+        }
+    }
+    Ok(Some(Origination::Tls(own.into())))
+}
+
+fn backend_tls(policy: &Entry<'_, BackendTlsPolicy>, gateway: &str) -> Result<OwnTls, Invalid> {
+    let v = &policy.object.spec.validation;
+    let at = "spec.validation";
+    if v.hostname.is_empty() {
+        return invalid(&format!("{at}.hostname"), "", "a host name");
+    }
+    let roots = match (&v.ca_certificate_refs[..], v.well_known_ca_certificates.as_deref()) {
+        ([], Some("System")) => Roots::Web,
+        ([one], None) if one.kind == "ConfigMap" && one.group.is_empty() => {
+            if policy.key.namespace != gateway {
+                let expected = "a policy of the waypoint's own namespace: authorities are mounted into it from there";
+                return invalid(&format!("{at}.caCertificateRefs"), &one.name, expected);
+            }
+            Roots::File(format!("{AUTHORITIES}/{}/ca.crt", one.name).into())
+        }
+        _ => {
+            return invalid(
+                &format!("{at}.caCertificateRefs"),
+                "",
+                "one ConfigMap, or wellKnownCACertificates: System",
+            );
+        }
+    };
+    let mut names = Vec::new();
+    for (n, name) in v.subject_alt_names.iter().enumerate() {
+        match (name.r#type.as_str(), &name.hostname) {
+            ("Hostname", Some(host)) => names.push(Str::from(host.as_str())),
+            (other, _) => return invalid(&format!("{at}.subjectAltNames[{n}].type"), other, "Hostname"),
+        }
+    }
+    Ok(OwnTls { sni: v.hostname.as_str().into(), names, roots, client: None })
+}
+
+/// What is to be said of TLS policies; `bound` tells the namespace of the Gateway of a service that is bound.
+pub fn describe_tls(world: &World<'_>, mesh: &mut Mesh, bound: &dyn Fn(&str, &str) -> Option<String>) {
+    for policy in &world.backend_tls {
+        let mut conditions = Vec::new();
+        for target in &policy.object.spec.target_refs {
+            let no = |reason, text: String| Condition::no("Accepted", reason, text);
+            conditions.push(match (bound(&policy.key.namespace, &target.name), &policy.object.spec.broken) {
+                _ if target.kind != "Service" => {
+                    no("TargetNotFound", format!("target kind {}: expected Service", target.kind))
+                }
+                (None, _) => no("TargetNotFound", format!("Service {}: it is bound to no waypoint", target.name)),
+                (Some(_), Some(reason)) => no("Invalid", format!("{reason}; until then nothing is sent to its target")),
+                (Some(gateway), None) => match backend_tls(policy, &gateway) {
+                    Ok(_) => Condition::yes("Accepted", "Accepted", format!("Service {}: in force", target.name)),
+                    Err(e) => no("Invalid", format!("{e}; until then nothing is sent to its target")),
+                },
+            });
+        }
+        mesh.statuses.entry(policy.key.clone()).or_default().extend(conditions);
+    }
+}
+
+/// The retry budget of a service (XBackendTrafficPolicy); what is to be said of each policy.
+pub fn budgets(world: &World<'_>, mesh: &mut Mesh) -> Vec<(String, String, RetryBudget)> {
+    let mut all: Vec<(String, String, RetryBudget)> = Vec::new();
+    let mut entries = world.backend_traffic.clone();
+    entries.sort_by_key(|e| e.meta.age());
+    for entry in entries {
+        let compiled = budget(&entry.object.spec);
+        for target in &entry.object.spec.target_refs {
+            let taken = all.iter().any(|(ns, name, _)| *ns == entry.key.namespace && *name == target.name);
+            let no = |reason, text: String| Condition::no("Accepted", reason, text);
+            let condition = match &compiled {
+                _ if target.kind != "Service" => {
+                    no("TargetNotFound", format!("kind {}: expected Service", target.kind))
+                }
+                Err(e) => no("Invalid", format!("{e}; nothing of it is in force")),
+                Ok(_) if taken => no("Conflicted", format!("Service {}: an older policy holds", target.name)),
+                Ok(budget) => {
+                    all.push((entry.key.namespace.clone(), target.name.clone(), *budget));
+                    Condition::yes(
+                        "Accepted",
+                        "Accepted",
+                        format!("Service {}: in force where a waypoint serves", target.name),
+                    )
+                }
+            };
+            mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
+        }
+    }
+    all
+}
+
+fn budget(spec: &crate::objects::traffic::BackendTrafficPolicySpec) -> Result<RetryBudget, Invalid> {
+    let mut made = RetryBudget::default();
+    if spec.session_persistence.is_some() {
+        return invalid("spec.sessionPersistence", "", "nothing: give it in the rules of a route");
+    }
+    let Some(retry) = &spec.retry_constraint else { return Ok(made) };
+    let time = |at: &str, text: &Option<String>, usual| match text {
+        None => Ok(usual),
+        Some(text) => match routes::gep2257(text).filter(|ms| *ms > 0) {
+            Some(ms) => Ok(ms),
+            None => invalid(at, text, "a duration such as 10s (GEP-2257)"),
+        },
+    };
+    if let Some(b) = &retry.budget {
+        made.percent = f64::from(percent("spec.retryConstraint.budget.percent", b.percent.unwrap_or(20))?);
+        made.kept_ms = time("spec.retryConstraint.budget.interval", &b.interval, made.kept_ms)?;
+    }
+    if let Some(rate) = &retry.min_retry_rate {
+        let per = time("spec.retryConstraint.minRetryRate.interval", &rate.interval, 1000)?;
+        made.per_second = f64::from(rate.count.unwrap_or(10)) * 1000.0 / per as f64;
+    }
+    Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, expected) in
+            [("10s", Some(10_000)), ("1.5s", Some(1500)), ("1m30s", Some(90_000)), ("100ms", Some(100))]
+        {
+            assert_eq!(duration("x", text).ok(), expected, "{text}");
+        }
+        for bad in ["", "10", "s", "-1s", "1d", "1..5s"] {
+            assert!(duration("x", bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn how_well_a_host_fits() {
+        assert_eq!(fit("a.b.svc", "a.b.svc"), Some(usize::MAX));
+        assert!(fit("*.b.svc", "a.b.svc") > fit("*.svc", "a.b.svc"));
+        assert_eq!(fit("*", "x"), Some(0));
+        assert_eq!(fit("a.b", "a.b.svc"), None);
+    }
+}
