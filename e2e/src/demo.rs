@@ -10,6 +10,7 @@ use ambit_testing::{Doing, Failure, topology};
 use serde_json::Value;
 
 mod layer7;
+mod stress;
 
 use crate::{CLIENT, OUTSIDER, SHOP, WEB, exec, expect, shop};
 
@@ -119,6 +120,12 @@ async fn show(mesh: &mut Mesh) -> bool {
     step!("guarding a path with tokens", layer7::tokens(mesh));
     step!("following one request", layer7::trace(mesh));
     step!("blue to green by one edit, under load", layer7::blue_green(mesh));
+    println!("\nAct three: trouble");
+    step!("a pod that fails every request", stress::failing(mesh));
+    step!("a fault made on purpose", stress::fault(mesh));
+    step!("more requests at once than the service may have", stress::circuit(mesh));
+    step!("more requests of one user than he may send", stress::rate(mesh));
+    step!("replacing the waypoint, under load", stress::replaced(mesh));
     step!("taking the waypoint away again, under load", layer7::without(mesh));
     all
 }

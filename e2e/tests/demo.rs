@@ -79,7 +79,7 @@ fn it_shows_that_everything_holds_and_leaves_nothing_behind() {
     let mut stay = Stay::start();
     let text = stay.text();
     assert!(text.contains("Everything held") && !text.contains("[FAILED]"), "{text}");
-    assert_eq!(text.matches("[ok]").count(), 17, "{text}");
+    assert_eq!(text.matches("[ok]").count(), 22, "{text}");
 
     // A command in a pod, from outside, with its output and status.
     let pid = stay.child.id().to_string();

@@ -5,45 +5,15 @@ use std::time::Instant;
 use ambit_testing::Failure;
 use ambit_testing::mesh::{Mesh, PATIENCE};
 use ambit_testing::tokens::Issuer;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Evidence;
 use crate::trace::whole;
-use crate::{CLIENT, SHOP, expect, layer7, waypoint as pod};
-
-/// A route of the server with these rules.
-fn route(rules: &str) -> String {
-    format!(
-        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
-         parentRefs: [{{group: \"\", kind: Service, name: web, port: 80}}]\n  rules:\n{rules}"
-    )
-}
+use crate::{CLIENT, SHOP, expect, layer7, route, told, until, waypoint as pod};
 
 fn split(old: u32, new: u32) -> String {
     let backend = |name: &str, weight: u32| format!("{{name: {name}, port: 80, weight: {weight}}}");
     route(&format!("  - backendRefs: [{}, {}]\n", backend("web", old), backend("web-v2", new)))
-}
-
-/// Asks until the answer says something.
-async fn until(mesh: &Mesh, words: &[&str], text: &str) -> Evidence {
-    let start = Instant::now();
-    loop {
-        let output = mesh.exec(CLIENT, &[&["ambit-app", "request"], words].concat()).await?;
-        if output.text.contains(text) {
-            return Ok(output.text);
-        }
-        if start.elapsed() > PATIENCE {
-            return Err(Failure(format!("{words:?} never answers {text:?}: {output:?}")));
-        }
-    }
-}
-
-/// Lines of the access log of the waypoint's container.
-fn log(mesh: &Mesh) -> Vec<Value> {
-    let text = pod(mesh)
-        .and_then(|p| std::fs::read_to_string(p.logs.join("waypoint.log")).map_err(|e| Failure(e.to_string())));
-    let lines: Vec<Value> = text.unwrap_or_default().lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
-    lines.into_iter().filter(|l| l["message"] == "request complete").collect()
 }
 
 /// The waypoint serves.
@@ -52,8 +22,8 @@ pub(super) async fn waypoint(mesh: &mut Mesh) -> Evidence {
     layer7(mesh).await?;
     let output = mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
     expect(&output, true, "hello from web;")?;
-    mesh.wait("the waypoint to have logged a request", |m| !log(m).is_empty()).await?;
-    let name = &log(mesh)[0]["src.identity"];
+    mesh.wait("the waypoint to have logged a request", |m| !told(m).is_empty()).await?;
+    let name = &told(mesh)[0]["src.identity"];
     Ok(format!(
         "the controller rendered a waypoint, the cluster ran it, requests pass it after {} ms; it saw {}",
         start.elapsed().as_millis(),
@@ -114,7 +84,7 @@ pub(super) async fn guarded(mesh: &mut Mesh) -> Evidence {
             return Err(Failure::new("the pod can be reached round the waypoint"));
         }
     }
-    let line = log(mesh).into_iter().rev().find(|l| l["status"] == 403).unwrap_or_default();
+    let line = told(mesh).into_iter().rev().find(|l| l["status"] == 403).unwrap_or_default();
     mesh.delete("no-admin.yaml")?;
     until(mesh, &["GET", "http://web.shop/admin"], "200 OK").await?;
     let said = line["error"].as_str().unwrap_or_default().to_owned();
@@ -187,7 +157,6 @@ pub(super) async fn blue_green(mesh: &mut Mesh) -> Evidence {
 /// Without the label and the Gateway all is as before.
 pub(super) async fn without(mesh: &mut Mesh) -> Evidence {
     let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "2"])?;
-    mesh.delete("route.yaml")?;
     mesh.apply("shop.yaml", SHOP)?;
     let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?.net.ips[0];
     until(mesh, &["GET", "http://web.shop/"], &format!("hello from web; you are {client};")).await?;

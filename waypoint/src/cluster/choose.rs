@@ -166,7 +166,12 @@ fn within<'a>(
     if Arc::ptr_eq(one, other) {
         other = draw(rng)?;
     }
-    let cost = |m: &Member| m.stats.cost(known.usual, known.now);
+    // One of which nothing is known is compared by its work alone: neither kept away nor flooded.
+    let fresh = one.stats.is_unknown() || other.stats.is_unknown();
+    let cost = |m: &Member| match fresh {
+        true => f64::from(m.stats.in_flight()),
+        false => m.stats.cost(known.usual, known.now),
+    };
     Some(if cost(other) < cost(one) { other } else { one })
 }
 

@@ -69,12 +69,17 @@ impl Stats {
         self.in_flight.fetch_sub(1, Relaxed);
     }
 
-    /// What a request here costs its client: the work before it, by what an answer takes. `usual` stands in where nothing is
-    /// known, so that a new endpoint looks like any other one.
+    /// No answer has come from it yet.
+    pub fn is_unknown(&self) -> bool {
+        self.latency.load(Relaxed) == 0
+    }
+
+    /// What a request here costs its client: the work before it, by what an answer takes. What was long ago is forgotten by
+    /// and by, and then it takes what is `usual`.
     pub fn cost(&self, usual: f64, now: Micros) -> f64 {
         let known = f64::from_bits(self.latency.load(Relaxed));
         let age = now.saturating_sub(self.stamp.load(Relaxed)) as f64;
-        let latency = if known == 0.0 { usual } else { usual + (known - usual) * (-age / DECAY).exp() };
+        let latency = usual + (known - usual) * (-age / DECAY).exp();
         // A very quick answer is no reason for sending everything there.
         f64::from(self.in_flight() + 1) * latency.max(usual / 4.0).max(1.0)
     }
@@ -142,13 +147,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_unknown_costs_what_is_usual() {
-        let (new, slow) = (Stats::default(), Stats::default());
+    fn work_costs_by_what_answers_take() {
+        let slow = Stats::default();
+        assert!(slow.is_unknown());
         slow.took(20_000.0, 0);
-        assert_eq!(new.cost(1000.0, 0), 1000.0);
+        assert!(!slow.is_unknown());
         assert_eq!(slow.cost(1000.0, 0), 20_000.0);
-        new.begin();
-        assert_eq!(new.cost(1000.0, 0), 2000.0);
+        slow.begin();
+        assert_eq!(slow.cost(1000.0, 0), 40_000.0);
+        slow.end();
         assert!(slow.cost(1000.0, 60_000_000) < 1100.0, "what was long ago is forgotten");
     }
 

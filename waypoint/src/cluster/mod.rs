@@ -28,6 +28,9 @@ use counts::Counts;
 use eject::{Micros, Outcome};
 use member::{Member, Stats};
 
+/// What answers usually take is forgotten by a factor of e after this; microseconds.
+const FORGETS: f64 = 2_000_000.0;
+
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Time since the process began, and a second: 0 is never.
@@ -46,6 +49,8 @@ pub struct Cluster {
     turn: AtomicUsize,
     /// What an answer usually takes; bits of a float, microseconds.
     usual: AtomicU64,
+    /// When that was written.
+    stamp: AtomicU64,
     /// Some endpoint may be out until then.
     out_until: AtomicU64,
     /// What is under way.
@@ -89,6 +94,7 @@ impl Cluster {
             renew: Mutex::default(),
             turn: AtomicUsize::default(),
             usual: AtomicU64::new(1000f64.to_bits()),
+            stamp: AtomicU64::default(),
             out_until: AtomicU64::default(),
             counts: Arc::default(),
             budget: Mutex::default(),
@@ -191,7 +197,10 @@ impl Cluster {
             // To fail quickly is no merit.
             took = took.max(usual * 4.0);
         } else {
-            self.usual.store((usual + (took - usual) * 0.01).to_bits(), Relaxed);
+            // By a hundredth each, and after a pause by more.
+            let passed = now.saturating_sub(self.stamp.swap(now, Relaxed)) as f64;
+            let weight = (1.0 - (-passed / FORGETS).exp()).max(0.01);
+            self.usual.store((usual + (took - usual) * weight).to_bits(), Relaxed);
         }
         member.stats.took(took, now);
         let ejection = how.ejection.as_ref()?;
