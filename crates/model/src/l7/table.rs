@@ -4,7 +4,7 @@
 //! method, number of headers, number of query parameters; then the older route and the earlier rule. A client's own
 //! namespace comes before everything: where it has consumer routes, only these apply to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use http::{HeaderMap, Method};
@@ -13,6 +13,8 @@ use regex::Regex;
 use super::{PathMatch, RequestMatch, Route, RouteKind, RouteRule, ValueMatch};
 use crate::Str;
 
+/// So few rules are looked at one by one.
+const FEW: usize = 8;
 /// Compiled expressions are no larger than this, nor are their caches.
 const REGEX_LIMIT: usize = 256 * 1024;
 
@@ -41,8 +43,28 @@ pub struct RouteTable {
 /// Rules by port; those without a port are in every one.
 #[derive(Clone, Debug, Default)]
 struct Scope {
-    by_port: BTreeMap<u16, Vec<Entry>>,
-    other: Vec<Entry>,
+    by_port: BTreeMap<u16, Rules>,
+    other: Rules,
+}
+
+/// Rules in their order, and where to look among them: a request looks at those that its path and headers can match, however
+/// many others there are.
+#[derive(Clone, Debug, Default)]
+struct Rules {
+    entries: Vec<Entry>,
+    exact: HashMap<Str, Bucket>,
+    /// By prefix, without a slash at the end.
+    prefixes: HashMap<Str, Bucket>,
+    regexes: Vec<usize>,
+}
+
+/// Rules with the same path, by their first header with an exact value.
+#[derive(Clone, Debug, Default)]
+struct Bucket {
+    all: Vec<usize>,
+    by_header: Vec<(Str, HashMap<Str, Vec<usize>>)>,
+    /// Those without such a header.
+    rest: Vec<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -155,10 +177,11 @@ impl RouteTable {
                 None => &mut table.producers,
                 Some(namespace) => table.consumers.entry(namespace.clone()).or_default(),
             };
-            let entries = match route.port {
+            let rules = match route.port {
                 None => &mut scope.other,
                 Some(port) => scope.by_port.entry(port).or_default(),
             };
+            let entries = &mut rules.entries;
             for (index, rule) in route.rules.iter().enumerate() {
                 let rule = Arc::new(rule.clone());
                 for one in &rule.matches {
@@ -181,13 +204,17 @@ impl RouteTable {
 
     /// The rule of a request that came to `port` from a client of `namespace`.
     pub fn find(&self, request: &RequestView<'_>, port: u16, namespace: Option<&str>) -> Found<'_> {
-        let own = namespace.and_then(|n| self.consumers.get(n)).map(|s| s.at(port)).filter(|all| !all.is_empty());
-        let entries = own.unwrap_or_else(|| self.producers.at(port));
-        let Some(first) = entries.first() else { return Found::Default };
-        match entries.iter().find(|e| e.matcher.matches(request)) {
+        let rules = self.rules(port, namespace);
+        let Some(first) = rules.entries.first() else { return Found::Default };
+        match rules.find(request) {
             Some(entry) => Found::Rule(&entry.chosen),
             None => Found::None(first.chosen.kind),
         }
+    }
+
+    fn rules(&self, port: u16, namespace: Option<&str>) -> &Rules {
+        let own = namespace.and_then(|n| self.consumers.get(n)).map(|s| s.at(port));
+        own.filter(|rules| !rules.entries.is_empty()).unwrap_or_else(|| self.producers.at(port))
     }
 
     /// Every rule that matches, the one that is taken first; for explaining.
@@ -197,24 +224,91 @@ impl RouteTable {
         port: u16,
         namespace: Option<&str>,
     ) -> impl Iterator<Item = (&'a Chosen, bool)> {
-        let own = namespace.and_then(|n| self.consumers.get(n)).map(|s| s.at(port)).filter(|all| !all.is_empty());
-        let entries = own.unwrap_or_else(|| self.producers.at(port));
-        entries.iter().map(|e| (&e.chosen, e.matcher.matches(request)))
+        self.rules(port, namespace).entries.iter().map(|e| (&e.chosen, e.matcher.matches(request)))
     }
 }
 
 impl Scope {
-    fn at(&self, port: u16) -> &[Entry] {
+    fn at(&self, port: u16) -> &Rules {
         self.by_port.get(&port).unwrap_or(&self.other)
     }
 
-    /// Sorts; the sort is stable, so that ties stay as the routes came.
     fn finish(&mut self) {
-        for entries in self.by_port.values_mut() {
-            entries.extend(self.other.iter().cloned());
-            entries.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
+        for rules in self.by_port.values_mut() {
+            rules.entries.extend(self.other.entries.iter().cloned());
+            rules.finish();
         }
-        self.other.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
+        self.other.finish();
+    }
+}
+
+impl Rules {
+    /// Sorts, and makes the index; the sort is stable, so that ties stay as the routes came.
+    fn finish(&mut self) {
+        self.entries.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
+        for (n, entry) in self.entries.iter().enumerate() {
+            match &entry.matcher.path {
+                Path::Exact(path) => self.exact.entry(path.clone()).or_default().add(n, &entry.matcher),
+                Path::Prefix(prefix) => self.prefixes.entry(prefix.clone()).or_default().add(n, &entry.matcher),
+                Path::Regex(_) => self.regexes.push(n),
+            }
+        }
+    }
+
+    /// The first entry that matches. Exact paths rank before expressions, these before prefixes, and longer prefixes before
+    /// shorter ones, so each bucket is looked at in the order of the entries.
+    fn find(&self, request: &RequestView<'_>) -> Option<&Entry> {
+        let in_bucket = |bucket: &Bucket| bucket.find(&self.entries, request);
+        let exact = self.exact.get(request.path).and_then(in_bucket);
+        let regex = || self.regexes.iter().map(|n| &self.entries[*n]).find(|e| e.matcher.matches(request));
+        exact.or_else(regex).or_else(|| {
+            let mut end = request.path.len();
+            loop {
+                if let Some(found) = self.prefixes.get(&request.path[..end]).and_then(in_bucket) {
+                    return Some(found);
+                }
+                // Whole segments: before the last slash; the last prefix is the empty one.
+                end = request.path[..end].rfind('/')?;
+            }
+        })
+    }
+}
+
+impl Bucket {
+    fn add(&mut self, n: usize, matcher: &Matcher) {
+        self.all.push(n);
+        let exact = matcher.headers.iter().find_map(|t| match &t.test {
+            Test::Exact(value) => Some((&t.name, value)),
+            Test::Regex(_) => None,
+        });
+        let Some((name, value)) = exact else { return self.rest.push(n) };
+        let at = self.by_header.iter().position(|(of, _)| of == name).unwrap_or_else(|| {
+            self.by_header.push((name.clone(), HashMap::new()));
+            self.by_header.len() - 1
+        });
+        self.by_header[at].1.entry(value.clone()).or_default().push(n);
+    }
+
+    fn find<'a>(&self, entries: &'a [Entry], request: &RequestView<'_>) -> Option<&'a Entry> {
+        let first = |list: &[usize], before: usize| {
+            let mut list = list.iter().copied().take_while(|n| *n < before);
+            list.find(|n| entries[*n].matcher.matches(request))
+        };
+        // A header that comes several times has a value that is in no index.
+        let single = |name: &Str| {
+            let mut values = request.headers.get_all(&**name).iter();
+            (values.next(), values.next().is_none())
+        };
+        if self.all.len() < FEW || self.by_header.iter().any(|(name, _)| !single(name).1) {
+            return first(&self.all, usize::MAX).map(|n| &entries[n]);
+        }
+        let mut best = first(&self.rest, usize::MAX);
+        for (name, by_value) in &self.by_header {
+            let value = single(name).0.and_then(|v| v.to_str().ok());
+            let Some(list) = value.and_then(|v| by_value.get(v)) else { continue };
+            best = first(list, best.unwrap_or(usize::MAX)).or(best);
+        }
+        best.map(|n| &entries[n])
     }
 }
 

@@ -221,3 +221,51 @@ fn policies_decide_on_what_a_request_is() {
         assert_eq!(denied, matches, "{part}");
     }
 }
+
+/// The index finds what looking at every rule finds.
+#[test]
+fn many_rules_are_found_as_if_each_was_looked_at() {
+    use super::table::{Found, RequestView, RouteTable};
+    use http::{HeaderMap, HeaderValue, Method};
+
+    let mut rng = fastrand::Rng::with_seed(11);
+    let segments = ["", "/a", "/b", "/a/b", "/a/b/c", "/ab", "/a/", "/"];
+    let value = |rng: &mut fastrand::Rng| format!("v{}", rng.u32(0..4));
+    for _ in 0..50 {
+        let rules = (0..rng.usize(1..60)).map(|_| {
+            let path = segments[rng.usize(1..segments.len())];
+            let path = match rng.u32(0..6) {
+                0 => None,
+                1 | 2 => Some(PathMatch::Exact(path.into())),
+                3 => Some(PathMatch::Regex(format!("{path}[a-z]*").into())),
+                _ => Some(PathMatch::Prefix(path.into())),
+            };
+            let header = |rng: &mut fastrand::Rng| ValueMatch {
+                name: ["x-one", "x-two"][rng.usize(0..2)].into(),
+                value: value(rng).into(),
+                regex: rng.u32(0..5) == 0,
+            };
+            let headers = (0..rng.usize(0..3)).map(|_| header(&mut rng)).collect();
+            let method = (rng.u32(0..4) == 0).then(|| "GET".into());
+            RouteRule { matches: vec![RequestMatch { path, method, headers, query: vec![] }], ..RouteRule::default() }
+        });
+        let route = Route { rules: rules.collect(), ..Route::default() };
+        let table = RouteTable::new(&[route]).expect("compiles");
+        for _ in 0..200 {
+            let path = format!("{}{}", segments[rng.usize(0..segments.len())], segments[rng.usize(1..segments.len())]);
+            let mut headers = HeaderMap::new();
+            for _ in 0..rng.usize(0..4) {
+                let name = ["x-one", "x-two", "x-three"][rng.usize(0..3)];
+                headers.append(name, HeaderValue::from_str(&value(&mut rng)).expect("valid"));
+            }
+            let method = if rng.bool() { Method::GET } else { Method::POST };
+            let request = RequestView { method: &method, path: &path, query: "", headers: &headers };
+            let each = table.candidates(&request, 80, None).find(|(_, matches)| *matches).map(|(c, _)| c.index);
+            let found = match table.find(&request, 80, None) {
+                Found::Rule(chosen) => Some(chosen.index),
+                Found::Default | Found::None(_) => None,
+            };
+            assert_eq!(found, each, "{path} {headers:?}");
+        }
+    }
+}
