@@ -7,16 +7,15 @@
 //! where the program of another mesh's node tunnel is given. Printed are medians, ratios to the peer, and CPU seconds of
 //! the two tunnels. Compare ratios, not absolutes: everything shares the machine's cores.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use ambit_benches::{COLUMN, cpu, memory, option, print, report, run};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Doing, Failure, programs, sandbox};
 use serde_json::{Value, json};
 
-const COLUMN: &str = "AMBIT_BENCH_COLUMN";
 const PEER: &str = "AMBIT_BENCH_PEER";
 const SECONDS: &str = "AMBIT_BENCH_SECONDS";
 const ONLY: &str = "AMBIT_BENCH_ONLY";
@@ -43,11 +42,6 @@ fn main() -> ExitCode {
     }
 }
 
-fn option(name: &str) -> Option<String> {
-    let args: Vec<String> = std::env::args().collect();
-    args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned()
-}
-
 fn outside() -> Result<(), Failure> {
     programs::build()?;
     let peer = option("--peer").map(PathBuf::from);
@@ -63,68 +57,14 @@ fn outside() -> Result<(), Failure> {
         columns.retain(|c| wanted.split(',').any(|w| w == *c));
     }
     let only = option("--only").unwrap_or_default();
-    let me = std::env::current_exe().doing("find this program")?;
-    let mut all: BTreeMap<(String, String), Vec<Value>> = BTreeMap::new();
-    for round in 1..=rounds {
-        for column in &columns {
-            eprintln!("round {round} of {rounds}: {column}");
-            let mut command = sandbox::command(&me)?;
-            command.env(COLUMN, column).env(SECONDS, &seconds).env(ONLY, &only);
-            if let Some(peer) = &peer {
-                command.env(PEER, std::fs::canonicalize(peer).doing("peer")?);
-            }
-            let output = command.output().doing("run a column")?;
-            let text = String::from_utf8_lossy(&output.stdout);
-            if !output.status.success() {
-                return Err(Failure(format!("{column}: {text}{}", String::from_utf8_lossy(&output.stderr))));
-            }
-            for line in text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()) {
-                let row = line["row"].as_str().unwrap_or_default().to_owned();
-                all.entry((row, (*column).to_owned())).or_default().push(line);
-            }
-        }
+    let mut env = vec![(SECONDS, seconds), (ONLY, only)];
+    if let Some(peer) = &peer {
+        env.push((PEER, std::fs::canonicalize(peer).doing("peer")?.display().to_string()));
     }
-    report(&all, &columns);
+    let all = run(&columns, rounds, &env)?;
+    let rows: Vec<&str> = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start", "idle memory"]).collect();
+    report(&all, &rows, &columns, "ours", "peer");
     Ok(())
-}
-
-fn median(values: &[Value], field: &str) -> Option<f64> {
-    let mut numbers: Vec<f64> = values.iter().filter_map(|v| v[field].as_f64()).collect();
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied()
-}
-
-fn report(all: &BTreeMap<(String, String), Vec<Value>>, columns: &[&str]) {
-    println!("| Row | {} | ours / peer |", columns.join(" | "));
-    println!("|---|{}---|", "---|".repeat(columns.len()));
-    let rows = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start", "idle memory"]);
-    for row in rows {
-        for (field, unit, better_low) in [
-            ("gbit", "Gb/s", false),
-            ("rate", "/s", false),
-            ("p50", "us p50", true),
-            ("p99", "us p99", true),
-            ("cpu_per_gb", "CPU-s/GB", true),
-            ("cpu_us", "CPU-us each", true),
-            ("ms", "ms", true),
-            ("mib", "MiB", true),
-        ] {
-            let value = |c: &str| all.get(&(row.to_owned(), c.to_owned())).and_then(|v| median(v, field));
-            let cells: Vec<Option<f64>> = columns.iter().map(|c| value(c)).collect();
-            if cells.iter().all(Option::is_none) {
-                continue;
-            }
-            let text: Vec<String> = cells.iter().map(|c| c.map_or_else(|| "-".into(), |n| format!("{n:.2}"))).collect();
-            let ratio = match (value("ours"), value("peer")) {
-                (Some(ours), Some(peer)) if peer > 0.0 => {
-                    let good = if better_low { ours <= peer } else { ours >= peer };
-                    format!("{:.2}{}", ours / peer, if good { "" } else { " (worse)" })
-                }
-                _ => "-".into(),
-            };
-            println!("| {row}, {unit} | {} | {ratio} |", text.join(" | "));
-        }
-    }
 }
 
 fn inside() -> Result<(), Failure> {
@@ -165,7 +105,7 @@ async fn column() -> Result<(), Failure> {
     if column != "direct" {
         mesh.in_mesh(&[CLIENT, "bench/server"]).await?;
         print(&json!({ "row": "start", "ms": start.elapsed().as_millis() as u64 }));
-        print(&json!({ "row": "idle memory", "mib": memory(&mesh) }));
+        print(&json!({ "row": "idle memory", "mib": memory(&mesh.ztunnel_pids()) }));
     }
     let server = mesh.kubelet.pod("bench", "server").ok_or_else(|| Failure::new("no server"))?.net.ips[0];
     let target = format!("{server}:9000");
@@ -173,9 +113,9 @@ async fn column() -> Result<(), Failure> {
     load(&mesh, "rr", &target, 1, 0.3).await?;
     let only = std::env::var(ONLY).unwrap_or_default();
     for (row, kind, conns) in ROWS.iter().filter(|(row, ..)| row.contains(&only)) {
-        let cpu = cpu(&mesh);
+        let before = cpu(&mesh.ztunnel_pids());
         let result = load(&mesh, kind, &target, *conns, seconds).await?;
-        let spent = self::cpu(&mesh) - cpu;
+        let spent = cpu(&mesh.ztunnel_pids()) - before;
         print(&line(row, kind, &result, (column != "direct").then_some(spent)));
     }
     if !BESIDE.contains(&only) {
@@ -188,10 +128,6 @@ async fn column() -> Result<(), Failure> {
     print(&line(BESIDE, "rr", &result, None));
     drop(bulk);
     Ok(())
-}
-
-fn print(value: &Value) {
-    println!("{value}");
 }
 
 async fn load(mesh: &Mesh, kind: &str, target: &str, conns: u32, seconds: f64) -> Result<Value, Failure> {
@@ -217,26 +153,4 @@ fn line(row: &str, kind: &str, result: &Value, cpu: Option<f64>) -> Value {
         }
     }
     line
-}
-
-/// CPU seconds that both tunnels have used.
-fn cpu(mesh: &Mesh) -> f64 {
-    let ticks = |pid: u32| -> Option<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
-    };
-    // The kernel counts in hundredths of a second.
-    mesh.ztunnel_pids().into_iter().filter_map(ticks).sum::<f64>() / 100.0
-}
-
-/// Resident memory of both tunnels, the mean, in MiB.
-fn memory(mesh: &Mesh) -> f64 {
-    let pids = mesh.ztunnel_pids();
-    let resident = |pid: &u32| -> Option<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find(|l| l.starts_with("VmRSS:"))?;
-        line.split_whitespace().nth(1)?.parse::<f64>().ok()
-    };
-    pids.iter().filter_map(resident).sum::<f64>() / 1024.0 / pids.len().max(1) as f64
 }

@@ -1,0 +1,378 @@
+//! HTTP load for the benches, run in pods as `ambit-app` is.
+//!
+//! ```text
+//! ambit-http serve PORT                    HTTP/1.1 and HTTP/2 without TLS: /bytes/N answers N bytes, everything else `ok`
+//! ambit-http load HOST:PORT SECONDS [--conns N] [--streams N] [--h2] [--rate N] [--path P] [--header N:V] [--close] [--expect S]
+//!                                          prints answers, failures, seconds, percentiles in microseconds, bytes
+//!   --rate N     open loop: so many a second on all connections together, each timed from when it was due
+//!   --close      each request on a connection of its own
+//! ambit-http await HOST:PORT PATH SECONDS  asks until the answer is 200; prints the microsecond of that since 1970
+//! ambit-http slow HOST:PORT CONNS SECONDS  asks for a gigabyte on each of many connections, and reads it slowly
+//! ```
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+
+type Outcome<T> = Result<T, String>;
+type NoBody = Empty<Bytes>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| match words[..] {
+        ["serve", port] => runtime.block_on(serve(port)),
+        ["load", target, seconds, ..] => {
+            let local = tokio::task::LocalSet::new();
+            runtime.block_on(local.run_until(load(target, seconds, &words)))
+        }
+        ["await", target, path, seconds] => {
+            let local = tokio::task::LocalSet::new();
+            runtime.block_on(local.run_until(until(target, path, seconds)))
+        }
+        ["slow", target, conns, seconds] => runtime.block_on(slow(target, conns, seconds)),
+        _ => Err("usage: ambit-http serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | slow HOST:PORT CONNS SECONDS".into()),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(port: &str) -> Outcome<()> {
+    let port: u16 = port.parse().map_err(|_| "expected a port")?;
+    let listener = TcpListener::bind(("0.0.0.0", port)).await.map_err(|e| e.to_string())?;
+    loop {
+        let (stream, _) = listener.accept().await.map_err(|e| e.to_string())?;
+        // Without it the answers would still come.
+        let _ = stream.set_nodelay(true);
+        tokio::spawn(async move {
+            let mut server = auto::Builder::new(TokioExecutor::new());
+            server.http2().max_concurrent_streams(1000).initial_stream_window_size(1 << 20);
+            let service = hyper::service::service_fn(answer);
+            // How it ends is the client's affair.
+            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+type Body = http_body_util::combinators::BoxBody<Bytes, Infallible>;
+
+async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    static BLOCK: [u8; 1 << 20] = [b'x'; 1 << 20];
+    let size = request.uri().path().rsplit_once("/bytes/").and_then(|(_, n)| n.parse::<usize>().ok());
+    let body = match size {
+        None => Full::new(Bytes::from_static(b"ok")).boxed(),
+        Some(n) if n <= BLOCK.len() => Full::new(Bytes::from_static(&BLOCK[..n])).boxed(),
+        Some(n) => {
+            let blocks = (0..n.div_ceil(BLOCK.len())).map(move |b| {
+                let size = (n - b * BLOCK.len()).min(BLOCK.len());
+                Ok(Frame::data(Bytes::from_static(&BLOCK[..size])))
+            });
+            StreamBody::new(futures::stream::iter(blocks)).boxed()
+        }
+    };
+    Ok(Response::new(body))
+}
+
+fn option<'a>(words: &[&'a str], name: &str) -> Option<&'a str> {
+    words.iter().position(|w| *w == name).and_then(|at| words.get(at + 1)).copied()
+}
+
+/// What is asked for.
+#[derive(Clone)]
+struct Ask {
+    target: String,
+    path: String,
+    header: Option<(HeaderName, HeaderValue)>,
+    h2: bool,
+    expect: StatusCode,
+}
+
+impl Ask {
+    fn request(&self) -> Outcome<Request<NoBody>> {
+        let uri = if self.h2 { format!("http://{}{}", self.target, self.path) } else { self.path.clone() };
+        let mut request = Request::new(NoBody::new());
+        *request.uri_mut() = uri.parse().map_err(|e| format!("{uri}: {e}"))?;
+        if !self.h2 {
+            let host = HeaderValue::from_str(&self.target).map_err(|e| e.to_string())?;
+            request.headers_mut().insert(header::HOST, host);
+        }
+        if let Some((name, value)) = &self.header {
+            request.headers_mut().insert(name.clone(), value.clone());
+        }
+        Ok(request)
+    }
+
+    async fn connect(&self) -> Outcome<Sender> {
+        let stream = TcpStream::connect(&self.target).await.map_err(|e| e.to_string())?;
+        stream.set_nodelay(true).map_err(|e| e.to_string())?;
+        let io = TokioIo::new(stream);
+        if self.h2 {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder.initial_stream_window_size(4 << 20).initial_connection_window_size(16 << 20);
+            let (sender, connection) = builder.handshake(io).await.map_err(|e| e.to_string())?;
+            tokio::task::spawn_local(async move { drop(connection.await) });
+            return Ok(Sender::H2(sender));
+        }
+        let (sender, connection) = http1::handshake(io).await.map_err(|e| e.to_string())?;
+        tokio::task::spawn_local(async move { drop(connection.await) });
+        Ok(Sender::H1(sender))
+    }
+}
+
+enum Sender {
+    H1(http1::SendRequest<NoBody>),
+    H2(http2::SendRequest<NoBody>),
+}
+
+impl Sender {
+    /// One request; the bytes of its answer.
+    async fn send(&mut self, ask: &Ask) -> Outcome<u64> {
+        let request = ask.request()?;
+        let response = match self {
+            Self::H1(sender) => {
+                sender.ready().await.map_err(|e| e.to_string())?;
+                sender.send_request(request).await
+            }
+            Self::H2(sender) => sender.send_request(request).await,
+        };
+        let response = response.map_err(|e| e.to_string())?;
+        let status = response.status();
+        let (mut body, mut bytes) = (response.into_body(), 0);
+        while let Some(frame) = body.frame().await {
+            bytes += frame.map_err(|e| e.to_string())?.data_ref().map_or(0, |d| d.len() as u64);
+        }
+        if status == ask.expect { Ok(bytes) } else { Err(format!("answered {status}")) }
+    }
+
+    fn again(&self) -> Option<Self> {
+        match self {
+            Self::H1(_) => None,
+            Self::H2(sender) => Some(Self::H2(sender.clone())),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    micros: Vec<u32>,
+    bytes: u64,
+    failed: u64,
+    why: Option<String>,
+}
+
+impl Seen {
+    fn note(&mut self, since: Instant, outcome: Outcome<u64>) {
+        match outcome {
+            Ok(bytes) => {
+                self.micros.push(since.elapsed().as_micros() as u32);
+                self.bytes += bytes;
+            }
+            Err(why) => {
+                self.failed += 1;
+                self.why = Some(why);
+            }
+        }
+    }
+}
+
+async fn load(target: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
+    let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let number = |name: &str, usual: usize| match option(words, name) {
+        None => Ok(usual),
+        Some(n) => n.parse::<usize>().map_err(|_| format!("{name}: expected a number")),
+    };
+    let (conns, streams, rate) = (number("--conns", 1)?, number("--streams", 1)?, number("--rate", 0)?);
+    let header = match option(words, "--header").map(|h| h.split_once(':').ok_or("--header: expected NAME:VALUE")) {
+        None => None,
+        Some(pair) => {
+            let (name, value) = pair?;
+            let name = name.parse().map_err(|_| "--header: no name")?;
+            Some((name, HeaderValue::from_str(value.trim()).map_err(|e| e.to_string())?))
+        }
+    };
+    let expect = number("--expect", 200)? as u16;
+    let ask = Rc::new(Ask {
+        target: target.to_owned(),
+        path: option(words, "--path").unwrap_or("/").to_owned(),
+        header,
+        h2: words.contains(&"--h2"),
+        expect: StatusCode::from_u16(expect).map_err(|_| "--expect: expected a status")?,
+    });
+    let seen = Rc::new(RefCell::new(Seen::default()));
+    let start = Instant::now();
+    let end = start + Duration::from_secs_f64(seconds);
+    let mut tasks = Vec::new();
+    if rate > 0 {
+        tasks.push(tokio::task::spawn_local(open(ask, conns, rate, end, seen.clone())));
+    } else {
+        for _ in 0..conns {
+            let (close, ask, seen) = (words.contains(&"--close"), ask.clone(), seen.clone());
+            tasks.push(tokio::task::spawn_local(closed(ask, streams, close, end, seen)));
+        }
+    }
+    for task in tasks {
+        task.await.map_err(|e| e.to_string())?;
+    }
+    let took = start.elapsed().as_secs_f64();
+    let mut seen = seen.borrow_mut();
+    seen.micros.sort_unstable();
+    let at = |q: f64| seen.micros.get(((seen.micros.len() as f64 - 1.0) * q).max(0.0) as usize).copied().unwrap_or(0);
+    println!(
+        "{{\"done\":{},\"failed\":{},\"seconds\":{took:.3},\"p50\":{},\"p99\":{},\"bytes\":{},\"why\":{:?}}}",
+        seen.micros.len(),
+        seen.failed,
+        at(0.5),
+        at(0.99),
+        seen.bytes,
+        seen.why.clone().unwrap_or_default(),
+    );
+    Ok(())
+}
+
+/// Each stream asks again when it has been answered.
+async fn closed(ask: Rc<Ask>, streams: usize, close: bool, end: Instant, seen: Rc<RefCell<Seen>>) {
+    while Instant::now() < end {
+        let begun = Instant::now();
+        let mut sender = match ask.connect().await {
+            Ok(sender) => sender,
+            Err(why) => {
+                seen.borrow_mut().note(begun, Err(why));
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                continue;
+            }
+        };
+        if close {
+            let outcome = sender.send(&ask).await;
+            seen.borrow_mut().note(begun, outcome);
+            continue;
+        }
+        let others: Vec<_> = (1..streams)
+            .filter_map(|_| sender.again())
+            .map(|s| tokio::task::spawn_local(stream(s, ask.clone(), end, seen.clone())))
+            .collect();
+        stream(sender, ask.clone(), end, seen.clone()).await;
+        for other in others {
+            // It has noted its own end.
+            let _ = other.await;
+        }
+    }
+}
+
+async fn stream(mut sender: Sender, ask: Rc<Ask>, end: Instant, seen: Rc<RefCell<Seen>>) {
+    while Instant::now() < end {
+        let begun = Instant::now();
+        let outcome = sender.send(&ask).await;
+        let failed = outcome.is_err();
+        seen.borrow_mut().note(begun, outcome);
+        if failed {
+            return;
+        }
+    }
+}
+
+/// Requests at fixed times, on whatever connection is free; where none is, one more is made.
+async fn open(ask: Rc<Ask>, conns: usize, rate: usize, end: Instant, seen: Rc<RefCell<Seen>>) {
+    let free: Rc<RefCell<Vec<Sender>>> = Rc::default();
+    for _ in 0..conns {
+        if let Ok(sender) = ask.connect().await {
+            free.borrow_mut().push(sender);
+        }
+    }
+    let start = Instant::now();
+    let mut sent = 0u64;
+    let mut tasks = tokio::task::JoinSet::new();
+    while Instant::now() < end {
+        let due = (start.elapsed().as_secs_f64() * rate as f64) as u64;
+        for n in sent..due {
+            let at = start + Duration::from_secs_f64(n as f64 / rate as f64);
+            let (ask, free, seen) = (ask.clone(), free.clone(), seen.clone());
+            tasks.spawn_local(async move {
+                let kept = free.borrow_mut().pop();
+                let mut sender = match kept {
+                    Some(sender) => sender,
+                    None => match ask.connect().await {
+                        Ok(sender) => sender,
+                        Err(why) => return seen.borrow_mut().note(at, Err(why)),
+                    },
+                };
+                let outcome = sender.send(&ask).await;
+                if outcome.is_ok() {
+                    free.borrow_mut().push(sender);
+                }
+                seen.borrow_mut().note(at, outcome);
+            });
+        }
+        sent = due;
+        while tasks.try_join_next().is_some() {}
+        tokio::time::sleep(Duration::from_micros(500)).await;
+    }
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn until(target: &str, path: &str, seconds: &str) -> Outcome<()> {
+    let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let ask = Ask { target: target.to_owned(), path: path.to_owned(), header: None, h2: false, expect: StatusCode::OK };
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    let mut sender = ask.connect().await?;
+    println!("asking");
+    while sender.send(&ask).await.is_err() {
+        if Instant::now() > end {
+            return Err(format!("{path} is never answered 200"));
+        }
+        if matches!(&sender, Sender::H1(s) if s.is_closed()) {
+            sender = ask.connect().await?;
+        }
+        tokio::time::sleep(Duration::from_micros(300)).await;
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_err(|e| e.to_string())?;
+    println!("{}", now.as_micros());
+    Ok(())
+}
+
+async fn slow(target: &str, conns: &str, seconds: &str) -> Outcome<()> {
+    let conns: usize = conns.parse().map_err(|_| "expected a number")?;
+    let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..conns {
+        let target = target.to_owned();
+        tasks.spawn(async move {
+            let mut stream = TcpStream::connect(&target).await.map_err(|e| e.to_string())?;
+            let request = format!("GET /bytes/{} HTTP/1.1\r\nhost: {target}\r\n\r\n", 1 << 30);
+            stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
+            let (end, mut read, mut buffer) = (Instant::now() + Duration::from_secs_f64(seconds), 0, vec![0; 4096]);
+            while Instant::now() < end {
+                read += stream.read(&mut buffer).await.map_err(|e| e.to_string())?;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Ok::<usize, String>(read)
+        });
+    }
+    let (mut read, mut failed) = (0, 0);
+    while let Some(one) = tasks.join_next().await {
+        match one.map_err(|e| e.to_string())? {
+            Ok(bytes) => read += bytes,
+            Err(_) => failed += 1,
+        }
+    }
+    println!("{{\"read\":{read},\"failed\":{failed}}}");
+    Ok(())
+}
