@@ -243,7 +243,7 @@ fn config(dir: &Path, service: &Service) -> Value {
             "filter_chains": [{ "transport_socket": tls(dir, true), "filters": [terminate] }],
         },
         {
-            "name": "main_internal", "internal_listener": {}, "listener_filters": [original_dst.clone()],
+            "name": "main_internal", "internal_listener": {}, "listener_filters": [original_dst],
             "traffic_direction": "INBOUND",
             "filter_chain_matcher": { "matcher_tree": { "input": input("DestinationIPInput"), "custom_match": by_ip } },
             "filter_chains": chains,

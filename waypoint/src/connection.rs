@@ -3,6 +3,7 @@
 //! Owns telling them apart where the port declares nothing, without a timeout: the client's first bytes decide, or the
 //! server's, where it speaks first; the server is dialled ahead only where policy already permits this client plain TCP.
 
+use std::cell::OnceCell;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -24,7 +25,7 @@ use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional};
 use tokio_util::sync::CancellationToken;
 
-use crate::observe::Facts;
+use crate::observe::{Facts, Meter, Observer};
 use crate::request;
 use crate::target::{Refusal, Target, resolve};
 use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable, Wish};
@@ -53,9 +54,15 @@ pub struct Connection {
     pub begun: CancellationToken,
     /// The trace that the client's tunnel has begun.
     pub trace: Option<TraceParent>,
+    meter: OnceCell<Rc<Meter>>,
 }
 
 impl Connection {
+    /// What its requests share.
+    pub fn meter(&self, observer: &Observer) -> &Rc<Meter> {
+        self.meter.get_or_init(|| Rc::new(Meter::new(observer.clone(), self.facts.clone())))
+    }
+
     /// What policies look at, without a request.
     pub fn subject(&self) -> Subject<'_> {
         Subject {
@@ -114,6 +121,7 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         facts,
         begun: CancellationToken::new(),
         trace: incoming.headers.trace,
+        meter: OnceCell::new(),
     });
     let verdict = connection.target.bound.policies.decide(&connection.subject());
     let bound = &connection.target.bound;
@@ -305,7 +313,8 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         drain.cancelled().await;
         begun.cancelled().await;
     };
-    let service = service_fn(move |request| request::handle(context.clone(), connection.clone(), request));
+    // In a box: the codecs move what they are given several times.
+    let service = service_fn(move |request| Box::pin(request::handle(context.clone(), connection.clone(), request)));
     let mut server = auto::Builder::new(LocalExecutor);
     server
         .http1()

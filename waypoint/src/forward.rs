@@ -200,7 +200,7 @@ pub(crate) async fn forward(
         None => (head.request(version, body)?, None),
         Some(_) => {
             cluster.may_retry(&wish.traffic);
-            match replayable(body).await {
+            match Box::pin(replayable(body)).await {
                 Ok(bytes) => (head.request(version, Body::whole(bytes.clone()))?, Some(bytes)),
                 Err(body) => (head.request(version, body)?, None),
             }
@@ -223,8 +223,8 @@ pub(crate) async fn forward(
                 },
             },
         };
-        exchange.facts.dst = Some(endpoint.addr);
-        exchange.facts.dst_workload = Some(endpoint.workload.clone());
+        exchange.dst = Some(endpoint.addr);
+        exchange.dst_workload = Some(endpoint.workload.clone());
         let start = Instant::now();
         let end = rule.try_timeout().map(|t| start + t);
         held._busy = Busy::at(&endpoint);
@@ -345,7 +345,8 @@ async fn one_try(
     request: Request<Body>,
     time: Option<Duration>,
 ) -> Try {
-    let sent = context.upstream.send(endpoint, version, request);
+    // In its place once, whether there is a time or not.
+    let sent = std::pin::pin!(context.upstream.send(endpoint, version, request));
     let sent = match time {
         None => sent.await,
         Some(time) => match tokio::time::timeout(time, sent).await {

@@ -80,8 +80,7 @@ pub(crate) fn plan(
             Err(Local::new(status, "NR", "no route matches\n", "no rule of the attached routes matches"))
         }
         Found::Rule(chosen) => {
-            let name = chosen.rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
-            exchange.route = Some(format!("{:?} {} rule {}{name}", chosen.kind, chosen.route, chosen.index));
+            exchange.route = Some(chosen.name.clone());
             let session = chosen.rule.session.as_ref().and_then(|s| session::named(s, original, seconds()));
             let of_session = session.and_then(|s| of_session(context, bound, &chosen.rule.backends, s));
             let backend = of_session.or_else(|| pick(&chosen.rule.backends)).cloned();

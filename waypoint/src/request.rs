@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::headers::TraceParent;
-use ambit_model::NamespacedHostname;
 use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
 use ambit_model::l7::token::Token;
 use ambit_model::l7::traffic::{Abort, Balancing};
 use ambit_model::l7::{BackendTarget, path};
+use ambit_model::{NamespacedHostname, Str};
 use ambit_telemetry::spans::Parent;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -78,12 +78,8 @@ pub async fn handle(
     let host = authority(&request).unwrap_or_default();
     let grpc =
         request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
-    let exchange = context.shared.observer.request(
-        connection.facts.clone(),
-        request.method().as_str(),
-        &host,
-        request.uri().path(),
-    );
+    let exchange =
+        connection.meter(&context.shared.observer).request(request.method().as_str(), &host, request.uri().path());
     let mut told = Told(Some(exchange));
     let exchange = told.exchange();
     exchange.grpc = grpc;
@@ -177,7 +173,7 @@ async fn respond(
     let original = Original { headers: head.headers.clone(), query: head.uri.query().unwrap_or_default().to_owned() };
     let mut query = original.query.clone();
     let mut checked = bound.tokens.check(&mut head.headers, &mut query);
-    if matches!(checked, Err(TokenError::NoKeys(_) | TokenError::Key(..))) && bound.tokens.refresh().await {
+    if matches!(checked, Err(TokenError::NoKeys(_) | TokenError::Key(..))) && Box::pin(bound.tokens.refresh()).await {
         (head.headers, query) = (original.headers.clone(), original.query.clone());
         checked = bound.tokens.check(&mut head.headers, &mut query);
     }
@@ -185,7 +181,10 @@ async fn respond(
     let port = connection.target.port;
     let asked = Asked { method: &head.method, host, path: &path, port };
     let mut passed = Consulted::default();
-    consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed).await?;
+    if bound.policies.has_authorizers() {
+        let asks = consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed);
+        Box::pin(asks).await?;
+    }
     exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;
     let plan = plan::plan(context, connection, &bound, &head, &path, &query, &original.headers, exchange)?;
     let treatment = plan.treatment(&bound);
@@ -211,16 +210,22 @@ async fn respond(
     let changed = !plan.rule.filters.is_empty() || plan.backend.as_ref().is_some_and(|b| !b.filters.is_empty());
     let arrives = Asked { method: &head.method, host: &to_host, path: &to_path, port: *port };
     if !here {
-        admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed).await?;
+        let admitted = admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed);
+        Box::pin(admitted).await?;
     } else if changed {
-        consult(context, connection, &bound, &arrives, &query, &mut head.headers, token.as_ref(), &mut passed).await?;
+        if bound.policies.has_authorizers() {
+            let headers = &mut head.headers;
+            let asks = consult(context, connection, &bound, &arrives, &query, headers, token.as_ref(), &mut passed);
+            Box::pin(asks).await?;
+        }
         authorize(connection, &bound, &arrives, &head.headers, token.as_ref())?;
     }
     let mut mirrors = Vec::new();
     for mirror in change.mirrors {
         let BackendTarget::Service(service, port) = mirror.target else { continue };
         let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
-        match admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed).await {
+        let admitted = admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed);
+        match Box::pin(admitted).await {
             Ok(()) => mirrors.push((service, port, headers)),
             Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
         }
@@ -250,7 +255,7 @@ async fn respond(
         });
     }
     let sending = Sending { wish, version, rule: &plan.rule, head: &head };
-    let sent = forward(context, connection, sending, body, exchange);
+    let sent = std::pin::pin!(forward(context, connection, sending, body, exchange));
     let Sent { response, end: end_of_try, kept, tag } = match deadline {
         None => sent.await?,
         Some(at) => tokio::time::timeout_at(at.into(), sent).await.map_err(|_| {
@@ -429,14 +434,14 @@ fn authorize(
     asked: &Asked<'_>,
     headers: &HeaderMap,
     token: Option<&Token>,
-) -> Result<Option<String>, Local> {
+) -> Result<Option<Str>, Local> {
     let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
     let subject = Subject { http: Some(http), port: asked.port, ..connection.subject() };
     for (name, action) in bound.policies.watched(&subject) {
         tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");
     }
     match bound.policies.decide(&subject) {
-        Verdict::Allow(by) => Ok(by.map(|(name, rule)| format!("{name} rule {rule}"))),
+        Verdict::Allow(by) => Ok(by.map(|(name, rule)| format!("{name} rule {rule}").into())),
         Verdict::HiddenSlash => {
             Err(Local::new(StatusCode::BAD_REQUEST, "DPE", "the path is not valid\n", Verdict::HiddenSlash))
         }
@@ -526,5 +531,20 @@ impl Local {
         };
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, F: Future>(_: fn(A, B, C) -> F) -> usize {
+        std::mem::size_of::<F>()
+    }
+
+    #[test]
+    fn a_request_takes_little_memory() {
+        let bytes = size(handle);
+        assert!(bytes <= 6656, "{bytes}");
     }
 }

@@ -249,7 +249,7 @@ impl Upstream {
             Err(Unreachable::NoEndpoint(..)) if avoid.is_empty() => {
                 let snapshot = self.shared.store.load();
                 let all = snapshot.endpoints(wish.service).into_iter().flat_map(|e| e.iter()).cloned();
-                self.shared.names.wait(all).await;
+                Box::pin(self.shared.names.wait(all)).await;
                 self.choose(wish, avoid)
             }
             chosen => chosen,

@@ -228,7 +228,7 @@ impl Observer {
         let name = facts.service.as_ref().map_or_else(|| facts.dst.to_string(), |s| s.hostname.to_string());
         let fields = facts.fields().into_iter().filter_map(|(name, value)| match value {
             Value::Text(text) => Some((name, text)),
-            Value::Number(_) => None,
+            Value::Number(_) | Value::Micros(_) | Value::Static(_) | Value::Shared(_) => None,
         });
         self.spans.end(span, side, format!("connect to {name}"), fields.collect(), error.map(|e| e.reason.clone()));
     }

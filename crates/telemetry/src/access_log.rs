@@ -6,11 +6,17 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ambit_model::Str;
 
 use crate::metrics::Counter;
 
 const QUEUE: usize = 10_000;
+/// Lines wait for others as long as this.
+const TOGETHER: Duration = Duration::from_millis(2);
+/// Lines written at once.
+const BATCH: usize = 1024;
 
 /// Importance of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +55,25 @@ pub struct Line {
 pub enum Value {
     /// Text.
     Text(String),
+    /// Text that others have too.
+    Shared(Str),
+    /// Text that never changes.
+    Static(&'static str),
     /// A number.
     Number(u64),
+    /// A time, in microseconds.
+    Micros(u64),
+}
+
+impl Value {
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            Self::Shared(text) => Some(text),
+            Self::Static(text) => Some(text),
+            Self::Number(_) | Self::Micros(_) => None,
+        }
+    }
 }
 
 /// Where lines go. Clones share one queue.
@@ -69,11 +92,13 @@ impl AccessLog {
             // Ends when the last sender is gone.
             while let Ok(first) = receiver.recv() {
                 text.clear();
-                for line in std::iter::once(first).chain(receiver.try_iter().take(256)) {
+                for line in std::iter::once(first).chain(receiver.try_iter().take(BATCH)) {
                     if json { line.json(&mut text) } else { line.plain(&mut text) }
                 }
                 // A log that cannot be written must not stop traffic.
                 let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                // Whoever writes next need not wake anybody; lines of this time are written together.
+                std::thread::sleep(TOGETHER);
             }
         })?;
         Ok(Self { lines, dropped })
@@ -93,29 +118,50 @@ impl Line {
         let _ = write!(out, "{}\t{}\taccess\t{}\t", rfc3339(self.time), self.level.text(), self.message);
         for (n, (key, value)) in self.fields.iter().enumerate() {
             let space = if n == 0 { "" } else { " " };
-            let _ = match value {
-                Value::Text(t) => write!(out, "{space}{key}={t:?}"),
-                Value::Number(number) => write!(out, "{space}{key}={number}"),
+            let _ = match (value, value.text()) {
+                (Value::Number(number), _) => write!(out, "{space}{key}={number}"),
+                (Value::Micros(micros), _) => write!(out, "{space}{key}=\"{micros}us\""),
+                (_, text) => write!(out, "{space}{key}={:?}", text.unwrap_or_default()),
             };
         }
         out.push('\n');
     }
 
     fn json(&self, out: &mut String) {
-        let mut map = serde_json::Map::new();
-        map.insert("level".into(), self.level.text().into());
-        map.insert("time".into(), rfc3339(self.time).into());
-        map.insert("scope".into(), "access".into());
+        let time = rfc3339(self.time);
+        let _ = write!(out, "{{\"time\":\"{time}\",\"level\":\"{}\",\"scope\":\"access\"", self.level.text());
         for (key, value) in &self.fields {
-            let value = match value {
-                Value::Text(t) => t.as_str().into(),
-                Value::Number(n) => (*n).into(),
+            let _ = match (value, value.text()) {
+                (Value::Number(number), _) => write!(out, ",\"{key}\":{number}"),
+                (Value::Micros(micros), _) => write!(out, ",\"{key}\":\"{micros}us\""),
+                (_, text) => {
+                    let _ = write!(out, ",\"{key}\":");
+                    quote(text.unwrap_or_default(), out);
+                    Ok(())
+                }
             };
-            map.insert((*key).into(), value);
         }
-        map.insert("message".into(), self.message.into());
-        let _ = writeln!(out, "{}", serde_json::Value::Object(map));
+        let _ = writeln!(out, ",\"message\":\"{}\"}}", self.message);
     }
+}
+
+/// Text as JSON has it (RFC 8259 section 7).
+fn quote(text: &str, out: &mut String) {
+    let plain = |b: &u8| *b >= 0x20 && *b != b'"' && *b != b'\\';
+    out.push('"');
+    if text.as_bytes().iter().all(plain) {
+        out.push_str(text);
+    } else {
+        for c in text.chars() {
+            // Writing to a String cannot fail.
+            let _ = match c {
+                '"' | '\\' => write!(out, "\\{c}"),
+                c if (c as u32) < 0x20 => write!(out, "\\u{:04x}", c as u32),
+                c => write!(out, "{c}"),
+            };
+        }
+    }
+    out.push('"');
 }
 
 /// A time as `2026-11-21T04:05:06.123456Z`.
@@ -138,7 +184,6 @@ pub fn rfc3339(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn times() {
@@ -167,6 +212,11 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(&text).expect("json");
         assert_eq!(value["src.addr"], "1.2.3.4:5");
         assert_eq!(value["bytes_sent"], 7);
+        text.clear();
+        let odd = "a\"b\\c\nd\u{1}e\u{7f}ü";
+        Line { fields: vec![("odd", Value::Shared(odd.into()))], ..line }.json(&mut text);
+        let value: serde_json::Value = serde_json::from_str(&text).expect("json");
+        assert_eq!(value["odd"], odd);
     }
 
     #[test]

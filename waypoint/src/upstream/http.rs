@@ -146,7 +146,8 @@ impl Upstream {
                 Version::Http1 => {
                     let (mut sender, used) = match self.pools.take_idle(&key) {
                         Some(kept) => kept,
-                        None => match self.http1(to, trace_of(request.headers())).await {
+                        // In a box: a request that finds a connection need not carry what making one takes.
+                        None => match Box::pin(self.http1(to, trace_of(request.headers()))).await {
                             Ok(sender) => (sender, 0),
                             Err(error) => return Err((error, Some(request))),
                         },
@@ -167,7 +168,7 @@ impl Upstream {
                 Version::Http2 => {
                     let mut shared = match self.pools.shared2(&key) {
                         Some(shared) => shared,
-                        None => match self.http2(to, &key, trace_of(request.headers())).await {
+                        None => match Box::pin(self.http2(to, &key, trace_of(request.headers()))).await {
                             Ok(shared) => shared,
                             Err(error) => return Err((error, Some(request))),
                         },

@@ -271,6 +271,11 @@ impl PolicyTable {
         matching.map(|(p, authorizer)| (p.name.clone(), authorizer.clone())).collect()
     }
 
+    /// Whether somebody else is to be asked.
+    pub fn has_authorizers(&self) -> bool {
+        !self.custom.is_empty()
+    }
+
     /// Authorizers of all policies.
     pub fn authorizers(&self) -> impl Iterator<Item = &Authorizer> {
         self.custom.iter().map(|(_, authorizer)| &**authorizer)

@@ -78,6 +78,8 @@ struct Entry {
 pub struct Chosen {
     /// `namespace/name` of its route.
     pub route: Str,
+    /// Kind, route and rule in words, for the log.
+    pub name: Str,
     /// Kind of the route.
     pub kind: RouteKind,
     /// Its index in the route.
@@ -184,14 +186,16 @@ impl RouteTable {
             let entries = &mut rules.entries;
             for (index, rule) in route.rules.iter().enumerate() {
                 let rule = Arc::new(rule.clone());
+                let named = rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
+                let name: Str = format!("{:?} {} rule {index}{named}", route.kind, route.name).into();
                 for one in &rule.matches {
                     let matcher = Matcher::new(one)?;
                     let prefix = match &matcher.path {
                         Path::Prefix(prefix) => Some(prefix.clone()),
                         Path::Exact(_) | Path::Regex(_) => None,
                     };
-                    let (route, kind, rule) = (route.name.clone(), route.kind, rule.clone());
-                    entries.push(Entry { matcher, chosen: Chosen { route, kind, index, order, rule, prefix } });
+                    let (route, kind, rule, name) = (route.name.clone(), route.kind, rule.clone(), name.clone());
+                    entries.push(Entry { matcher, chosen: Chosen { route, name, kind, index, order, rule, prefix } });
                 }
                 order += 1;
             }

@@ -1,0 +1,227 @@
+//! One request, from its head to the end of its answer, and what is told of it.
+//!
+//! Owns the series of a connection: they are looked up once for each pod, status and flag, not once a request.
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime};
+
+use ambit_model::{Str, Workload};
+use ambit_telemetry::access_log::{Level, Line, Value};
+use ambit_telemetry::histogram::Histogram;
+use ambit_telemetry::metrics::{Counter, Labels};
+use ambit_telemetry::spans::{Begun, Side};
+use http::HeaderMap;
+
+use super::{Facts, Observer};
+
+/// Series that a connection keeps at hand.
+const SERIES: usize = 32;
+
+/// What the requests of one connection share.
+pub struct Meter {
+    observer: Observer,
+    facts: Facts,
+    added: Arc<Histogram>,
+    series: RefCell<Vec<Rc<Series>>>,
+}
+
+/// What is counted, for one kind of outcome at one pod.
+struct Series {
+    kind: Kind,
+    requests: Arc<Counter>,
+    duration: Arc<Histogram>,
+    request_bytes: Arc<Histogram>,
+    response_bytes: Arc<Histogram>,
+    /// Both sides, for the log.
+    fields: Vec<(&'static str, Value)>,
+}
+
+struct Kind {
+    dst: Option<SocketAddr>,
+    workload: Option<Arc<Workload>>,
+    grpc: bool,
+    grpc_status: Option<Str>,
+    status: u16,
+    flag: &'static str,
+}
+
+impl Kind {
+    fn is_of(&self, e: &Exchange) -> bool {
+        self.status == e.status
+            && self.dst == e.dst
+            && self.flag == e.flag
+            && self.grpc == e.grpc
+            && self.grpc_status == e.grpc_status
+            && self.workload.as_ref().map(Arc::as_ptr) == e.dst_workload.as_ref().map(Arc::as_ptr)
+    }
+}
+
+impl Meter {
+    /// Of a connection.
+    pub fn new(observer: Observer, facts: Facts) -> Self {
+        let name = facts.service.as_ref().map_or_else(|| "unknown".into(), |s| s.hostname.clone());
+        let added = observer.added.with(&[name].into());
+        Self { observer, facts, added, series: RefCell::default() }
+    }
+
+    /// A request has come.
+    pub fn request(self: &Rc<Self>, method: &str, host: &str, path: &str) -> Exchange {
+        Exchange {
+            meter: self.clone(),
+            dst: self.facts.dst,
+            dst_workload: None,
+            request: format!("{method} {path}"),
+            host: host.to_owned(),
+            start: Instant::now(),
+            waited: Duration::ZERO,
+            grpc: false,
+            grpc_status: None,
+            status: 0,
+            flag: "-",
+            error: None,
+            retries: 0,
+            route: None,
+            policy: None,
+            trace: None,
+            span: None,
+            request_bytes: Arc::default(),
+            response_bytes: Arc::default(),
+        }
+    }
+
+    fn series(&self, e: &Exchange) -> Rc<Series> {
+        let mut all = self.series.borrow_mut();
+        if let Some(known) = all.iter().find(|s| s.kind.is_of(e)) {
+            return known.clone();
+        }
+        let facts = Facts { dst: e.dst, dst_workload: e.dst_workload.clone(), ..self.facts.clone() };
+        let protocol = if e.grpc { "grpc" } else { "http" };
+        let grpc: Str = e.grpc_status.clone().filter(|_| e.grpc).unwrap_or_else(|| "".into());
+        let more = [e.status.to_string().into(), grpc];
+        let labels: Labels = facts.labels(protocol, e.flag).chain(more).collect();
+        let mut fields = Vec::new();
+        facts.fields(&mut fields);
+        let kind = Kind {
+            dst: e.dst,
+            workload: e.dst_workload.clone(),
+            grpc: e.grpc,
+            grpc_status: e.grpc_status.clone(),
+            status: e.status,
+            flag: e.flag,
+        };
+        let made = Rc::new(Series {
+            kind,
+            requests: self.observer.requests.with(&labels),
+            duration: self.observer.duration.with(&labels),
+            request_bytes: self.observer.request_bytes.with(&labels),
+            response_bytes: self.observer.response_bytes.with(&labels),
+            fields,
+        });
+        if all.len() >= SERIES {
+            all.clear();
+        }
+        all.push(made.clone());
+        made
+    }
+}
+
+/// A request under way.
+#[allow(missing_docs, reason = "the words are those of the log")]
+pub struct Exchange {
+    meter: Rc<Meter>,
+    pub dst: Option<SocketAddr>,
+    pub dst_workload: Option<Arc<Workload>>,
+    request: String,
+    host: String,
+    start: Instant,
+    /// Time spent waiting for the pod's head.
+    pub waited: Duration,
+    pub grpc: bool,
+    grpc_status: Option<Str>,
+    pub status: u16,
+    /// Envoy's response flag, by which dashboards know why.
+    pub flag: &'static str,
+    pub error: Option<String>,
+    /// Tries after the first.
+    pub retries: u32,
+    pub route: Option<Str>,
+    pub policy: Option<Str>,
+    pub trace: Option<String>,
+    pub span: Option<Begun>,
+    pub request_bytes: Arc<AtomicU64>,
+    pub response_bytes: Arc<AtomicU64>,
+}
+
+impl Exchange {
+    /// The head of the answer is known.
+    pub fn answered(&mut self, status: u16, headers: &HeaderMap) {
+        self.status = status;
+        self.trailers(headers);
+        let added = self.start.elapsed().saturating_sub(self.waited);
+        self.meter.added.record(added.as_secs_f64() * 1000.0);
+    }
+
+    /// gRPC has its status in the trailers, or in the head of an answer without a body.
+    pub fn trailers(&mut self, headers: &HeaderMap) {
+        if let Some(status) = headers.get("grpc-status").and_then(|v| v.to_str().ok()) {
+            self.grpc_status = Some(status.into());
+        }
+    }
+
+    /// It is over.
+    pub fn complete(self) {
+        let elapsed = self.start.elapsed();
+        let series = self.meter.series(&self);
+        let (sent, received) = (self.response_bytes.load(Relaxed), self.request_bytes.load(Relaxed));
+        series.requests.inc();
+        series.duration.record(elapsed.as_secs_f64() * 1000.0);
+        series.request_bytes.record(received as f64);
+        series.response_bytes.record(sent as f64);
+        if let Some(span) = self.span {
+            self.tell(span);
+        }
+        let mut fields = Vec::with_capacity(series.fields.len() + 14);
+        fields.push(("request", Value::Text(self.request)));
+        fields.push(("host", Value::Text(self.host)));
+        fields.push(("status", Value::Number(u64::from(self.status))));
+        fields.extend(self.grpc_status.map(|s| ("grpc.status", Value::Shared(s))));
+        if self.retries > 0 {
+            fields.push(("retries", Value::Number(u64::from(self.retries))));
+        }
+        if self.flag != "-" {
+            fields.push(("flags", Value::Static(self.flag)));
+        }
+        fields.extend(series.fields.iter().cloned());
+        fields.extend(self.route.map(|r| ("route", Value::Shared(r))));
+        fields.extend(self.policy.map(|p| ("policy", Value::Shared(p))));
+        fields.extend(self.trace.map(|t| ("trace.id", Value::Text(t))));
+        fields.push(("bytes_sent", Value::Number(sent)));
+        fields.push(("bytes_recv", Value::Number(received)));
+        fields.push(("duration", Value::Micros(elapsed.as_micros() as u64)));
+        fields.push(("upstream", Value::Micros(self.waited.as_micros() as u64)));
+        let level = if self.error.is_some() { Level::Warn } else { Level::Info };
+        fields.extend(self.error.map(|e| ("error", Value::Text(e))));
+        self.meter.observer.log.write(Line { time: SystemTime::now(), level, message: "request complete", fields });
+    }
+
+    /// Ends its span.
+    fn tell(&self, span: Begun) {
+        let attribute = |name, value: &dyn ToString| (name, value.to_string());
+        let mut attributes = vec![
+            attribute("url.path", &self.request.split_once(' ').map_or("", |(_, path)| path)),
+            attribute("server.address", &self.host),
+            attribute("http.response.status_code", &self.status),
+            attribute("upstream.us", &self.waited.as_micros()),
+            attribute("source.principal", &self.meter.facts.src_identity),
+        ];
+        attributes.extend(self.route.iter().map(|r| attribute("route", r)));
+        attributes.extend(self.policy.iter().map(|p| attribute("policy", p)));
+        attributes.extend(self.dst_workload.iter().map(|w| attribute("destination.workload", &w.name)));
+        let spans = &self.meter.observer.spans;
+        spans.end(span, Side::Server, self.request.clone(), attributes, self.error.clone());
+    }
+}
