@@ -364,3 +364,57 @@ fn rates_are_limited_for_all_and_for_each() {
         said(&mesh, "TrafficPolicy shop/zz", "rateLimits is that of shop/rate").await
     });
 }
+
+/// Requests that each replica of the waypoint has counted.
+fn counted(mesh: &Mesh) -> Vec<f64> {
+    let pods = mesh.kubelet.pods().into_iter();
+    let waypoints = pods.filter(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-")).map(|(_, pod)| pod);
+    let sum = |text: String| -> f64 {
+        let lines = text.lines().filter(|l| l.starts_with("istio_requests_total{")).map(str::to_owned);
+        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    };
+    waypoints.filter_map(|pod| mesh.http_get(&pod.net.netns, 15020, "/metrics").ok()).map(sum).collect()
+}
+
+#[test]
+fn new_replicas_get_their_share_of_clients_that_were_there_before() {
+    sandbox::test("new_replicas_get_their_share_of_clients_that_were_there_before", || async {
+        let mesh = layer7_shop().await?;
+        mesh.apply(
+            "many.yaml",
+            &many(&[("a", "")]).replace("ambit-app, serve, --port, \"8080\", --name, a", "ambit-http, serve, \"8080\""),
+        )?;
+        mesh.ready(&["shop/a"]).await?;
+        mesh.in_mesh(&["shop/a"]).await?;
+        until(&mesh, &["GET", "http://many.shop/"], "ok").await?;
+        let load = |more: &[&'static str]| {
+            let words = ["ambit-http", "load", "many.shop:80", "14", "--conns", "12"];
+            mesh.exec_start(CLIENT, &[&words[..], more].concat())
+        };
+        let mut loads = [load(&[])?, load(&["--h2"])?];
+        mesh.wait("requests", |m| counted(m).iter().sum::<f64>() > 100.0).await?;
+        let two = ambit_e2e::WAYPOINT.replacen(
+            "namespace: shop}",
+            "namespace: shop, annotations: {ambit.dev/replicas: \"2\"}}",
+            1,
+        );
+        mesh.apply("waypoint.yaml", &two)?;
+        mesh.wait("two replicas that both serve", |m| counted(m).iter().filter(|n| **n > 0.0).count() == 2).await?;
+        // Half of the clients move within five seconds.
+        tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+        let before = counted(&mesh);
+        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        let served: Vec<f64> = counted(&mesh).iter().zip(&before).map(|(now, before)| now - before).collect();
+        let (least, all) = (served.iter().copied().fold(f64::MAX, f64::min), served.iter().sum::<f64>());
+        if least < all / 5.0 {
+            return Err(Failure(format!("requests of two seconds by replica: {served:?}")));
+        }
+        for load in &mut loads {
+            mesh.wait("the load to end", |_| load.ended().is_some()).await?;
+            if !load.text().contains("\"failed\":0,") {
+                return Err(Failure(load.text()));
+            }
+        }
+        Ok(())
+    });
+}

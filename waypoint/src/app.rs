@@ -31,6 +31,7 @@ use crate::explain;
 use crate::keys::Keys;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
+use crate::rebalance::{self, Moves};
 use crate::upstream::names::Names;
 use crate::upstream::origination::Originations;
 use crate::worker::{self, Shared};
@@ -96,6 +97,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         clusters: Clusters::default(),
         names: Arc::new(Names::new(tokio::runtime::Handle::current())),
         originations: Originations::default(),
+        moves: Moves::default(),
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;
@@ -109,6 +111,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         while waiting.certificate.wait(Duration::from_secs(60)).await.is_err() {}
         fetched.ready("certificate");
     });
+    tokio::spawn(rebalance::watch(shared.clone()));
     let netns = Netns::own().map_err(|e| RunError::Io("own network namespace", e))?;
     let ipv6 = std::path::Path::new("/proc/net/if_inet6").exists();
     for one in workers.iter() {

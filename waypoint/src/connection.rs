@@ -3,7 +3,7 @@
 //! Owns telling them apart where the port declares nothing, without a timeout: the client's first bytes decide, or the
 //! server's, where it speaks first; the server is dialled ahead only where policy already permits this client plain TCP.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -26,6 +26,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional
 use tokio_util::sync::CancellationToken;
 
 use crate::observe::{Facts, Meter, Observer};
+use crate::rebalance;
 use crate::request;
 use crate::target::{Refusal, Target, resolve};
 use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable, Wish};
@@ -55,6 +56,10 @@ pub struct Connection {
     /// The trace that the client's tunnel has begun.
     pub trace: Option<TraceParent>,
     meter: OnceCell<Rc<Meter>>,
+    /// Its client speaks HTTP/2.
+    pub http2: Cell<bool>,
+    /// Its client is to connect again, for there are more replicas than there were.
+    pub moves: Cell<bool>,
 }
 
 impl Connection {
@@ -122,15 +127,18 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         begun: CancellationToken::new(),
         trace: incoming.headers.trace,
         meter: OnceCell::new(),
+        http2: Cell::new(false),
+        moves: Cell::new(false),
     });
     let verdict = connection.target.bound.policies.decide(&connection.subject());
     let bound = &connection.target.bound;
     let permitted = matches!(verdict, Verdict::Allow(_)) && bound.closed.is_none();
     // Where tokens are asked for, what does not look like HTTP may be HTTP that hides.
     let permitted = permitted && (bound.tokens.is_empty() || connection.target.protocol != AppProtocol::Unknown);
+    let told = ConnectHeaders { load: Some(shared.observer.load()), ..ConnectHeaders::default() };
     match connection.target.protocol {
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
-            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+            if let Ok(io) = incoming.accept_io(&told) {
                 serve_http(context, connection, Rewind { read: Bytes::new(), io }).await;
             }
         }
@@ -139,13 +147,13 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
             refuse(&connection.facts, incoming, StatusCode::UNAUTHORIZED, why);
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
-            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+            if let Ok(io) = incoming.accept_io(&told) {
                 let upstream = dial(&context, &connection.target, connection.trace).await;
                 relay(&context, &connection, Rewind { read: Bytes::new(), io }, upstream).await;
             }
         }
         AppProtocol::Unknown => {
-            if let Ok(io) = incoming.accept_io(&ConnectHeaders::default()) {
+            if let Ok(io) = incoming.accept_io(&told) {
                 tell_apart(context, connection, io, permitted, verdict).await;
             }
         }
@@ -295,7 +303,7 @@ async fn relay_with(
     endpoint: Endpoint,
     mut up: Rewind<Io>,
 ) {
-    let start = Instant::now();
+    let (start, _under_way) = (Instant::now(), context.shared.observer.under_way());
     let mut facts = connection.facts.clone();
     facts.dst = Some(endpoint.addr);
     facts.dst_workload = Some(endpoint.workload);
@@ -314,6 +322,8 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         begun.cancelled().await;
     };
     // In a box: the codecs move what they are given several times.
+    let (moved, spread) = (context.shared.moves.clone(), context.shared.config.drain_deadline / 4);
+    let asked_to_move = connection.clone();
     let service = service_fn(move |request| Box::pin(request::handle(context.clone(), connection.clone(), request)));
     let mut server = auto::Builder::new(LocalExecutor);
     server
@@ -330,17 +340,26 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .initial_stream_window_size(1024 * 1024)
         .initial_connection_window_size(MAX_WINDOW)
         .keep_alive_interval(Some(Duration::from_secs(30)));
-    let connection = server.serve_connection_with_upgrades(TokioIo::new(io), service);
-    tokio::pin!(connection);
-    let served = tokio::select! {
-        served = connection.as_mut() => served,
+    let (moves, of) = (moved.subscribe(), asked_to_move.clone());
+    let served = server.serve_connection_with_upgrades(TokioIo::new(io), service);
+    tokio::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
         () = last => {
             // The request that is under way is the last one.
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+        () = rebalance::asked(moves, spread) => {
+            of.moves.set(true);
+            // HTTP/2 has a word for it at any time; HTTP/1 with the next answer.
+            if of.http2.get() {
+                served.as_mut().graceful_shutdown();
+            }
+            served.await
         }
     };
-    if let Err(error) = served {
+    if let Err(error) = ended {
         tracing::debug!(%error, "HTTP");
     }
 }

@@ -282,7 +282,13 @@ pub(crate) async fn forward(
                 }
                 return Ok(answered(response, held));
             }
-            (Try::Unsent(error, _) | Try::Lost(error), _) => return Err(unavailable(&error)),
+            (Try::Unsent(error, _) | Try::Lost(error), _) => {
+                let mut local = unavailable(&error);
+                if let Some(before) = before {
+                    local.reason = format!("{}; before that {before}", local.reason);
+                }
+                return Err(local);
+            }
             (Try::Late(time), _) => return Err(late(time)),
         };
         if let Try::Unsent(error, _) | Try::Lost(error) = outcome {

@@ -2,7 +2,8 @@
 //! forwards it over HBONE to a pod.
 //!
 //! # Layout
-//! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker.
+//! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker. [`rebalance`]: more
+//!   replicas than before.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
 //! - [`request`]: one request from its head to its answer; [`plan`]: its rule and backend; [`filters`]: what routes do to it;
 //!   [`token`]: its JWT, [`keys`] where those are fetched; [`authorizer`]: asking somebody else.
@@ -24,6 +25,7 @@ pub mod mesh;
 pub mod observe;
 pub mod plan;
 pub mod rate;
+pub mod rebalance;
 pub mod request;
 pub mod retry;
 pub mod session;

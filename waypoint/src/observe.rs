@@ -6,6 +6,7 @@ mod exchange;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 pub use exchange::{Exchange, Meter};
@@ -100,6 +101,16 @@ impl Facts {
     }
 }
 
+/// A request or connection that is under way.
+#[derive(Debug)]
+pub struct UnderWay(Arc<AtomicU32>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
 /// The metrics and the log of a process.
 #[derive(Clone, Debug)]
 pub struct Observer {
@@ -114,6 +125,8 @@ pub struct Observer {
     sent: Arc<CounterVec>,
     received: Arc<CounterVec>,
     log: AccessLog,
+    /// Requests and connections under way.
+    load: Arc<AtomicU32>,
     /// Where spans go.
     pub spans: Spans,
 }
@@ -143,8 +156,20 @@ impl Observer {
             sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to clients."),
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from clients."),
             log,
+            load: Arc::default(),
             spans,
         }
+    }
+
+    /// Requests and connections under way.
+    pub fn load(&self) -> u32 {
+        self.load.load(Relaxed)
+    }
+
+    /// One more is under way, until this is dropped.
+    pub fn under_way(&self) -> UnderWay {
+        self.load.fetch_add(1, Relaxed);
+        UnderWay(self.load.clone())
     }
 
     /// An endpoint of a service was left out.

@@ -75,6 +75,7 @@ pub async fn handle(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     connection.begun.cancel();
+    connection.http2.set(request.version() == http::Version::HTTP_2);
     let host = authority(&request).unwrap_or_default();
     let grpc =
         request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
@@ -98,7 +99,10 @@ pub async fn handle(
         }
     };
     exchange.answered(response.status().as_u16(), response.headers());
-    let (head, body) = response.into_parts();
+    let (mut head, body) = response.into_parts();
+    if connection.moves.get() && !connection.http2.get() {
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     Ok(Response::from_parts(head, told.by(body)))
 }
 

@@ -28,6 +28,7 @@ use crate::connection;
 use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
+use crate::rebalance::Moves;
 use crate::upstream::Upstream;
 use crate::upstream::names::Names;
 use crate::upstream::origination::Originations;
@@ -46,6 +47,7 @@ pub struct Shared {
     pub clusters: Clusters,
     pub names: Arc<Names>,
     pub originations: Originations,
+    pub moves: Moves,
 }
 
 /// What a worker has.

@@ -7,7 +7,7 @@
 //! - [`app`]: wiring, start and end. [`config`]: every knob. [`admin`]: pages on localhost.
 //! - [`mesh`]: what the controller sends, applied.
 //! - [`pods`]: enrolment and its audit; [`agent`] and [`zds`]: who asks for it.
-//! - [`worker`]: listeners of a pod on one worker, and what handles a connection: [`outbound`] (with [`route`]),
+//! - [`worker`]: listeners of a pod on one worker, and what handles a connection: [`outbound`] (with [`route`] and [`loads`]),
 //!   [`inbound`] (HBONE), [`passthrough`] (plaintext), [`dns`].
 //! - [`authorize`]: policy on live connections. [`observe`]: metrics and access log of a connection.
 
@@ -20,6 +20,7 @@ pub mod config;
 pub mod discover;
 pub mod dns;
 pub mod inbound;
+pub mod loads;
 pub mod mesh;
 pub mod observe;
 pub mod outbound;

@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::pool::ConnectLost;
@@ -114,7 +115,7 @@ async fn reach(
     let mut avoid: Vec<Str> = Vec::new();
     let mut last: Option<Failure> = None;
     for _ in 0..TRIES {
-        let decided = route(&context.shared.store.load(), &client, to, &avoid);
+        let decided = lighter(context, &client, to, &avoid);
         let (failure, tried) = match decided {
             Route::Passthrough { service } => {
                 facts.service = service;
@@ -166,6 +167,29 @@ async fn reach(
     Err(last.unwrap_or_else(|| Failure::new(Flag::Connect, "nothing was tried")))
 }
 
+/// Where a connection goes; of two replicas of a waypoint the one with less to do.
+fn lighter(context: &Context, client: &Workload, to: SocketAddr, avoid: &[Str]) -> Route {
+    let snapshot = context.shared.store.load();
+    let one = route(&snapshot, client, to, avoid);
+    let Route::Hbone(hop) = &one else { return one };
+    if !hop.waypoint {
+        return one;
+    }
+    let without = [avoid, std::slice::from_ref(&hop.workload.uid)].concat();
+    let mut loads = context.loads.borrow_mut();
+    let now = Instant::now();
+    let chosen = match route(&snapshot, client, to, &without) {
+        Route::Hbone(other) if other.waypoint && loads.is_lighter(&other.workload.uid, &hop.workload.uid, now) => {
+            Route::Hbone(other)
+        }
+        _ => one,
+    };
+    if let Route::Hbone(hop) = &chosen {
+        loads.sent(&hop.workload.uid, now);
+    }
+    chosen
+}
+
 async fn plain(context: &Context, pod: &Pod, to: SocketAddr) -> Result<Ready, Failure> {
     let connected = connect::tcp(&pod.netns, None, to, context.shared.config.connect_timeout).await;
     connected.map(Ready::Plain).map_err(|e| Failure::new(Flag::Connect, format!("connect to {to}: {e}")))
@@ -213,6 +237,7 @@ async fn tunnel(
         forwarded_for: stream.peer_addr().ok().map(orig_dst::canonical),
         forwarded_host: hop.service.as_ref().map(|s| s.hostname.to_string()),
         trace: Some(trace),
+        load: None,
     };
     let key = TunnelKey {
         client: pod.info.uid.as_str().into(),
@@ -229,6 +254,9 @@ async fn tunnel(
             Ok(stream) => {
                 facts.src_identity = Some(pod.identity.clone());
                 facts.dst_identity = Some(hop.workload.identity());
+                if let Some(load) = stream.peer.load {
+                    context.loads.borrow_mut().told(&hop.workload.uid, load, Instant::now());
+                }
                 return Ok(Ready::Tunnel(Box::new(stream)));
             }
             // The tunnel was closing; nothing was seen of the request.

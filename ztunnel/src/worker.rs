@@ -2,6 +2,7 @@
 //!
 //! Owns accepting. Everything of one connection happens on the worker that accepted it. Never decides on one.
 
+use std::cell::RefCell;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
@@ -20,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use crate::config::Config;
+use crate::loads::Loads;
 use crate::observe::{Facts, Failure, Flag, Observer, Reporter};
 use crate::outbound::{ConnectFailure, TunnelKey};
 use crate::pods::Pod;
@@ -47,6 +49,8 @@ pub struct Context {
     pub shared: Arc<Shared>,
     /// Tunnels to peers.
     pub pool: Pool<TunnelKey, ConnectFailure>,
+    /// What replicas of waypoints have told of their load.
+    pub loads: RefCell<Loads>,
 }
 
 /// Sockets of one pod for one worker, bound but not yet served.
@@ -94,7 +98,7 @@ pub fn start(worker: &Worker, shared: Arc<Shared>) -> ServePod {
     let (sender, mut receiver) = mpsc::unbounded_channel::<(Arc<Pod>, Listeners)>();
     worker.spawn(move || async move {
         let pool = Pool::new(shared.config.hbone.clone());
-        let context = Rc::new(Context { shared, pool });
+        let context = Rc::new(Context { shared, pool, loads: RefCell::default() });
         tokio::task::spawn_local(sweep(context.clone()));
         while let Some((pod, listeners)) = receiver.recv().await {
             if let Err(error) = serve(&context, &pod, listeners) {

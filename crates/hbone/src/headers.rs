@@ -167,7 +167,12 @@ pub struct ConnectHeaders {
     pub forwarded_host: Option<String>,
     /// The trace that this connection belongs to.
     pub trace: Option<TraceParent>,
+    /// In an answer: how many requests its sender has under way, so that clients may choose among its like.
+    pub load: Option<u32>,
 }
+
+/// Header of an answer with the load of its sender. Peers that do not know it ignore it.
+const LOAD: &str = "ambit-load";
 
 impl ConnectHeaders {
     /// Reads the headers of a peer; what cannot be read is as if absent.
@@ -176,6 +181,7 @@ impl ConnectHeaders {
         let mut found = Self {
             baggage: text("baggage").map(Baggage::parse).unwrap_or_default(),
             trace: text("traceparent").and_then(TraceParent::parse),
+            load: text(LOAD).and_then(|l| l.parse().ok()),
             ..Self::default()
         };
         for pair in text("forwarded").unwrap_or_default().split(';').take(16) {
@@ -207,6 +213,9 @@ impl ConnectHeaders {
         }
         if let Some(trace) = self.trace {
             put("traceparent", trace.to_string());
+        }
+        if let Some(load) = self.load {
+            put(LOAD, load.to_string());
         }
     }
 }
@@ -273,13 +282,17 @@ mod tests {
             forwarded_for: Some("10.0.0.1:1234".parse().expect("addr")),
             forwarded_host: Some("web.default.svc.cluster.local".into()),
             trace: Some(TraceParent::random()),
+            load: Some(7),
         };
         let mut map = HeaderMap::new();
         sent.write(&mut map);
         assert_eq!(ConnectHeaders::read(&map), sent);
-        for (name, value) in
-            [("baggage", "=,==,k8s.=1,k8s..name=x"), ("forwarded", "for=;;;host=\"\";="), ("traceparent", "-")]
-        {
+        for (name, value) in [
+            ("baggage", "=,==,k8s.=1,k8s..name=x"),
+            ("forwarded", "for=;;;host=\"\";="),
+            ("traceparent", "-"),
+            ("ambit-load", "-1"),
+        ] {
             map.insert(name, HeaderValue::from_static(value));
         }
         assert_eq!(ConnectHeaders::read(&map), ConnectHeaders::default());

@@ -3,7 +3,7 @@
 //! Owns the processes; they end with it. Must be made inside [`crate::sandbox`].
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::kubelet::container::{self, Container, Spec};
 use crate::kubelet::{Config, Kubelet, Node};
 use crate::tokens::{Claims, Issuer};
 use crate::topology::{self, Host};
-use crate::{Doing, Failure, programs, sandbox, zds};
+use crate::{Doing, Failure, names, programs, sandbox, zds};
 
 /// How long a condition may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -93,7 +93,7 @@ impl Mesh {
         let issuer = Arc::new(Issuer::new()?);
         std::fs::write(files.join("jwks.json"), issuer.key_set().to_string()).doing("write the key set")?;
         let control = topology::add_host("control", 0)?;
-        serve_names(&control)?;
+        names::serve(&control)?;
         let mut nodes = Vec::new();
         for number in 1..=options.nodes {
             let name = format!("node{number}");
@@ -465,34 +465,4 @@ pub fn start_in(
 ) -> Result<Running, Failure> {
     let spec = Spec { command: command.to_vec(), env: Vec::new(), programs: programs::directory()?, resolv_conf };
     Ok(Running { container: container::spawn(netns, &spec, out, err)?, log: PathBuf::new() })
-}
-
-/// The name server of the cluster's outside: knows `outside.test` (192.0.2.7) and nothing else.
-fn serve_names(control: &Host) -> Result<(), Failure> {
-    let socket = control.netns.run(|| UdpSocket::bind((control.ip, 53))).doing("name server")?.doing("name server")?;
-    std::thread::spawn(move || {
-        let mut buf = [0; 1500];
-        while let Ok((n, from)) = socket.recv_from(&mut buf) {
-            if n < 17 {
-                continue;
-            }
-            const KNOWN: &[u8] = b"\x07outside\x04test\x00\x00\x01";
-            let known = buf[12..n].starts_with(KNOWN);
-            let mut answer = buf[..n].to_vec();
-            answer[2] = 0x84;
-            answer[3] = if known { 0 } else { 3 };
-            answer[6..12].copy_from_slice(&[0, u8::from(known), 0, 0, 0, 0]);
-            let question = 12 + KNOWN.len() + 2;
-            answer.truncate(if known { question } else { n.min(12 + name_len(&buf[12..n]) + 4) });
-            if known {
-                answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4, 192, 0, 2, 7]);
-            }
-            let _ = socket.send_to(&answer, from);
-        }
-    });
-    Ok(())
-}
-
-fn name_len(question: &[u8]) -> usize {
-    question.iter().position(|b| *b == 0).map_or(question.len().saturating_sub(4), |at| at + 1)
 }

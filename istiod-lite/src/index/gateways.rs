@@ -19,6 +19,8 @@ use crate::objects::{Key, core};
 pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
 /// Label of objects that we have made for a Gateway.
 pub const MANAGED: &str = "gateway.istio.io/managed";
+/// Annotation of a Gateway: pods of its waypoint.
+const REPLICAS: &str = "ambit.dev/replicas";
 const CONTROLLER: &str = "ambit.dev-mesh-controller";
 
 /// What is to be applied for a Gateway.
@@ -125,6 +127,17 @@ fn objects(
     };
     let selector = json!({ NAME: name });
     let port = |name: &str, port: u16| json!({ "name": name, "port": port, "protocol": "TCP" });
+    let mut deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(),
+        "spec": {
+            "selector": { "matchLabels": selector },
+            "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name, files) },
+        },
+    });
+    // Where nothing is said the number is whose it is: kubectl's, an autoscaler's.
+    if let Some(replicas) = gateway.meta.annotation(REPLICAS).and_then(|n| n.parse::<u32>().ok()) {
+        deployment["spec"]["replicas"] = json!(replicas);
+    }
     vec![
         json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata() }),
         json!({
@@ -134,14 +147,7 @@ fn objects(
                 "ports": [port("status-port", 15021), port("mesh", waypoints::HBONE_PORT)],
             },
         }),
-        json!({
-            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(),
-            "spec": {
-                "replicas": 1,
-                "selector": { "matchLabels": selector },
-                "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name, files) },
-            },
-        }),
+        deployment,
     ]
 }
 

@@ -16,7 +16,7 @@ use ambit_telemetry::metrics::{Counter, Labels};
 use ambit_telemetry::spans::{Begun, Side};
 use http::HeaderMap;
 
-use super::{Facts, Observer};
+use super::{Facts, Observer, UnderWay};
 
 /// Series that a connection keeps at hand.
 const SERIES: usize = 32;
@@ -71,6 +71,7 @@ impl Meter {
     /// A request has come.
     pub fn request(self: &Rc<Self>, method: &str, host: &str, path: &str) -> Exchange {
         Exchange {
+            _under_way: self.observer.under_way(),
             meter: self.clone(),
             dst: self.facts.dst,
             dst_workload: None,
@@ -132,6 +133,7 @@ impl Meter {
 /// A request under way.
 #[allow(missing_docs, reason = "the words are those of the log")]
 pub struct Exchange {
+    _under_way: UnderWay,
     meter: Rc<Meter>,
     pub dst: Option<SocketAddr>,
     pub dst_workload: Option<Arc<Workload>>,

@@ -4,6 +4,8 @@
 //! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer | --status 503]
 //!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
 //!                                               200 to requests with `x-word: please` and 403 to others
+//! ambit-app tls --port 8443 --cert FILE --key FILE [--client-ca FILE] [--name NAME]   HTTP/1.1 over TLS: answers who it is
+//!                                               and whether the client has shown a certificate
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
@@ -21,7 +23,11 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -30,6 +36,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["serve", ..] => serve(&words),
+        ["tls", ..] => tls(&words),
         ["echo", ..] => echo(&words),
         ["get", url] => get(url).map(|body| print!("{body}")),
         ["request", method, url, ..] => request(method, url, &words).map(|answer| print!("{answer}")),
@@ -45,8 +52,10 @@ fn main() -> ExitCode {
         ["sleep"] => loop {
             std::thread::park();
         },
-        _ => Err("usage: ambit-app serve|echo|get|request|raw|upgrade|count|together|load|hold|ends|resolve|sleep ..."
-            .into()),
+        _ => Err(
+            "usage: ambit-app serve|tls|echo|get|request|raw|upgrade|count|together|load|hold|ends|resolve|sleep ..."
+                .into(),
+        ),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -149,6 +158,59 @@ fn answer(
         if close {
             return Ok(());
         }
+    }
+}
+
+fn tls(words: &[&str]) -> Outcome<()> {
+    let file = |name: &str| option(words, name).ok_or(format!("expected {name} FILE"));
+    let read = |path: &str| std::fs::read(path).map_err(|e| format!("{path}: {e}"));
+    let certificates = |pem: &[u8]| CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+    let chain = certificates(&read(file("--cert")?)?).map_err(|e| e.to_string())?;
+    let key = PrivateKeyDer::from_pem_slice(&read(file("--key")?)?).map_err(|e| e.to_string())?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?;
+    let config = match option(words, "--client-ca") {
+        None => config.with_no_client_auth(),
+        Some(file) => {
+            let mut roots = rustls::RootCertStore::empty();
+            for one in certificates(&read(file)?).map_err(|e| e.to_string())? {
+                roots.add(one).map_err(|e| e.to_string())?;
+            }
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+            config.with_client_cert_verifier(verifier.build().map_err(|e| e.to_string())?)
+        }
+    };
+    let config = Arc::new(config.with_single_cert(chain, key).map_err(|e| e.to_string())?);
+    let name = option(words, "--name").unwrap_or("tls").to_owned();
+    for stream in listen(words)?.incoming().flatten() {
+        let (config, name) = (config.clone(), name.clone());
+        std::thread::spawn(move || {
+            let connection = rustls::ServerConnection::new(config).map_err(std::io::Error::other)?;
+            secure(BufReader::new(rustls::StreamOwned::new(connection, stream)), &name)
+        });
+    }
+    Ok(())
+}
+
+fn secure(
+    mut reader: BufReader<rustls::StreamOwned<rustls::ServerConnection, TcpStream>>,
+    name: &str,
+) -> std::io::Result<()> {
+    loop {
+        let mut seen = String::new();
+        while !seen.ends_with("\r\n\r\n") {
+            if reader.read_line(&mut seen)? == 0 {
+                return Ok(());
+            }
+        }
+        let connection = &reader.get_ref().conn;
+        let server = connection.server_name().unwrap_or_default().to_owned();
+        let client = if connection.peer_certificates().is_some() { "a certificate" } else { "no certificate" };
+        let body = format!("hello from {name}; you asked for {server} with {client}\n");
+        println!("{}", seen.lines().next().unwrap_or_default());
+        write!(reader.get_mut(), "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
     }
 }
 

@@ -148,13 +148,16 @@ impl Sender {
     async fn send(&mut self, ask: &Ask) -> Outcome<u64> {
         let request = ask.request()?;
         let response = match self {
-            Self::H1(sender) => {
-                sender.ready().await.map_err(|e| e.to_string())?;
-                sender.send_request(request).await
-            }
-            Self::H2(sender) => sender.send_request(request).await,
+            Self::H1(sender) => match sender.ready().await {
+                Ok(()) => sender.try_send_request(request).await,
+                Err(_) => return Err(UNSENT.into()),
+            },
+            Self::H2(sender) => sender.try_send_request(request).await,
         };
-        let response = response.map_err(|e| e.to_string())?;
+        let response = response.map_err(|mut e| match e.take_message() {
+            Some(_) => UNSENT.to_owned(),
+            None => e.into_error().to_string(),
+        })?;
         let status = response.status();
         let (mut body, mut bytes) = (response.into_body(), 0);
         while let Some(frame) = body.frame().await {
@@ -171,6 +174,9 @@ impl Sender {
     }
 }
 
+/// Nothing was sent of a request.
+const UNSENT: &str = "unsent";
+
 #[derive(Default)]
 struct Seen {
     micros: Vec<u32>,
@@ -186,6 +192,8 @@ impl Seen {
                 self.micros.push(since.elapsed().as_micros() as u32);
                 self.bytes += bytes;
             }
+            // The server has asked for another connection.
+            Err(why) if why == UNSENT => {}
             Err(why) => {
                 self.failed += 1;
                 self.why = Some(why);

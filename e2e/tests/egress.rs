@@ -1,0 +1,137 @@
+//! What is outside the mesh is reached through a waypoint: declared, by name, with TLS that the waypoint makes.
+
+use std::path::{Path, PathBuf};
+
+use ambit_e2e::{expect, layer7_shop, request, told, until};
+use ambit_testing::mesh::{Mesh, PATIENCE};
+use ambit_testing::{Doing, Failure, sandbox};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+
+/// Authority, server and client, as files; and an authority that nobody knows.
+fn certificates() -> Result<PathBuf, Failure> {
+    let dir = Path::new(sandbox::FILES).join("ambit/egress");
+    std::fs::create_dir_all(&dir).doing("directory")?;
+    let write = |name: &str, text: String| std::fs::write(dir.join(name), text).doing(name);
+    let authority = |name: &str| -> Result<Issuer<'static, KeyPair>, Failure> {
+        let key = KeyPair::generate().doing("key")?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        write(name, params.self_signed(&key).doing("sign")?.pem())?;
+        Ok(Issuer::new(params, key))
+    };
+    let issuer = authority("ca.crt")?;
+    authority("other.crt")?;
+    for (name, host, usage) in [
+        ("server", "api.example", ExtendedKeyUsagePurpose::ServerAuth),
+        ("client", "shop.example", ExtendedKeyUsagePurpose::ClientAuth),
+    ] {
+        let key = KeyPair::generate().doing("key")?;
+        let mut params = CertificateParams::new(vec![host.to_owned()]).doing("names")?;
+        params.extended_key_usages = vec![usage];
+        write(&format!("{name}.crt"), params.signed_by(&key, &issuer).doing("sign")?.pem())?;
+        write(&format!("{name}.key"), key.serialize_pem())?;
+    }
+    Ok(dir)
+}
+
+fn rule(tls: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: api, namespace: shop}}\nspec:\n  \
+         host: api.example\n  trafficPolicy:\n    connectionPool: {{tcp: {{connectTimeout: 300ms}}}}\n    tls: {{{tls}}}\n"
+    )
+}
+
+async fn server(mesh: &Mesh, dir: &Path) -> Result<std::net::IpAddr, Failure> {
+    let file = |name: &str| dir.join(name).display().to_string();
+    let words = [
+        "ambit-app",
+        "tls",
+        "--port",
+        "8443",
+        "--name",
+        "api",
+        "--cert",
+        &file("server.crt"),
+        "--key",
+        &file("server.key"),
+        "--client-ca",
+        &file("ca.crt"),
+    ]
+    .map(|w| format!("{w:?}"))
+    .join(", ");
+    mesh.apply(
+        "api.yaml",
+        &format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: api, namespace: outside}}\nspec: {{nodeName: node2, serviceAccountName: api, \
+             containers: [{{name: c, command: [{words}], readinessProbe: {{tcpSocket: {{port: 8443}}}}}}]}}\n"
+        ),
+    )?;
+    mesh.ready(&["outside/api"]).await?;
+    Ok(mesh.kubelet.pod("outside", "api").ok_or_else(|| Failure::new("no pod"))?.net.ips[0])
+}
+
+#[test]
+fn a_waypoint_makes_tls_to_what_is_declared() {
+    sandbox::test("a_waypoint_makes_tls_to_what_is_declared", || async {
+        let mesh = layer7_shop().await?;
+        let dir = certificates()?;
+        let ip = server(&mesh, &dir).await?;
+        let file = |name: &str| dir.join(name).display().to_string();
+        // One of its addresses is nobody's.
+        let name = format!("{}--192-0-2-9.names.test", ip.to_string().replace('.', "-"));
+        mesh.apply(
+            "entry.yaml",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: api, namespace: shop}}\nspec:\n  \
+                 hosts: [api.example]\n  ports: [{{number: 80, name: http, protocol: HTTP, targetPort: 8443}}]\n  \
+                 resolution: DNS\n  endpoints: [{{address: {name}}}]\n"
+            ),
+        )?;
+        let mutual = format!(
+            "mode: MUTUAL, clientCertificate: {}, privateKey: {}, caCertificates: {}",
+            file("client.crt"),
+            file("client.key"),
+            file("ca.crt")
+        );
+        mesh.apply("rule.yaml", &rule(&mutual))?;
+        let words = ["GET", "http://api.example/"];
+        until(&mesh, &words, "hello from api; you asked for api.example with a certificate").await?;
+        for _ in 0..10 {
+            expect(&request(&mesh, &words).await?, true, "hello from api")?;
+        }
+        // Whoever is not known is not believed, and nothing is sent without TLS.
+        let error = |part: &'static str| {
+            move |l: &serde_json::Value| l["status"] == 503 && l["error"].as_str().is_some_and(|e| e.contains(part))
+        };
+        for (what, tls, part) in [
+            ("another authority", mutual.replace(&file("ca.crt"), &file("other.crt")), "invalid peer certificate"),
+            ("another name", format!("{mutual}, subjectAltNames: [other.example]"), "invalid peer certificate"),
+            ("a file that is not there", mutual.replace("client.crt", "gone.crt"), "gone.crt"),
+            ("no certificate of ours", format!("mode: SIMPLE, caCertificates: {}", file("ca.crt")), "CertificateRequired"),
+            ("a mode that is none", "mode: NONSENSE".to_owned(), "TLS was asked for and cannot be done"),
+            (
+                "verification left out",
+                "mode: SIMPLE, insecureSkipVerify: true".to_owned(),
+                "TLS was asked for and cannot be done",
+            ),
+        ] {
+            mesh.apply("rule.yaml", &rule(&tls))?;
+            let start = std::time::Instant::now();
+            loop {
+                request(&mesh, &words).await?;
+                if told(&mesh).last().is_some_and(error(part)) {
+                    break;
+                }
+                if start.elapsed() > PATIENCE {
+                    return Err(Failure(format!("{what}: {:?}", told(&mesh).last())));
+                }
+            }
+        }
+        mesh.apply("rule.yaml", &rule(&mutual))?;
+        until(&mesh, &words, "with a certificate").await?;
+        // A host that nobody has declared is nobody's.
+        expect(&request(&mesh, &["GET", "http://other.example/"]).await?, false, "")
+    });
+}

@@ -1,0 +1,86 @@
+//! What replicas of waypoints have told of their load, so that a new connection goes to the one with less to do.
+//!
+//! Owns these numbers for one worker; has no clock. What was told long ago is forgotten, and whoever has told nothing is as
+//! good as anybody.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use ambit_model::Str;
+
+/// What was told counts for less: by a factor of e after this.
+const FORGOTTEN: Duration = Duration::from_secs(10);
+/// Replicas that are remembered.
+const MANY: usize = 1024;
+
+/// Loads by the uid of a replica.
+#[derive(Debug, Default)]
+pub struct Loads(HashMap<Str, (f64, Instant)>);
+
+impl Loads {
+    /// A replica has told what it has under way.
+    pub fn told(&mut self, uid: &Str, load: u32, now: Instant) {
+        if self.0.len() >= MANY {
+            self.0.retain(|_, (_, at)| now.saturating_duration_since(*at) < FORGOTTEN);
+        }
+        if self.0.len() < MANY || self.0.contains_key(uid) {
+            self.0.insert(uid.clone(), (f64::from(load), now));
+        }
+    }
+
+    /// A connection goes there; more may follow before it tells anything.
+    pub fn sent(&mut self, uid: &Str, now: Instant) {
+        if let Some(load) = self.load(uid, now) {
+            self.0.insert(uid.clone(), (load + 1.0, now));
+        }
+    }
+
+    /// Whether one replica has less to do than another. Nothing is known of one of them: no.
+    pub fn is_lighter(&self, one: &Str, other: &Str, now: Instant) -> bool {
+        match (self.load(one, now), self.load(other, now)) {
+            (Some(one), Some(other)) => one < other,
+            _ => false,
+        }
+    }
+
+    fn load(&self, uid: &Str, now: Instant) -> Option<f64> {
+        let (load, at) = self.0.get(uid)?;
+        let age = now.saturating_duration_since(*at);
+        Some(load * (-age.as_secs_f64() / FORGOTTEN.as_secs_f64()).exp())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lighter_of_two_is_known_when_both_have_told() {
+        let (mut loads, now) = (Loads::default(), Instant::now());
+        let (a, b): (Str, Str) = ("a".into(), "b".into());
+        loads.told(&a, 10, now);
+        assert!(!loads.is_lighter(&a, &b, now) && !loads.is_lighter(&b, &a, now), "b has told nothing");
+        loads.told(&b, 3, now);
+        assert!(loads.is_lighter(&b, &a, now) && !loads.is_lighter(&a, &b, now));
+        // Those that go there before it tells anything count as well.
+        (0..8).for_each(|_| loads.sent(&b, now));
+        assert!(loads.is_lighter(&a, &b, now));
+        let later = now + Duration::from_secs(60);
+        assert!(loads.load(&b, later).is_some_and(|l| l < 0.1), "forgotten");
+    }
+
+    #[test]
+    fn connections_spread_by_load() {
+        let (mut loads, now) = (Loads::default(), Instant::now());
+        let uids: Vec<Str> = ["a", "b"].iter().map(|u| Str::from(*u)).collect();
+        let mut under_way = [40u32, 0];
+        for n in 0..100 {
+            let (first, second) = (n % 2, 1 - n % 2);
+            let chosen = if loads.is_lighter(&uids[second], &uids[first], now) { second } else { first };
+            loads.sent(&uids[chosen], now);
+            under_way[chosen] += 1;
+            loads.told(&uids[chosen], under_way[chosen], now);
+        }
+        assert!(under_way[0].abs_diff(under_way[1]) <= 2, "{under_way:?}");
+    }
+}
