@@ -109,7 +109,11 @@ fn a_waypoint_makes_tls_to_what_is_declared() {
             ("another authority", mutual.replace(&file("ca.crt"), &file("other.crt")), "invalid peer certificate"),
             ("another name", format!("{mutual}, subjectAltNames: [other.example]"), "invalid peer certificate"),
             ("a file that is not there", mutual.replace("client.crt", "gone.crt"), "gone.crt"),
-            ("no certificate of ours", format!("mode: SIMPLE, caCertificates: {}", file("ca.crt")), "CertificateRequired"),
+            (
+                "no certificate of ours",
+                format!("mode: SIMPLE, caCertificates: {}", file("ca.crt")),
+                "CertificateRequired",
+            ),
             ("a mode that is none", "mode: NONSENSE".to_owned(), "TLS was asked for and cannot be done"),
             (
                 "verification left out",

@@ -2,7 +2,7 @@
 
 use ambit_testing::Failure;
 
-use super::{Cluster, has, now, outages, status, workloads};
+use super::{Cluster, has, now, outages, status, traffic, workloads};
 
 /// A check: what it shows, and how.
 pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
@@ -33,6 +33,7 @@ pub const CHECKS: &[Check] = &[
     ("everything dies at once and comes back", outages::all_dead),
     ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
     ("a Gateway gives a namespace a waypoint, which routes and protects", waypoint),
+    ("policies of traffic are validated, in force, and told of", traffic::policies),
     ("the label off takes pods out, without a restart", unlabel),
     ("uninstall leaves pods running and nothing of ours", uninstall),
 ];

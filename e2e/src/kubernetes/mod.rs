@@ -6,6 +6,7 @@
 pub mod checks;
 mod outages;
 mod status;
+mod traffic;
 mod workloads;
 
 use std::process::{Command, Output, Stdio};

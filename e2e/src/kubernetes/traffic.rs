@@ -1,0 +1,73 @@
+//! Checks of what holds for the traffic of a namespace with a waypoint.
+
+use ambit_testing::Failure;
+
+use super::checks::CLIENT;
+use super::{Cluster, has};
+
+/// A waypoint, a fault for those who ask for it, and a rule of which a part is refused.
+const OBJECTS: &str = "\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: waypoint, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: ambit.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  targetRefs: [{group: '', kind: Service, name: web}]
+  rateLimits: [{requests: 5, per: 1h, by: Client}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: web, namespace: shop}
+spec: {host: web, trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN}}, subsets: [{name: v1}]}
+";
+
+/// What the schema and its rules refuse: a field, and what is said.
+const WRONG: &[(&str, &str)] = &[
+    ("faults: [{abort: {httpStatus: 503, grpcStatus: 14}}]", "one of httpStatus and grpcStatus is needed"),
+    ("faults: [{}]", "a delay or an abort is needed"),
+    ("rateLimits: [{requests: 1, by: Header}]", "by Header needs header"),
+    ("retries: {attempts: 99}", "should be less than or equal to 10"),
+    ("limits: {connections: -1}", "should be greater than or equal to 0"),
+];
+
+/// A policy is validated by the API server, in force at the waypoint, and told of in its status.
+pub(super) fn policies(c: &Cluster) -> Result<String, Failure> {
+    for (field, said) in WRONG {
+        let yaml = format!(
+            "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: wrong, namespace: shop}}\n\
+             spec: {{targetRefs: [{{group: '', kind: Service, name: web}}], {field}}}\n"
+        );
+        match c.apply(&yaml) {
+            Ok(()) => return Err(Failure(format!("{field} was taken"))),
+            Err(refused) => has(&refused.0, said)?,
+        }
+    }
+    c.apply(OBJECTS)?;
+    c.kubectl(&["-n", "shop", "wait", "--for=condition=Programmed", "gateway/waypoint", "--timeout=60s"])?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint=waypoint", "--overwrite"])?;
+    let said = |what: &str, part: &str| {
+        let path = "{range .status.conditions[*]}{.type}={.status} {.message}{end}";
+        c.wait(&format!("{what} to say {part:?}"), || has(&c.field(&["-n", "shop", what, "web"], path)?, part))
+    };
+    said("trafficpolicy", "WaypointAccepted=True Service web: rateLimits in force")?;
+    said("destinationrule", "spec.subsets: not supported")?;
+    c.wait("the limit to be reached", || match c.get(CLIENT, "http://web.shop/") {
+        Err(refused) => has(&refused.0, "429"),
+        Ok(answer) => Err(Failure(answer)),
+    })?;
+    // A pod of the waypoint more, by kubectl: the controller leaves the number to whoever sets it.
+    c.kubectl(&["-n", "shop", "scale", "deployment/waypoint", "--replicas=2"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/waypoint", "--timeout=60s"])?;
+    let replicas = c.field(&["-n", "shop", "deployment", "waypoint"], "{.status.readyReplicas}")?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint-"])?;
+    c.kubectl(&["-n", "shop", "delete", "gateway/waypoint", "trafficpolicy/web", "destinationrule/web"])?;
+    c.wait("traffic without a limit", || c.get(CLIENT, "http://web.shop/"))?;
+    match replicas.as_str() {
+        "2" => Ok(format!("{} wrong ones refused; a rate limited; two replicas by kubectl scale", WRONG.len())),
+        other => Err(Failure(format!("{other} replicas of the waypoint"))),
+    }
+}
