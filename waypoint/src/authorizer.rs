@@ -1,7 +1,10 @@
-//! Asking an external authorizer (`AuthorizationPolicy` with action CUSTOM; Envoy's HTTP service for external authorization).
+//! Asking an external authorizer (`AuthorizationPolicy` with action CUSTOM; Envoy's services for external authorization, by HTTP
+//! here and by gRPC in [`grpc`]).
 //!
 //! Owns what it is told of a request and what its answer means. Whatever is not a clear yes is a no, unless the provider was
 //! configured otherwise. Never sends the body of a request.
+
+mod grpc;
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -14,6 +17,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 
 use crate::body::Body;
+use crate::connection::Connection;
 use crate::upstream::{Version, Wish};
 use crate::worker::Context;
 
@@ -28,12 +32,23 @@ const TOLD: [HeaderName; 3] = [header::WWW_AUTHENTICATE, header::LOCATION, heade
 
 /// What an authorizer has said.
 pub enum Answer {
-    /// Yes; these headers are set on the request.
-    Yes(Vec<(HeaderName, HeaderValue)>),
+    /// Yes, and what goes on with the request.
+    Yes(Said),
     /// No, with what the client is told.
     No(Box<Response<Body>>),
     /// It has not said anything that counts; why, and the status for the client.
     Unknown(StatusCode, String),
+}
+
+/// What an authorizer that says yes wants of the request.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// Headers, and whether each is added to those that are there.
+    pub set: Vec<(HeaderName, HeaderValue, bool)>,
+    /// Headers that go.
+    pub remove: Vec<HeaderName>,
+    /// Headers for the client's answer.
+    pub answer: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// Whom a request has passed.
@@ -45,6 +60,8 @@ pub struct Consulted {
     pub refused_by: Option<Str>,
     /// Headers that authorizers have set.
     pub told: Vec<HeaderName>,
+    /// Headers for the client's answer.
+    pub answer: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl Consulted {
@@ -54,16 +71,27 @@ impl Consulted {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
 /// Asks about a request. `target` is its path as it was evaluated, with the query.
 pub async fn ask(
     context: &Rc<Context>,
+    connection: &Connection,
     authorizer: &Authorizer,
     method: &Method,
+    host: &str,
     target: &str,
     headers: &HeaderMap,
 ) -> Answer {
     let patience = Duration::from_millis(authorizer.timeout_ms);
     let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
+    if authorizer.grpc {
+        let asked = grpc::ask(context, connection, authorizer, method, host, target, headers);
+        return match tokio::time::timeout(patience, asked).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(reason)) => undecided(authorizer, status, reason),
+            Err(_) => undecided(authorizer, status, format!("no answer within {patience:?}")),
+        };
+    }
     let question = match question(authorizer, method, target, headers) {
         Ok(question) => question,
         // What cannot even be asked is the client's doing: no failure of the authorizer.
@@ -73,10 +101,10 @@ pub async fn ask(
         Ok(Ok(response)) if response.status() == StatusCode::OK => {
             let wanted = |name: &HeaderName| listed(&authorizer.upstream_headers, name);
             let told = response.headers().iter().filter(|(n, _)| wanted(n));
-            let told = told.map(|(n, v)| (n.clone(), v.clone())).collect();
+            let set = told.map(|(n, v)| (n.clone(), v.clone(), false)).collect();
             // Read, so that the connection can be kept.
             refusal(authorizer, response).await;
-            return Answer::Yes(told);
+            return Answer::Yes(Said { set, ..Said::default() });
         }
         Ok(Ok(response)) if !response.status().is_server_error() => {
             return Answer::No(Box::new(refusal(authorizer, response).await));
@@ -85,9 +113,14 @@ pub async fn ask(
         Ok(Err(reason)) => reason,
         Err(_) => format!("no answer within {patience:?}"),
     };
+    undecided(authorizer, status, failed)
+}
+
+/// It has not said yes or no.
+fn undecided(authorizer: &Authorizer, status: StatusCode, failed: String) -> Answer {
     if authorizer.fail_open {
         tracing::warn!(service = %authorizer.service, failed, "the authorizer has not decided; let through, as configured");
-        return Answer::Yes(Vec::new());
+        return Answer::Yes(Said::default());
     }
     Answer::Unknown(status, format!("authorizer {} port {}: {failed}", authorizer.service, authorizer.port))
 }

@@ -289,6 +289,9 @@ async fn respond(
     {
         head.headers.append(name, value);
     }
+    for (name, value) in passed.answer {
+        head.headers.append(name, value);
+    }
     if let Some(cookie) = cookie {
         head.headers.append(header::SET_COOKIE, cookie);
     }
@@ -409,12 +412,20 @@ async fn consult(
             continue;
         }
         passed.refused_by = Some(question.0.clone());
-        match authorizer::ask(context, &whom, asked.method, &target, headers).await {
-            Answer::Yes(told) => {
-                for (name, value) in told {
-                    passed.told.push(name.clone());
-                    headers.insert(name, value);
+        match authorizer::ask(context, connection, &whom, asked.method, asked.host, &target, headers).await {
+            Answer::Yes(said) => {
+                for name in &said.remove {
+                    headers.remove(name);
                 }
+                for (name, value, more) in said.set {
+                    passed.told.push(name.clone());
+                    if more {
+                        headers.append(name, value);
+                    } else {
+                        headers.insert(name, value);
+                    }
+                }
+                passed.answer.extend(said.answer);
                 passed.refused_by = None;
                 passed.passed.push(question);
             }

@@ -18,6 +18,7 @@ use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::{Condition, Mesh, routes, services, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
+use crate::objects::mesh::ExtAuthzHttp;
 use crate::objects::route::ParentRef;
 use crate::objects::{Key, Meta};
 
@@ -513,11 +514,21 @@ fn authorizer(
     let Some(found) = world.config.extension_providers.iter().find(|p| p.name == name && !name.is_empty()) else {
         return invalid(name, "the name of one of the mesh configuration's extensionProviders");
     };
-    let Some(http) = &found.envoy_ext_authz_http else {
-        return invalid(name, "a provider with envoyExtAuthzHttp: other kinds are not supported yet");
+    let http = match (&found.envoy_ext_authz_http, &found.envoy_ext_authz_grpc) {
+        (Some(http), None) => http.clone(),
+        (None, Some(grpc)) => ExtAuthzHttp {
+            service: grpc.service.clone(),
+            port: grpc.port,
+            timeout: grpc.timeout.clone(),
+            fail_open: grpc.fail_open,
+            status_on_error: grpc.status_on_error.clone(),
+            other: grpc.other.clone(),
+            ..ExtAuthzHttp::default()
+        },
+        _ => return invalid(name, "a provider with envoyExtAuthzHttp or envoyExtAuthzGrpc"),
     };
     if let Some(field) = http.other.keys().next() {
-        return invalid(field, "no such field of envoyExtAuthzHttp: it is not supported");
+        return invalid(field, "no such field of an authorizer: it is not supported");
     }
     let (namespace, host) = http.service.split_once('/').map_or((None, &*http.service), |(n, h)| (Some(n), h));
     // Without a namespace the canonical one: nobody takes its place by an entry of the same host elsewhere.
@@ -536,6 +547,7 @@ fn authorizer(
     Ok(Authorizer {
         service,
         port: http.port,
+        grpc: found.envoy_ext_authz_grpc.is_some(),
         path_prefix: http.path_prefix.as_str().into(),
         timeout_ms,
         fail_open: http.fail_open,

@@ -24,8 +24,10 @@ pub struct MeshConfig {
 pub struct ExtensionProvider {
     /// Name, by which policies name it.
     pub name: String,
-    /// An authorizer that is asked by HTTP. Other kinds are known by name only.
+    /// An authorizer that is asked by HTTP.
     pub envoy_ext_authz_http: Option<ExtAuthzHttp>,
+    /// An authorizer that is asked by gRPC. Other kinds are known by name only.
+    pub envoy_ext_authz_grpc: Option<ExtAuthzGrpc>,
 }
 
 /// An authorizer (Istio's `EnvoyExternalAuthorizationHttpProvider`).
@@ -45,6 +47,21 @@ pub struct ExtAuthzHttp {
     pub headers_to_upstream_on_allow: Vec<String>,
     pub headers_to_downstream_on_deny: Vec<String>,
     /// What is not supported: policies that name the provider are refused, and nothing else of the configuration.
+    #[serde(flatten)]
+    pub other: std::collections::BTreeMap<String, serde_yaml::Value>,
+}
+
+/// An authorizer (Istio's `EnvoyExternalAuthorizationGrpcProvider`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[allow(missing_docs, reason = "field names of MeshConfig")]
+pub struct ExtAuthzGrpc {
+    pub service: String,
+    pub port: u16,
+    pub timeout: Option<String>,
+    pub fail_open: bool,
+    pub status_on_error: Option<String>,
+    /// What is not supported.
     #[serde(flatten)]
     pub other: std::collections::BTreeMap<String, serde_yaml::Value>,
 }

@@ -44,7 +44,7 @@ pub struct HttpPolicy {
     pub authorizer: Option<Authorizer>,
 }
 
-/// An external authorizer (Istio's `extensionProviders.envoyExtAuthzHttp`).
+/// An external authorizer (Istio's `extensionProviders.envoyExtAuthzHttp` and `envoyExtAuthzGrpc`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Authorizer {
@@ -52,6 +52,9 @@ pub struct Authorizer {
     pub service: NamespacedHostname,
     /// Its port.
     pub port: u16,
+    /// It is asked by gRPC; what follows of headers and paths is for HTTP.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub grpc: bool,
     /// Put before the path.
     pub path_prefix: Str,
     /// How long it is waited for; milliseconds.

@@ -5,17 +5,21 @@
 //!                                                     5 for methods whose name ends in `Fail`
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
+//! ambit-grpc authorize PORT                           an authorizer (Envoy's API): who has `x-word: please` may pass and is called
+//!                                                     anna; others get 403 with `x-why: no word`; a line for each question
 //! ambit-grpc collect PORT                             an OTLP endpoint that prints a line of JSON for each span
 //! ```
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
+use ambit_xds::proto::authz;
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
+use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -26,10 +30,11 @@ async fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["serve", port, name] => serve(port, name).await,
+        ["authorize", port] => authorize(port).await,
         ["collect", port] => collect(port).await,
         ["call", target, path, times, ref headers @ ..] => call(target, path, times, headers).await,
         _ => {
-            Err("usage: ambit-grpc serve PORT NAME | collect PORT | call HOST:PORT PATH TIMES [HEADER:VALUE]...".into())
+            Err("usage: ambit-grpc serve PORT NAME | authorize PORT | collect PORT | call HOST:PORT PATH TIMES [HEADER:VALUE]...".into())
         }
     };
     match result {
@@ -103,6 +108,58 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
             }
         });
     }
+}
+
+async fn authorize(port: &str) -> Outcome<()> {
+    let listener = TcpListener::bind(("0.0.0.0", port.parse()?)).await?;
+    loop {
+        let (stream, _) = listener.accept().await?;
+        tokio::spawn(async move {
+            let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                tokio::spawn(async move {
+                    let asked = request.uri().path() == authz::CHECK;
+                    let body = read(request.into_body()).await.unwrap_or_default();
+                    let question = authz::CheckRequest::decode(body.get(5..).unwrap_or_default()).unwrap_or_default();
+                    let mut trailers = HeaderMap::new();
+                    trailers.insert("grpc-status", http::HeaderValue::from_static(if asked { "0" } else { "12" }));
+                    let answer = decide(question).encode_to_vec();
+                    let message = [&[0][..], &(answer.len() as u32).to_be_bytes(), &answer].concat();
+                    let head = Response::builder().header("content-type", "application/grpc");
+                    // A client that has gone needs no answer.
+                    if let Ok(Ok(mut send)) = head.body(()).map(|head| respond.send_response(head, false)) {
+                        let _ = send.send_data(message.into(), false).and_then(|()| send.send_trailers(trailers));
+                    }
+                });
+            }
+        });
+    }
+}
+
+fn decide(question: authz::CheckRequest) -> authz::CheckResponse {
+    let attributes = question.attributes.unwrap_or_default();
+    let http = attributes.request.unwrap_or_default().http.unwrap_or_default();
+    println!("{} {} {} by {}", http.method, http.host, http.path, attributes.source.unwrap_or_default().principal);
+    let set = |key: &str, value: &str| authz::HeaderValueOption {
+        header: Some(authz::HeaderValue { key: key.into(), value: value.into(), raw_value: Vec::new() }),
+        append: None,
+    };
+    if http.headers.get("x-word").is_some_and(|w| w == "please") {
+        let allowed = authz::Allowed {
+            headers: vec![set("x-user", "anna")],
+            headers_to_remove: vec!["x-word".into()],
+            response_headers_to_add: vec![set("x-asked", "grpc")],
+            ..authz::Allowed::default()
+        };
+        return authz::CheckResponse { ok_response: Some(allowed), ..authz::CheckResponse::default() };
+    }
+    let status = Some(authz::Status { code: 7, message: "no word".into() });
+    let denied = authz::Denied {
+        status: Some(authz::HttpStatus { code: 403 }),
+        headers: vec![set("x-why", "no word")],
+        body: "say please\n".into(),
+    };
+    authz::CheckResponse { status, denied_response: Some(denied), ..authz::CheckResponse::default() }
 }
 
 async fn read(mut body: h2::RecvStream) -> Outcome<Bytes> {

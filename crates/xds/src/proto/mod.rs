@@ -3,6 +3,7 @@
 //! Owns encoding only. Never checks a value; see [`crate::convert`].
 
 pub mod ambit;
+pub mod authz;
 pub mod ca;
 pub mod discovery;
 pub mod security;
