@@ -357,7 +357,7 @@ fn rates_are_limited_for_all_and_for_each() {
         }
         // What was counted stays counted when something else changes.
         mesh.apply("rule.yaml", &destination_rule("    loadBalancer: {simple: RANDOM}\n"))?;
-        said(&mesh, "DestinationRule shop/many", "in force").await?;
+        said(&mesh, "DestinationRule shop/many", "in force where").await?;
         expect(&request(&mesh, &["GET", "http://many.shop/", "--header", "x-user: bert"]).await?, true, "429")?;
         // A younger policy for the same target is in conflict, and says so.
         mesh.apply("younger.yaml", &traffic_policy("zz", MANY, "  rateLimits: [{requests: 1, per: 1h}]\n"))?;

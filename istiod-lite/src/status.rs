@@ -160,7 +160,7 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
         let rest: Vec<Condition> = said.conditions.iter().filter(|c| c.r#type != "Accepted").cloned().collect();
         // One that could not be read says the same of each of its parents.
         let only = (accepted.clone().count() == 1).then(|| accepted.clone().next()).flatten();
-        if ours.is_empty() && !parents.iter().any(|p| p["kind"] == "Service") {
+        if ours.is_empty() && !parents.iter().any(is_ours) {
             // Other controllers' affair altogether.
             return None;
         }
@@ -168,7 +168,7 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
         for parent in parents {
             let of = accepted.next().or(only);
             // Gateways are other controllers' affair.
-            if parent["kind"] != "Service" {
+            if !is_ours(&parent) {
                 continue;
             }
             let before = ours.iter().find(|p| p["parentRef"] == parent);
@@ -230,6 +230,11 @@ fn render(kind: &str, said: &Said, there: &DynamicObject, now: &str) -> Option<V
         && !status.contains_key("ancestors")
         && old["conditions"].as_array().is_some_and(|all| all.iter().any(mine));
     (!same || stale).then_some(Value::Object(status))
+}
+
+/// Whether a parent of a route is of a kind that we attach routes to.
+fn is_ours(parent: &Value) -> bool {
+    matches!(parent["kind"].as_str(), Some("Service" | "ServiceEntry"))
 }
 
 /// Conditions in the form of Kubernetes; several of one type become one, which holds where all of them do. The time of a

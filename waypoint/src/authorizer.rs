@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 
 use crate::body::Body;
 use crate::connection::Connection;
+use crate::mesh::Bound;
 use crate::upstream::{Version, Wish};
 use crate::worker::Context;
 
@@ -76,6 +77,7 @@ impl Consulted {
 pub async fn ask(
     context: &Rc<Context>,
     connection: &Connection,
+    bound: &Bound,
     authorizer: &Authorizer,
     method: &Method,
     host: &str,
@@ -85,7 +87,8 @@ pub async fn ask(
     let patience = Duration::from_millis(authorizer.timeout_ms);
     let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
     if authorizer.grpc {
-        let asked = grpc::ask(context, connection, authorizer, method, host, target, headers);
+        let question = grpc::question(connection, method, host, target, headers);
+        let asked = grpc::ask(context, bound, authorizer, &question);
         return match tokio::time::timeout(patience, asked).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(reason)) => undecided(authorizer, status, reason),
@@ -97,7 +100,7 @@ pub async fn ask(
         // What cannot even be asked is the client's doing: no failure of the authorizer.
         Err(reason) => return Answer::Unknown(status, reason),
     };
-    let failed = match tokio::time::timeout(patience, send(context, authorizer, question)).await {
+    let failed = match tokio::time::timeout(patience, send(context, bound, authorizer, question)).await {
         Ok(Ok(response)) if response.status() == StatusCode::OK => {
             let wanted = |name: &HeaderName| listed(&authorizer.upstream_headers, name);
             let told = response.headers().iter().filter(|(n, _)| wanted(n));
@@ -178,12 +181,18 @@ fn question(
 
 async fn send(
     context: &Rc<Context>,
+    bound: &Bound,
     authorizer: &Authorizer,
     question: Request<Body>,
 ) -> Result<Response<Incoming>, String> {
-    let wish = Wish::plain(&authorizer.service, authorizer.port);
-    let endpoint = context.upstream.find(&wish, &[]).await.map_err(|e| e.to_string())?;
+    let endpoint = context.upstream.find(&wish(bound, authorizer), &[]).await.map_err(|e| e.to_string())?;
     context.upstream.send(&endpoint, Version::Http1, question).await.map_err(|(e, _)| e.to_string())
+}
+
+/// Its service, with what holds for that.
+fn wish<'a>(bound: &Bound, authorizer: &'a Authorizer) -> Wish<'a> {
+    let traffic = bound.traffic(&authorizer.service, authorizer.port);
+    Wish { traffic, ..Wish::plain(&authorizer.service, authorizer.port) }
 }
 
 /// A refusal as the client is told; one whose body is too long, or does not come, is told without it.

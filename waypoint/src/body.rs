@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
@@ -25,6 +25,8 @@ pub struct Body {
     source: Source,
     /// Bytes that went through.
     pub counted: Arc<AtomicU64>,
+    /// All of it has gone through.
+    pub ended: Arc<AtomicBool>,
     copies: Vec<mpsc::Sender<Result<Frame<Bytes>, Cut>>>,
     /// What is told when the body has ended, or when nobody wants it any more.
     exchange: Option<Box<Exchange>>,
@@ -65,6 +67,7 @@ impl Body {
         Self {
             source,
             counted: Arc::default(),
+            ended: Arc::default(),
             copies: Vec::new(),
             exchange: None,
             deadline: None,
@@ -163,7 +166,10 @@ impl HttpBody for Body {
                     exchange.error = Some(format!("the answer broke off: {error}"));
                 }
             }
-            None => this.copies.clear(),
+            None => {
+                this.ended.store(true, Relaxed);
+                this.copies.clear();
+            }
         }
         if matches!(&frame, None | Some(Err(_)))
             && let Some(exchange) = this.exchange.take()
@@ -193,7 +199,9 @@ impl HttpBody for Body {
 impl Drop for Body {
     fn drop(&mut self) {
         let ended = self.is_end_stream();
-        if !ended {
+        if ended {
+            self.ended.store(true, Relaxed);
+        } else {
             self.copies.drain(..).for_each(|copy| cut(copy, Cut::Source));
         }
         if let Some(mut exchange) = self.exchange.take() {

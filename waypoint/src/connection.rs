@@ -16,6 +16,7 @@ use ambit_hbone::server::Incoming;
 use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::l7::policy::{Subject, Verdict};
+use ambit_model::l7::traffic::{Balancing, HashKey};
 use ambit_model::service::AppProtocol;
 use bytes::{Buf, Bytes, BytesMut};
 use http::StatusCode;
@@ -25,9 +26,12 @@ use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::eject::Outcome;
+use crate::forward::note;
 use crate::observe::{Facts, Meter, Observer};
 use crate::rebalance;
 use crate::request;
+use crate::session;
 use crate::target::{Refusal, Target, resolve};
 use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable, Wish};
 use crate::worker::{Context, Downstream};
@@ -148,7 +152,7 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
             if let Ok(io) = incoming.accept_io(&told) {
-                let upstream = dial(&context, &connection.target, connection.trace).await;
+                let upstream = dial(&context, &connection.target, connection.facts.src.ip(), connection.trace).await;
                 relay(&context, &connection, Rewind { read: Bytes::new(), io }, upstream).await;
             }
         }
@@ -160,7 +164,12 @@ pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: 
     }
 }
 
-async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) -> Result<(Endpoint, Io), Unreachable> {
+async fn dial(
+    context: &Context,
+    target: &Target,
+    source: IpAddr,
+    trace: Option<TraceParent>,
+) -> Result<(Endpoint, Io), Unreachable> {
     let mut avoid = Vec::new();
     let mut before = None;
     loop {
@@ -168,15 +177,28 @@ async fn dial(context: &Context, target: &Target, trace: Option<TraceParent>) ->
             (Some(service), ..) => {
                 let key = service.key();
                 let traffic = target.bound.traffic(&key, target.port);
-                let wish = Wish { traffic, asked: target.address, ..Wish::plain(&key, target.port) };
+                let hash = match &traffic.balancing {
+                    Balancing::Hash(HashKey::SourceIp) => Some(session::hash_of(source)),
+                    _ => None,
+                };
+                let wish = Wish { traffic, asked: target.address, hash, ..Wish::plain(&key, target.port) };
                 let chosen = context.upstream.find(&wish, &avoid).await;
                 // That there is no other one says less than why the first was not reached.
                 chosen.map_err(|error| before.take().unwrap_or(error))?
             }
-            (None, Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr, via: None },
+            (None, Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
             _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
         };
-        match context.upstream.connect(&endpoint, None, trace).await {
+        let start = Instant::now();
+        let made = context.upstream.connect(&endpoint, None, trace).await;
+        // What is said inside is not known here: a connection that is made is a good one.
+        let outcome = match &made {
+            Ok(_) => Some(Outcome::Answered(200)),
+            Err(Unreachable::Overflow(_)) => None,
+            Err(_) => Some(Outcome::Failed),
+        };
+        note(context, &endpoint, outcome, start.elapsed());
+        match made {
             Ok(io) => return Ok((endpoint, io)),
             Err(error @ Unreachable::Overflow(_)) => return Err(error),
             Err(error) if avoid.len() < 2 && target.service.is_some() => {
@@ -227,7 +249,7 @@ async fn tell_apart(
 ) {
     let dialled = async {
         if permitted {
-            dial(&context, &connection.target, connection.trace).await
+            dial(&context, &connection.target, connection.facts.src.ip(), connection.trace).await
         } else {
             std::future::pending().await
         }
@@ -304,6 +326,7 @@ async fn relay_with(
     mut up: Rewind<Io>,
 ) {
     let (start, _under_way) = (Instant::now(), context.shared.observer.under_way());
+    let _busy = endpoint.busy();
     let mut facts = connection.facts.clone();
     facts.dst = Some(endpoint.addr);
     facts.dst_workload = Some(endpoint.workload);
@@ -343,20 +366,23 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
     let (moves, of) = (moved.subscribe(), asked_to_move.clone());
     let served = server.serve_connection_with_upgrades(TokioIo::new(io), service);
     tokio::pin!(served);
-    let ended = tokio::select! {
-        ended = served.as_mut() => ended,
-        () = last => {
-            // The request that is under way is the last one.
-            served.as_mut().graceful_shutdown();
-            served.await
-        }
-        () = rebalance::asked(moves, spread) => {
-            of.moves.set(true);
-            // HTTP/2 has a word for it at any time; HTTP/1 with the next answer.
-            if of.http2.get() {
+    let asked = rebalance::asked(moves, spread);
+    tokio::pin!(last, asked);
+    let ended = loop {
+        tokio::select! {
+            ended = served.as_mut() => break ended,
+            () = last.as_mut() => {
+                // The request that is under way is the last one.
                 served.as_mut().graceful_shutdown();
+                break served.await;
             }
-            served.await
+            () = asked.as_mut(), if !of.moves.get() => {
+                of.moves.set(true);
+                // HTTP/2 has a word for it at any time; HTTP/1 with the next answer.
+                if of.http2.get() {
+                    served.as_mut().graceful_shutdown();
+                }
+            }
         }
     };
     if let Err(error) = ended {

@@ -4,7 +4,7 @@
 //! nothing that it has not kept whole. Never decides whether a request may go.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use ambit_model::NamespacedHostname;
@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use crate::body::Body;
 use crate::cluster::counts::Place;
 use crate::cluster::eject::Outcome;
-use crate::cluster::member::Member;
+use crate::cluster::member::Busy;
 use crate::connection::Connection;
 use crate::observe::Exchange;
 use crate::request::Local;
@@ -140,24 +140,6 @@ fn status_of(response: &Response<Incoming>) -> u16 {
     }
 }
 
-/// A request under way at an endpoint.
-#[derive(Debug)]
-struct Busy(Arc<Member>);
-
-impl Busy {
-    fn at(endpoint: &Endpoint) -> Option<Self> {
-        let member = endpoint.via.as_ref().map(|v| v.member.clone())?;
-        member.stats.begin();
-        Some(Self(member))
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.stats.end();
-    }
-}
-
 /// What a request holds until its answer has been read.
 #[derive(Debug, Default)]
 pub struct Kept {
@@ -172,6 +154,8 @@ pub(crate) struct Sending<'a> {
     pub(crate) version: Version,
     pub(crate) rule: &'a RouteRule,
     pub(crate) head: &'a Head,
+    /// The end of all tries.
+    pub(crate) deadline: Option<Instant>,
 }
 
 /// An answer.
@@ -191,7 +175,7 @@ pub(crate) async fn forward(
     body: Body,
     exchange: &mut Exchange,
 ) -> Result<Sent, Local> {
-    let Sending { wish, version, rule, head } = sending;
+    let Sending { wish, version, rule, head, deadline } = sending;
     let (retry, limits) = (rule.retry.as_ref(), &wish.traffic.limits);
     let cluster = context.upstream.cluster(&wish);
     let place = cluster.counts.request(limits).map_err(|e| unavailable(&Unreachable::Overflow(e)))?;
@@ -212,7 +196,7 @@ pub(crate) async fn forward(
     let mut _again = None;
     loop {
         let endpoint = match (&connection.target.workload, connection.target.address) {
-            (Some(workload), Some(addr)) => Endpoint { workload: workload.clone(), addr, via: None },
+            (Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
             // Another one than before; for another try the same one, where there is no other.
             _ => match context.upstream.find(&wish, &avoid).await {
                 Ok(endpoint) => endpoint,
@@ -227,11 +211,20 @@ pub(crate) async fn forward(
         exchange.dst_workload = Some(endpoint.workload.clone());
         let start = Instant::now();
         let end = rule.try_timeout().map(|t| start + t);
-        held._busy = Busy::at(&endpoint);
-        let outcome = one_try(context, &endpoint, version, request, rule.try_timeout()).await;
+        held._busy = endpoint.busy();
+        let left = deadline.map(|d| d.saturating_duration_since(start));
+        let time = rule.try_timeout().into_iter().chain(left).min();
+        let empty = http_body::Body::size_hint(request.body()).exact() == Some(0);
+        let uploaded = request.body().ended.clone();
+        let outcome = one_try(context, &endpoint, version, request, time).await;
         let took = start.elapsed();
         exchange.waited += took;
-        note(context, &endpoint, outcome.outcome(), took);
+        // A client that is slow itself is no fault of the endpoint's.
+        let theirs = matches!(outcome, Try::Late(_)) && !empty && !uploaded.load(Relaxed);
+        note(context, &endpoint, outcome.outcome().filter(|_| !theirs), took);
+        if matches!(outcome, Try::Late(_)) && deadline.is_some_and(|d| d <= Instant::now()) {
+            return Err(over());
+        }
         avoid.extend(endpoint.tag());
         let answered = |mut response: Response<Incoming>, held: Kept| Sent {
             kept: Kept { _stream: response.extensions_mut().remove::<Held>(), ..held },
@@ -314,15 +307,21 @@ fn unavailable(e: &Unreachable) -> Local {
     Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, text, e)
 }
 
+/// The answer where the deadline of a route has passed.
+pub(crate) fn over() -> Local {
+    let reason = "the deadline of the route has passed";
+    Local::new(StatusCode::GATEWAY_TIMEOUT, "UT", "upstream request timeout\n", reason)
+}
+
 fn late(time: Duration) -> Local {
     let reason = format!("no answer within the time of a try, {time:?}");
     Local::new(StatusCode::GATEWAY_TIMEOUT, "UT", "upstream request timeout\n", reason)
 }
 
 /// Tells the cluster how a try went.
-fn note(context: &Context, endpoint: &Endpoint, outcome: Option<Outcome>, took: Duration) {
+pub(crate) fn note(context: &Context, endpoint: &Endpoint, outcome: Option<Outcome>, took: Duration) {
     let (Some(via), Some(outcome)) = (&endpoint.via, outcome) else { return };
-    if let Some((why, time)) = via.cluster.note(&via.member, &via.traffic, outcome, took) {
+    if let Some((why, time)) = via.cluster.note(&via.member, &endpoint.traffic, outcome, took) {
         let service = via.cluster.service();
         tracing::warn!(%service, workload = &*endpoint.workload.name, addr = %endpoint.addr, why, ?time, "endpoint left out");
         context.shared.observer.ejected(&service.hostname);

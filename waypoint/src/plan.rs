@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ambit_model::l7::table::{Found, RequestView};
-use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteKind, RouteRule};
+use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteRule};
 use ambit_model::{NamespacedHostname, Str, Workload};
 use http::header::HeaderValue;
 use http::{HeaderMap, Method, Response, StatusCode};
@@ -75,9 +75,9 @@ pub(crate) fn plan(
             let to = key.map(|key| (key, target.port));
             Ok(Plan { rule: bound.default.clone(), prefix: None, order: None, to, backend: None, session: None })
         }
-        Found::None(kind) => {
-            let status = if kind == RouteKind::GRPCRoute { StatusCode::NOT_IMPLEMENTED } else { StatusCode::NOT_FOUND };
-            Err(Local::new(status, "NR", "no route matches\n", "no rule of the attached routes matches"))
+        Found::None(_) => {
+            // A gRPC client is told UNIMPLEMENTED (Gateway API).
+            Err(Local::new(StatusCode::NOT_FOUND, "NR", "no route matches\n", "no rule of the attached routes matches"))
         }
         Found::Rule(chosen) => {
             exchange.route = Some(chosen.name.clone());

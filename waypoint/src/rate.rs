@@ -14,6 +14,8 @@ use crate::cluster::eject::Micros;
 
 /// Keys of one limit that are counted apart; the rest share one bucket.
 const KEYS: usize = 10_000;
+/// Between two looks for room.
+const SCAN: Micros = 1_000_000;
 /// Nobody may choose keys that fall together.
 static SEED: LazyLock<u64> = LazyLock::new(|| fastrand::u64(..));
 
@@ -29,7 +31,14 @@ pub struct Limiter {
     burst: u32,
     by: RateKey,
     all: AtomicU64,
-    keys: Mutex<HashMap<u64, Micros>>,
+    keys: Mutex<Keys>,
+}
+
+#[derive(Debug, Default)]
+struct Keys {
+    full: HashMap<u64, Micros>,
+    /// Not looked at for room before then: whoever sends new keys all the time does not make that dear.
+    next: Micros,
 }
 
 /// What a limit says of a request.
@@ -81,14 +90,17 @@ impl Limiter {
         // A panic elsewhere leaves numbers that are still numbers.
         let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
         let mut hash = xxh64(key, *SEED);
-        if keys.len() >= KEYS && !keys.contains_key(&hash) {
-            // A full bucket is as good as none.
-            keys.retain(|_, full| *full > now);
-            if keys.len() >= KEYS {
+        if keys.full.len() >= KEYS && !keys.full.contains_key(&hash) {
+            if now >= keys.next {
+                // A full bucket is as good as none.
+                keys.full.retain(|_, full| *full > now);
+                keys.next = now + SCAN;
+            }
+            if keys.full.len() >= KEYS {
                 hash = 0;
             }
         }
-        let bucket = keys.entry(hash).or_default();
+        let bucket = keys.full.entry(hash).or_default();
         let (next, answer) = self.step(*bucket, now);
         *bucket = next.unwrap_or(*bucket);
         answer
@@ -165,11 +177,11 @@ mod tests {
         assert!(limiter.take(Some(b"a"), S).passes && limiter.take(Some(b"b"), S).passes);
         assert!(!limiter.take(Some(b"a"), S).passes);
         let passed = (0..100_000u32).filter(|n| limiter.take(Some(&n.to_le_bytes()), S).passes).count();
-        let keys = limiter.keys.lock().expect("no panic").len();
+        let keys = limiter.keys.lock().expect("no panic").full.len();
         assert!(keys <= KEYS + 1, "{keys}");
         assert!(passed <= KEYS + 1, "the rest share one: {passed}");
         assert!(limiter.take(Some(b"new"), 10 * S).passes, "what is full again is forgotten");
-        assert!(limiter.keys.lock().expect("no panic").len() < 10);
+        assert!(limiter.keys.lock().expect("no panic").full.len() < 10);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::TraceParent;
 use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
@@ -24,7 +24,7 @@ use tokio::io::copy_bidirectional;
 use crate::authorizer::{self, Answer, Consulted};
 use crate::body::Body;
 use crate::connection::Connection;
-use crate::forward::{Head, Sending, Sent, forward, mirror_to, version_for};
+use crate::forward::{Head, Kept, Sending, Sent, forward, mirror_to, over, version_for};
 use crate::mesh::Bound;
 use crate::observe::Exchange;
 use crate::plan::{self, Asked, Change};
@@ -34,6 +34,8 @@ use crate::upstream::Wish;
 use crate::worker::Context;
 use crate::{cluster, filters, session};
 
+/// What ends at the deadline of a route by itself has this long to do so.
+const GRACE: Duration = Duration::from_millis(20);
 const XFCC: &str = "x-forwarded-client-cert";
 const XFF: HeaderName = HeaderName::from_static("x-forwarded-for");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -100,7 +102,8 @@ pub async fn handle(
     };
     exchange.answered(response.status().as_u16(), response.headers());
     let (mut head, body) = response.into_parts();
-    if connection.moves.get() && !connection.http2.get() {
+    let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
+    if connection.moves.get() && !connection.http2.get() && !upgraded {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(Response::from_parts(head, told.by(body)))
@@ -258,18 +261,12 @@ async fn respond(
             mirror_to(&context, &Wish { traffic, ..Wish::plain(&service, port) }, &head, body).await;
         });
     }
-    let sending = Sending { wish, version, rule: &plan.rule, head: &head };
+    let sending = Sending { wish, version, rule: &plan.rule, head: &head, deadline };
     let sent = std::pin::pin!(forward(context, connection, sending, body, exchange));
     let Sent { response, end: end_of_try, kept, tag } = match deadline {
         None => sent.await?,
-        Some(at) => tokio::time::timeout_at(at.into(), sent).await.map_err(|_| {
-            Local::new(
-                StatusCode::GATEWAY_TIMEOUT,
-                "UT",
-                "upstream request timeout\n",
-                "the deadline of the route has passed",
-            )
-        })??,
+        // Tries end by themselves, and say whose fault it is; what is before them does not.
+        Some(at) => tokio::time::timeout_at((at + GRACE).into(), sent).await.map_err(|_| over())??,
     };
     // The time of a try is over when its answer is, not when that begins.
     let deadline = deadline.into_iter().chain(end_of_try).min();
@@ -281,7 +278,7 @@ async fn respond(
             return Err(Local::new(StatusCode::BAD_GATEWAY, "UPE", "bad answer\n", reason));
         }
         let response = Response::from_parts(head, incoming);
-        return Ok(switch(response, upgrade.map(|(_, client)| client)));
+        return Ok(switch(response, upgrade.map(|(_, client)| client), kept));
     }
     filters::strip_hop_by_hop(&mut head.headers, None);
     if let (Some(session), Some(tag)) = (&plan.rule.session, tag)
@@ -412,7 +409,7 @@ async fn consult(
             continue;
         }
         passed.refused_by = Some(question.0.clone());
-        match authorizer::ask(context, connection, &whom, asked.method, asked.host, &target, headers).await {
+        match authorizer::ask(context, connection, bound, &whom, asked.method, asked.host, &target, headers).await {
             Answer::Yes(said) => {
                 for name in &said.remove {
                     headers.remove(name);
@@ -498,11 +495,13 @@ pub(crate) fn trace_of(headers: &HeaderMap) -> Option<TraceParent> {
 }
 
 /// Hands both ends over to each other after the answer.
-fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade>) -> Response<Body> {
+fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade>, kept: Kept) -> Response<Body> {
     let (head, body) = response.into_parts();
     let mut response = Response::from_parts(head, body);
     let server = hyper::upgrade::on(&mut response);
     tokio::task::spawn_local(async move {
+        // Under way until both have done with each other.
+        let _kept = kept;
         let Some(client) = client else { return };
         if let (Ok(client), Ok(server)) = tokio::join!(client, server) {
             // How it ends is the applications' affair.
@@ -539,11 +538,7 @@ impl Local {
             headers.insert("grpc-message", HeaderValue::from_static(self.text.trim_ascii_end()));
             return response;
         }
-        *response.status_mut() = match self.status {
-            // Only gRPC has a word for it.
-            StatusCode::NOT_IMPLEMENTED => StatusCode::NOT_FOUND,
-            status => status,
-        };
+        *response.status_mut() = self.status;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         response
     }

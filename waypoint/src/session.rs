@@ -16,6 +16,11 @@ pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     all.filter_map(|pair| pair.trim().split_once('=')).find(|(n, _)| *n == name).map(|(_, value)| value)
 }
 
+/// A client's address, hashed.
+pub fn hash_of(client: IpAddr) -> u64 {
+    xxh64(client.to_string().as_bytes(), 0)
+}
+
 /// What an endpoint is chosen by; and, where the client is to get a cookie for it, that.
 pub fn hash(key: &HashKey, headers: &HeaderMap, query: &str, client: IpAddr) -> (Option<u64>, Option<HeaderValue>) {
     let of = |bytes: &[u8]| Some(xxh64(bytes, 0));
@@ -25,7 +30,7 @@ pub fn hash(key: &HashKey, headers: &HeaderMap, query: &str, client: IpAddr) -> 
             let value = form_urlencoded::parse(query.as_bytes()).find(|(n, _)| *n == **name);
             (value.and_then(|(_, v)| of(v.as_bytes())), None)
         }
-        HashKey::SourceIp => (of(client.to_string().as_bytes()), None),
+        HashKey::SourceIp => (Some(hash_of(client)), None),
         HashKey::Cookie(of_cookie) => match (cookie(headers, &of_cookie.name), of_cookie.ttl_ms) {
             (Some(value), _) => (of(value.as_bytes()), None),
             (None, None) => (None, None),

@@ -31,7 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::cluster::choose::Ask;
 use crate::cluster::counts::{Counts, Overflow};
-use crate::cluster::member::Member;
+use crate::cluster::member::{Busy, Member};
 use crate::cluster::{Around, Cluster};
 use crate::worker::Shared;
 
@@ -49,6 +49,8 @@ pub struct Endpoint {
     pub workload: Arc<Workload>,
     /// Where.
     pub addr: SocketAddr,
+    /// What holds for it.
+    pub traffic: Arc<Traffic>,
     /// The service that it was chosen for.
     pub via: Option<Via>,
 }
@@ -60,8 +62,6 @@ pub struct Via {
     pub cluster: Arc<Cluster>,
     /// The one.
     pub member: Arc<Member>,
-    /// What holds for it.
-    pub traffic: Arc<Traffic>,
 }
 
 /// A service to choose an endpoint of.
@@ -84,9 +84,14 @@ pub struct Wish<'a> {
 impl<'a> Wish<'a> {
     /// For a request of the waypoint's own.
     pub fn plain(service: &'a NamespacedHostname, port: u16) -> Self {
-        static PLAIN: LazyLock<Arc<Traffic>> = LazyLock::new(Arc::default);
-        Self { service, port, traffic: PLAIN.clone(), asked: None, hash: None, session: None }
+        Self { service, port, traffic: plain(), asked: None, hash: None, session: None }
     }
+}
+
+/// What holds where nothing is said.
+fn plain() -> Arc<Traffic> {
+    static PLAIN: LazyLock<Arc<Traffic>> = LazyLock::new(Arc::default);
+    PLAIN.clone()
 }
 
 /// Version of HTTP to speak to a pod.
@@ -158,27 +163,36 @@ impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
 }
 
 impl Endpoint {
+    /// Counts as something under way there.
+    pub fn busy(&self) -> Option<Busy> {
+        self.via.as_ref().map(|v| Busy::at(&v.member))
+    }
+
     /// Its tag among the endpoints of its service.
     pub fn tag(&self) -> Option<u64> {
         self.via.as_ref().map(|v| v.member.tag)
     }
 
     fn tls(&self) -> Option<&Arc<OwnTls>> {
-        match &self.traffic().tls {
+        match &self.traffic.tls {
             Some(Origination::Tls(tls)) => Some(tls),
             Some(Origination::Refused(_)) | None => None,
         }
     }
 
-    fn traffic(&self) -> &Traffic {
-        static PLAIN: LazyLock<Traffic> = LazyLock::new(Traffic::default);
-        self.via.as_ref().map_or(&*PLAIN, |v| &v.traffic)
+    /// A workload that was asked for by its own address.
+    pub fn direct(workload: Arc<Workload>, addr: SocketAddr) -> Self {
+        Self { workload, addr, traffic: plain(), via: None }
     }
 
-    /// The counters of its service, where connections are limited.
+    /// The counters of its service.
+    fn counts(&self) -> Option<Arc<Counts>> {
+        self.via.as_ref().map(|v| v.cluster.counts.clone())
+    }
+
+    /// Them, where connections are limited.
     fn counted(&self) -> Option<Arc<Counts>> {
-        let limited = self.traffic().limits.connections.is_some();
-        self.via.as_ref().filter(|_| limited).map(|v| v.cluster.counts.clone())
+        self.counts().filter(|_| self.traffic.limits.connections.is_some())
     }
 }
 
@@ -229,7 +243,8 @@ impl Upstream {
         let chosen = self.around(|around| cluster.choose(&snapshot, around, &wish.traffic, &ask));
         if let Some(member) = chosen {
             let (workload, addr) = (member.workload.clone(), member.addr);
-            return Ok(Endpoint { workload, addr, via: Some(Via { cluster, member, traffic: wish.traffic.clone() }) });
+            let traffic = wish.traffic.clone();
+            return Ok(Endpoint { workload, addr, traffic, via: Some(Via { cluster, member }) });
         }
         // A service whose endpoints nobody knows: whoever has the address that was asked for.
         let service = snapshot.service(wish.service).ok_or_else(none)?;
@@ -237,7 +252,8 @@ impl Upstream {
             Some(addr) if service.load_balancing.mode == BalanceMode::Passthrough => {
                 let uid = format!("{}/{addr}", wish.service).into();
                 let network = self.shared.config.network.clone();
-                Ok(Endpoint { workload: Arc::new(Workload { uid, network, ..Workload::default() }), addr, via: None })
+                let workload = Arc::new(Workload { uid, network, ..Workload::default() });
+                Ok(Endpoint { workload, addr, traffic: wish.traffic.clone(), via: None })
             }
             _ => Err(none()),
         }
@@ -288,7 +304,7 @@ impl Upstream {
         version: Option<Version>,
         trace: Option<TraceParent>,
     ) -> Result<Io, Unreachable> {
-        let limits = &to.traffic().limits;
+        let limits = &to.traffic.limits;
         let patience = self.patience(to);
         let place = match &to.via {
             Some(via) if version.is_some() => Some(via.cluster.counts.connection(limits, patience).await),
@@ -305,7 +321,7 @@ impl Upstream {
     }
 
     fn patience(&self, to: &Endpoint) -> Duration {
-        to.traffic().connect_timeout_ms.map_or(self.shared.config.connect_timeout, Duration::from_millis)
+        to.traffic.connect_timeout_ms.map_or(self.shared.config.connect_timeout, Duration::from_millis)
     }
 
     async fn carrier(&self, to: &Endpoint, patience: Duration, trace: Option<TraceParent>) -> Result<Io, Unreachable> {

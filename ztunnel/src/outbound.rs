@@ -179,7 +179,12 @@ fn lighter(context: &Context, client: &Workload, to: SocketAddr, avoid: &[Str]) 
     let mut loads = context.loads.borrow_mut();
     let now = Instant::now();
     let chosen = match route(&snapshot, client, to, &without) {
-        Route::Hbone(other) if other.waypoint && loads.is_lighter(&other.workload.uid, &hop.workload.uid, now) => {
+        // One that is farther away is for when the near ones are gone, not for when they have more to do.
+        Route::Hbone(other)
+            if other.waypoint
+                && other.workload.locality == hop.workload.locality
+                && loads.is_lighter(&other.workload.uid, &hop.workload.uid, now) =>
+        {
             Route::Hbone(other)
         }
         _ => one,

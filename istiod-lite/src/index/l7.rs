@@ -70,12 +70,16 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     close(world, &bound, mesh);
     attach_traffic(world, &mut bound, mesh);
     treatment::apply(world, &mut bound, mesh);
-    for one in bound.into_values() {
+    for ((_, _, object), one) in bound {
         for service in &one.own {
             let mut one = one.clone();
             // What is not said need not be told.
             one.config.traffic.retain(|_, of| *of != ServiceTraffic::default());
-            mesh.bound.insert(service.clone(), one);
+            // Of several objects with one host the service is that of one: a Service before entries, the older entry first.
+            let made_by = mesh.services.get(service).map(|s| s.name.clone());
+            if made_by.is_some_and(|name| *name == *object) {
+                mesh.bound.entry(service.clone()).or_insert(one);
+            }
         }
     }
 }
@@ -94,6 +98,7 @@ fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mes
                 BackendTarget::Invalid(_) => None,
             }));
         }
+        services.extend(one.config.policies.iter().filter_map(|p| Some(p.authorizer.as_ref()?.service.clone())));
         for service in services {
             let mut of = rules.of(world, &service, &one.gateway.0);
             let fits = |(namespace, name, _): &&(String, String, _)| {

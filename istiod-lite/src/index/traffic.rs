@@ -13,9 +13,10 @@ use ambit_model::{NamespacedHostname, Str};
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::{Condition, Mesh, routes};
+use crate::objects::core;
 use crate::objects::traffic::{
-    BackendTlsPolicy, ClientTls, ConnectionPool, DestinationRule, IstioRetryBudget, LoadBalancer, OutlierDetection,
-    TrafficSettings,
+    BackendTlsPolicy, ClientTls, ConnectionPool, ConsistentHash, DestinationRule, IstioRetryBudget, LoadBalancer,
+    OutlierDetection, TrafficSettings, TrafficTarget,
 };
 
 /// Where credentials that DestinationRules name are mounted in a waypoint.
@@ -82,7 +83,7 @@ impl<'a> Rules<'a> {
         let mut traffic = self.rule(world, service).map_or_else(ServiceTraffic::default, |(entry, compiled)| {
             match (&entry.object.spec.broken, compiled) {
                 (Some(reason), _) => refused(reason.clone()),
-                (None, Ok(traffic)) => traffic.clone(),
+                (None, Ok(traffic)) => owned(traffic.clone(), world, entry, gateway),
                 (None, Err(e)) if asks_for_tls(&entry.object.spec.traffic_policy) => refused(e.to_string()),
                 (None, Err(_)) => ServiceTraffic::default(),
             }
@@ -90,18 +91,18 @@ impl<'a> Rules<'a> {
         for one in std::iter::once(&mut traffic.all).chain(traffic.ports.values_mut()) {
             name_server(one, service);
         }
-        if let Some((policy, of_port)) = self.tls_policy(world, service) {
+        for (policy, port) in self.tls_policies(world, service) {
             let made = match (&policy.object.spec.broken, backend_tls(policy, gateway)) {
                 (Some(reason), _) => Origination::Refused(reason.as_str().into()),
                 (None, Ok(tls)) => Origination::Tls(tls.into()),
                 (None, Err(e)) => Origination::Refused(e.to_string().into()),
             };
-            match of_port {
-                None => {
+            match port {
+                Section::All => {
                     let ports = traffic.ports.values_mut();
                     std::iter::once(&mut traffic.all).chain(ports).for_each(|t| t.tls = Some(made.clone()));
                 }
-                Some(port) => {
+                Section::Port(port) => {
                     let all = traffic.all.clone();
                     traffic.ports.entry(port).or_insert(all).tls = Some(made);
                 }
@@ -114,7 +115,15 @@ impl<'a> Rules<'a> {
     /// oldest of several.
     fn rule(&self, world: &World<'_>, service: &NamespacedHostname) -> Option<&(Entry<'a, DestinationRule>, Compiled)> {
         let of = |namespace: &str| {
-            let here = self.destination.iter().filter(|(e, _)| e.key.namespace == namespace && usable(e));
+            let seen = |e: &Entry<'_, DestinationRule>| {
+                let to = &e.object.spec.export_to;
+                let named = |t: &String| {
+                    *t == "*" || *t == *service.namespace || (t == "." && *service.namespace == *namespace)
+                };
+                to.is_empty() || to.iter().any(named)
+            };
+            let here = self.destination.iter();
+            let here = here.filter(|(e, _)| e.key.namespace == namespace && usable(e) && seen(e));
             let fits = here.filter_map(|d| Some((fit(&host(world, &d.0), &service.hostname)?, d)));
             // The first of those that fit best is the oldest.
             fits.fold(None, |best: Option<(usize, &(_, _))>, one| match best {
@@ -125,23 +134,41 @@ impl<'a> Rules<'a> {
         of(&service.namespace).or_else(|| of(&world.config.root_namespace)).map(|(_, d)| d)
     }
 
-    fn tls_policy(
+    /// The TLS policies of a service and what each holds for, the one that wins last: those of single ports after those of all,
+    /// the older after the younger. A section that is no port of the service closes all of it: what it was for is not known.
+    fn tls_policies(
         &self,
         world: &World<'_>,
         service: &NamespacedHostname,
-    ) -> Option<(&Entry<'a, BackendTlsPolicy>, Option<u16>)> {
+    ) -> Vec<(&Entry<'a, BackendTlsPolicy>, Section)> {
+        if self.tls.is_empty() {
+            return Vec::new();
+        }
         let object = world.services.iter().find(|s| {
             s.key.namespace == *service.namespace && world.hostname(&s.key.name, &s.key.namespace) == service.hostname
-        })?;
-        self.tls.iter().filter(|p| p.key.namespace == *service.namespace).find_map(|policy| {
-            let of = |t: &&crate::objects::traffic::TrafficTarget| t.kind == "Service" && t.name == object.key.name;
-            let target = policy.object.spec.target_refs.iter().find(of)?;
-            let port = match &target.section_name {
-                None => None,
-                Some(name) => Some(object.object.spec.ports.iter().find(|p| p.name == *name)?.port),
-            };
-            Some((policy, port))
-        })
+        });
+        let Some(object) = object else { return Vec::new() };
+        let mut found = Vec::new();
+        for policy in self.tls.iter().rev().filter(|p| p.key.namespace == *service.namespace) {
+            let of = policy.object.spec.target_refs.iter().filter(|t| t.kind == "Service" && t.name == object.key.name);
+            found.extend(of.map(|target| (policy, Section::of(target, object.object))));
+        }
+        found.sort_by_key(|(_, section)| *section != Section::All);
+        found
+    }
+}
+
+/// What of a service a TLS policy holds for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Section {
+    All,
+    Port(u16),
+}
+
+impl Section {
+    fn of(target: &TrafficTarget, service: &core::Service) -> Self {
+        let port = target.section_name.as_ref().and_then(|name| service.spec.ports.iter().find(|p| p.name == *name));
+        port.map_or(Self::All, |p| Self::Port(p.port))
     }
 }
 
@@ -157,6 +184,28 @@ fn asks_for_tls(policy: &TrafficSettings) -> bool {
 fn refused(reason: String) -> ServiceTraffic {
     let tls = Some(Origination::Refused(format!("TLS was asked for and cannot be done: {reason}").into()));
     ServiceTraffic { all: Traffic { tls, ..Traffic::default() }, ..ServiceTraffic::default() }
+}
+
+/// Certificates that a waypoint holds are for rules of its own namespace, and of the root namespace.
+fn owned(
+    mut traffic: ServiceTraffic,
+    world: &World<'_>,
+    entry: &Entry<'_, DestinationRule>,
+    gateway: &str,
+) -> ServiceTraffic {
+    if entry.key.namespace == gateway || entry.key.namespace == world.config.root_namespace {
+        return traffic;
+    }
+    for one in std::iter::once(&mut traffic.all).chain(traffic.ports.values_mut()) {
+        if let Some(Origination::Tls(tls)) = &one.tls
+            && (tls.client.is_some() || matches!(tls.roots, Roots::File(_)))
+        {
+            let text =
+                format!("{}: files are those of the waypoint's namespace {gateway}, not of the rule's", entry.key);
+            one.tls = Some(Origination::Refused(text.into()));
+        }
+    }
+    traffic
 }
 
 /// The host of a rule; a short one is of its own namespace.
@@ -218,13 +267,12 @@ fn describe(
         return no("Conflicted", format!("{} is older and has the same host", winner.key));
     }
     let root = entry.key.namespace == world.config.root_namespace;
-    let services = world.services.iter().map(|s| (&*s.key.namespace, world.hostname(&s.key.name, &s.key.namespace)));
-    let entries = world
-        .service_entries
-        .iter()
-        .flat_map(|e| e.object.spec.hosts.iter().map(|h| (&*e.key.namespace, Str::from(h.as_str()))));
-    let mut known = services.chain(entries).filter(|(namespace, _)| root || *namespace == entry.key.namespace);
-    if !known.any(|(_, of)| fit(&host, &of).is_some()) {
+    let here = |namespace: &str| root || namespace == entry.key.namespace;
+    let services = world.services.iter().filter(|s| here(&s.key.namespace));
+    let services = services.map(|s| world.hostname(&s.key.name, &s.key.namespace));
+    let entries = world.service_entries.iter().filter(|e| here(&e.key.namespace));
+    let mut known = services.chain(entries.flat_map(|e| e.object.spec.hosts.iter().map(|h| Str::from(h.as_str()))));
+    if !known.any(|of| fit(&host, &of).is_some()) {
         let text = format!("spec.host: {:?}: no service of this namespace has it, and rules hold for these", spec.host);
         return no("TargetNotFound", text);
     }
@@ -233,7 +281,37 @@ fn describe(
                     them (Gateway API); the rest of the rule is in force";
         return no("UnsupportedValue", text.into());
     }
-    say(Condition::yes("WaypointAccepted", "Accepted", "in force where a waypoint serves"));
+    let mut text = "in force where a waypoint serves".to_owned();
+    let passed_over = passed_over(&spec.traffic_policy);
+    if !passed_over.is_empty() {
+        text.push_str(&format!("; of no effect: {}", passed_over.join(", ")));
+    }
+    say(Condition::yes("WaypointAccepted", "Accepted", text));
+}
+
+/// Fields that are known and change nothing here.
+fn passed_over(policy: &TrafficSettings) -> Vec<&'static str> {
+    let lb =
+        policy.load_balancer.iter().chain(policy.port_level_settings.iter().filter_map(|p| p.load_balancer.as_ref()));
+    let pools = policy
+        .connection_pool
+        .iter()
+        .chain(policy.port_level_settings.iter().filter_map(|p| p.connection_pool.as_ref()));
+    let (lb, pools): (Vec<_>, Vec<_>) = (lb.collect(), pools.collect());
+    let hash = |given: fn(&ConsistentHash) -> bool| lb.iter().filter_map(|l| l.consistent_hash.as_ref()).any(given);
+    [
+        ("tcp.idleTimeout", pools.iter().any(|p| p.tcp.idle_timeout.is_some())),
+        ("tcp.tcpKeepalive", pools.iter().any(|p| p.tcp.tcp_keepalive.is_some())),
+        ("http.idleTimeout", pools.iter().any(|p| p.http.idle_timeout.is_some())),
+        ("http.useClientProtocol", pools.iter().any(|p| p.http.use_client_protocol.is_some())),
+        ("warmup.minimumPercent", lb.iter().any(|l| l.warmup.as_ref().is_some_and(|w| w.minimum_percent.is_some()))),
+        ("warmup.aggression", lb.iter().any(|l| l.warmup.as_ref().is_some_and(|w| w.aggression.is_some()))),
+        ("consistentHash.ringHash", hash(|h| h.ring_hash.is_some() || h.minimum_ring_size.is_some())),
+        ("consistentHash.maglev", hash(|h| h.maglev.is_some())),
+    ]
+    .into_iter()
+    .filter_map(|(field, given)| given.then_some(field))
+    .collect()
 }
 
 fn compile(policy: &TrafficSettings, host: &str) -> Compiled {
@@ -429,7 +507,9 @@ fn origination(at: &str, tls: &ClientTls) -> Result<Option<Origination>, Invalid
         OwnTls { sni: text(&tls.sni), names: tls.subject_alt_names.iter().map(text).collect(), ..OwnTls::default() };
     let mutual = tls.mode == "MUTUAL";
     if !tls.credential_name.is_empty() {
-        if !tls.credential_name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.') {
+        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+        let name = &tls.credential_name;
+        if !name.bytes().all(inner) || name.starts_with(['.', '-']) || name.contains("..") {
             return invalid(&format!("{at}.credentialName"), &tls.credential_name, "the name of a Secret");
         }
         let file = |name: &str| Str::from(format!("{CREDENTIALS}/{}/{name}", tls.credential_name));
@@ -486,6 +566,11 @@ fn backend_tls(policy: &Entry<'_, BackendTlsPolicy>, gateway: &str) -> Result<Ow
 pub fn describe_tls(world: &World<'_>, mesh: &mut Mesh, bound: &dyn Fn(&str, &str) -> Option<String>) {
     for policy in &world.backend_tls {
         let mut conditions = Vec::new();
+        let is_bound = |t: &TrafficTarget| bound(&policy.key.namespace, &t.name).is_some();
+        if !policy.object.spec.target_refs.iter().any(is_bound) {
+            // Somebody else's affair: a gateway's, or nobody's.
+            continue;
+        }
         for target in &policy.object.spec.target_refs {
             let no = |reason, text: String| Condition::no("Accepted", reason, text);
             conditions.push(match (bound(&policy.key.namespace, &target.name), &policy.object.spec.broken) {
@@ -494,6 +579,16 @@ pub fn describe_tls(world: &World<'_>, mesh: &mut Mesh, bound: &dyn Fn(&str, &st
                 }
                 (None, _) => no("TargetNotFound", format!("Service {}: it is bound to no waypoint", target.name)),
                 (Some(_), Some(reason)) => no("Invalid", format!("{reason}; until then nothing is sent to its target")),
+                (Some(_), None) if unknown_section(world, &policy.key.namespace, target) => {
+                    let text = format!(
+                        "Service {}: it has no port {:?}; until then the policy holds for all of its ports",
+                        target.name, target.section_name
+                    );
+                    no("TargetNotFound", text)
+                }
+                (Some(_), None) if has_older(world, policy, target) => {
+                    no("Conflicted", format!("Service {}: an older policy has the same target", target.name))
+                }
                 (Some(gateway), None) => match backend_tls(policy, &gateway) {
                     Ok(_) => Condition::yes("Accepted", "Accepted", format!("Service {}: in force", target.name)),
                     Err(e) => no("Invalid", format!("{e}; until then nothing is sent to its target")),
@@ -502,6 +597,17 @@ pub fn describe_tls(world: &World<'_>, mesh: &mut Mesh, bound: &dyn Fn(&str, &st
         }
         mesh.statuses.entry(policy.key.clone()).or_default().extend(conditions);
     }
+}
+
+fn unknown_section(world: &World<'_>, namespace: &str, target: &TrafficTarget) -> bool {
+    let service = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == target.name);
+    target.section_name.is_some() && service.is_some_and(|s| Section::of(target, s.object) == Section::All)
+}
+
+fn has_older(world: &World<'_>, policy: &Entry<'_, BackendTlsPolicy>, target: &TrafficTarget) -> bool {
+    let others = world.backend_tls.iter().filter(|o| o.key.namespace == policy.key.namespace && o.key != policy.key);
+    let mut older = others.filter(|o| o.meta.age() < policy.meta.age());
+    older.any(|o| o.object.spec.target_refs.contains(target))
 }
 
 /// The retry budget of a service (XBackendTrafficPolicy); what is to be said of each policy.

@@ -6,9 +6,9 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use ambit_model::Str;
 use ambit_model::l7::traffic::{Abort, Ejection, Fault, Limits, RateKey, RateLimit, RetryBudget, SuccessRate, Traffic};
 use ambit_model::l7::{Retry, RouteRule};
+use ambit_model::{NamespacedHostname, Str};
 
 use super::l7::{Bound, Owner};
 use super::lookup::World;
@@ -75,6 +75,11 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
             }
         }
     }
+    let mut names: BTreeMap<NamespacedHostname, (&str, &str)> = BTreeMap::new();
+    for service in world.services.iter().filter(|_| !candidates.is_empty()) {
+        let (namespace, name) = (&*service.key.namespace, &*service.key.name);
+        names.insert(NamespacedHostname::new(namespace, world.hostname(name, namespace)), (namespace, name));
+    }
     // The nearest first; the sort is stable, so the oldest stays before the others.
     candidates.sort_by_key(|c| Reverse(c.level));
     for (owner, one) in bound.iter_mut() {
@@ -99,10 +104,19 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
             }
         }
         treat(&mut one.config.default, &mut candidates, &of_service);
-        for key in &one.own {
-            let Some(own) = one.config.traffic.get_mut(key) else { continue };
-            for traffic in std::iter::once(&mut own.all).chain(own.ports.values_mut()) {
-                hold(traffic, &mut candidates, &of_service);
+        for (key, of) in &mut one.config.traffic {
+            let here = one.own.contains(key);
+            let target = names.get(key);
+            let fits = |c: &Candidate<'_>| match c.level {
+                Level::Service if here => of_service(c),
+                // A backend of a route has policies of its own.
+                Level::Service => target.is_some_and(|(namespace, name)| {
+                    c.target.kind == "Service" && c.key.namespace == *namespace && c.target.name == *name
+                }),
+                _ => of_service(c),
+            };
+            for traffic in std::iter::once(&mut of.all).chain(of.ports.values_mut()) {
+                hold(traffic, &mut candidates, &fits);
             }
         }
     }
@@ -117,13 +131,19 @@ fn take<T: Clone>(
     part: &'static str,
     candidates: &mut [Candidate<'_>],
     fits: &dyn Fn(&Candidate<'_>) -> bool,
+    given: bool,
     get: impl Fn(&Compiled) -> Option<T>,
 ) -> Option<T> {
     let mut won: Option<(T, Level, String)> = None;
+    let nearer = given.then(|| (Level::Service, "the Service's own rules".to_owned()));
     for candidate in candidates.iter_mut().filter(|c| fits(c)) {
         candidate.found = true;
         let Some(value) = get(&candidate.compiled) else { continue };
         match &won {
+            // What is said of the Service by other kinds is nearer than what is said of the Gateway.
+            None if nearer.is_some() && candidate.level == Level::Gateway => {
+                candidate.lost.extend(nearer.clone().map(|by| (part, by)));
+            }
             None => {
                 candidate.used.insert(part);
                 won = Some((value, candidate.level, format!("{}/{}", candidate.key.namespace, candidate.key.name)));
@@ -138,25 +158,28 @@ fn take<T: Clone>(
 
 fn treat(rule: &mut RouteRule, candidates: &mut [Candidate<'_>], fits: &dyn Fn(&Candidate<'_>) -> bool) {
     let some = |list: &Vec<Fault>| Some(list.clone()).filter(|l| !l.is_empty());
-    rule.faults = take("faults", candidates, fits, |c| some(&c.faults)).unwrap_or_default();
+    rule.faults = take("faults", candidates, fits, false, |c| some(&c.faults)).unwrap_or_default();
     let limits = |c: &Compiled| Some(c.rate_limits.clone()).filter(|l| !l.is_empty());
-    rule.rate_limits = take("rateLimits", candidates, fits, limits).unwrap_or_default();
-    let retry = take("retries", candidates, fits, |c| c.retry.clone());
+    rule.rate_limits = take("rateLimits", candidates, fits, false, limits).unwrap_or_default();
     // What the route says itself is nearer than any policy.
-    if let (None, Some((retry, per_try))) = (&rule.retry, retry) {
+    if rule.retry.is_some() {
+        return;
+    }
+    if let Some((retry, per_try)) = take("retries", candidates, fits, false, |c| c.retry.clone()) {
         rule.retry = Some(retry);
         rule.backend_timeout_ms = rule.backend_timeout_ms.or(per_try);
     }
 }
 
 fn hold(traffic: &mut Traffic, candidates: &mut [Candidate<'_>], fits: &dyn Fn(&Candidate<'_>) -> bool) {
-    if let Some(budget) = take("retryBudget", candidates, fits, |c| c.budget) {
+    if let Some(budget) = take("retryBudget", candidates, fits, traffic.budget != RetryBudget::default(), |c| c.budget)
+    {
         traffic.budget = budget;
     }
-    if let Some(limits) = take("limits", candidates, fits, |c| c.limits.clone()) {
+    if let Some(limits) = take("limits", candidates, fits, traffic.limits != Limits::default(), |c| c.limits.clone()) {
         traffic.limits = limits;
     }
-    if let Some(ejection) = take("ejection", candidates, fits, |c| c.ejection.clone()) {
+    if let Some(ejection) = take("ejection", candidates, fits, traffic.ejection.is_some(), |c| c.ejection.clone()) {
         traffic.ejection = Some(ejection);
     }
 }

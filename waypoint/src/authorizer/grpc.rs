@@ -19,23 +19,20 @@ use prost::Message;
 use super::{Answer, MAX_BODY, OWN, Said};
 use crate::body::Body;
 use crate::connection::Connection;
-use crate::upstream::{Version, Wish};
+use crate::mesh::Bound;
+use crate::upstream::Version;
 use crate::worker::Context;
 
 /// Asks; the error says why there is no answer.
 pub(super) async fn ask(
     context: &Rc<Context>,
-    connection: &Connection,
+    bound: &Bound,
     authorizer: &Authorizer,
-    method: &Method,
-    host: &str,
-    target: &str,
-    headers: &HeaderMap,
+    question: &CheckRequest,
 ) -> Result<Answer, String> {
-    let question = question(connection, method, host, target, headers);
-    let wish = Wish::plain(&authorizer.service, authorizer.port);
+    let wish = super::wish(bound, authorizer);
     let endpoint = context.upstream.find(&wish, &[]).await.map_err(|e| e.to_string())?;
-    let mut request = Request::new(Body::whole(framed(&question)));
+    let mut request = Request::new(Body::whole(framed(question)));
     *request.method_mut() = Method::POST;
     *request.version_mut() = http::Version::HTTP_2;
     let uri = format!("http://{}:{}{CHECK}", authorizer.service.hostname, authorizer.port);
@@ -70,7 +67,14 @@ fn framed(question: &CheckRequest) -> bytes::Bytes {
     message.freeze()
 }
 
-fn question(connection: &Connection, method: &Method, host: &str, target: &str, headers: &HeaderMap) -> CheckRequest {
+/// What is asked about a request.
+pub(super) fn question(
+    connection: &Connection,
+    method: &Method,
+    host: &str,
+    target: &str,
+    headers: &HeaderMap,
+) -> CheckRequest {
     let address = |addr: std::net::SocketAddr| Address {
         socket_address: Some(SocketAddress { address: addr.ip().to_string(), port_value: u32::from(addr.port()) }),
     };

@@ -142,6 +142,24 @@ impl Stats {
     }
 }
 
+/// Something under way at an endpoint.
+#[derive(Debug)]
+pub struct Busy(Arc<Stats>);
+
+impl Busy {
+    /// Until this is dropped.
+    pub fn at(member: &Member) -> Self {
+        member.stats.begin();
+        Self(member.stats.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,11 +15,13 @@ use ambit_hbone::headers::TraceParent;
 use ambit_hbone::settings::MAX_WINDOW;
 use ambit_model::Str;
 use ambit_model::l7::traffic::OwnTls;
+use ambit_model::workload::Protocol;
 use ambit_store::Snapshot;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Semaphore;
 
 use super::{Endpoint, LocalExecutor, Unreachable, Upstream, Version};
 use crate::body::Body;
@@ -35,14 +37,16 @@ const CONNECTIONS: usize = 8;
 /// Idle HTTP/1 connections to one pod.
 const MAX_IDLE: usize = 128;
 
-/// An endpoint, and the TLS to it.
-type Key = (Str, SocketAddr, Option<Arc<OwnTls>>);
+/// An endpoint, how it is reached, and the TLS to it.
+type Key = (Str, SocketAddr, Protocol, Option<Arc<OwnTls>>);
 
 /// Connections that wait for another request.
 #[derive(Default)]
 pub(super) struct Pools {
     http1: RefCell<HashMap<Key, Vec<Idle>>>,
     http2: RefCell<HashMap<Key, Vec<Shared2>>>,
+    /// One HTTP/2 connection is made at a time; the others wait and share it.
+    connecting: RefCell<HashMap<Key, Rc<Semaphore>>>,
 }
 
 struct Idle {
@@ -83,17 +87,19 @@ impl Drop for Place2 {
 impl Pools {
     /// Forgets what has ended, was idle for long or belongs to a workload that is gone.
     pub(super) fn sweep(&self, snapshot: &Snapshot) {
-        let there = |uid: &Str, ip: IpAddr| {
-            let found = snapshot.workload(uid);
+        // One that has joined the mesh is not reached in the clear any more.
+        let there = |uid: &Str, ip: IpAddr, protocol: Protocol| {
+            let found = snapshot.workload(uid).filter(|w| w.protocol == protocol);
             found.is_some_and(|w| w.workload_ips.contains(&ip) || w.workload_ips.is_empty())
         };
-        self.http2.borrow_mut().retain(|(uid, addr, _), all| {
+        self.http2.borrow_mut().retain(|(uid, addr, protocol, _), all| {
             all.retain(|s| !s.sender.is_closed());
-            !all.is_empty() && there(uid, addr.ip())
+            !all.is_empty() && there(uid, addr.ip(), *protocol)
         });
-        self.http1.borrow_mut().retain(|(uid, addr, _), idle| {
+        self.connecting.borrow_mut().retain(|_, gate| Rc::strong_count(gate) > 1);
+        self.http1.borrow_mut().retain(|(uid, addr, protocol, _), idle| {
             idle.retain(|i| i.sender.is_ready() && i.since.elapsed() < IDLE);
-            !idle.is_empty() && there(uid, addr.ip())
+            !idle.is_empty() && there(uid, addr.ip(), *protocol)
         });
     }
 
@@ -135,12 +141,15 @@ impl Upstream {
         version: Version,
         mut request: Request<Body>,
     ) -> Result<Response<Incoming>, (Unreachable, Option<Request<Body>>)> {
-        let key: Key = (to.workload.uid.clone(), to.addr, to.tls().cloned());
+        let key: Key = (to.workload.uid.clone(), to.addr, to.workload.protocol, to.tls().cloned());
+        if version == Version::Http2 && to.tls().is_some() {
+            secure(&mut request);
+        }
         let lost = |e: hyper::Error| match e.is_user() {
             true => Unreachable::Body(chain(&e)),
             false => Unreachable::Lost(to.addr, chain(&e)),
         };
-        let most = to.traffic().limits.requests_per_connection.unwrap_or(u32::MAX);
+        let most = to.traffic.limits.requests_per_connection.unwrap_or(u32::MAX);
         for _ in 0..3 {
             match version {
                 Version::Http1 => {
@@ -232,6 +241,13 @@ impl Upstream {
     }
 
     async fn http2(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
+        let gate =
+            self.pools.connecting.borrow_mut().entry(key.clone()).or_insert_with(|| Rc::new(Semaphore::new(1))).clone();
+        // It is never closed.
+        let _turn = gate.acquire().await;
+        if let Some(made) = self.pools.shared2(key) {
+            return Ok(made);
+        }
         let io = self.connect(to, Some(Version::Http2), trace).await?;
         let made = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
@@ -242,7 +258,7 @@ impl Upstream {
             .await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         let shared = Shared2 { sender, requests: Arc::default(), used: Arc::default() };
-        let (counts, requests) = (to.counted(), shared.requests.clone());
+        let (counts, requests) = (to.counts(), shared.requests.clone());
         tokio::task::spawn_local(async move {
             tokio::select! {
                 // How is told to whoever waits for an answer.
@@ -265,6 +281,15 @@ async fn unwanted(counts: Option<&Arc<Counts>>, requests: &AtomicUsize) {
         }
         // Somebody may go on waiting for long; a request of ours ends when it ends.
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Says that it goes over TLS.
+fn secure(request: &mut Request<Body>) {
+    let mut parts = request.uri().clone().into_parts();
+    parts.scheme = Some(http::uri::Scheme::HTTPS);
+    if let Ok(uri) = http::Uri::from_parts(parts) {
+        *request.uri_mut() = uri;
     }
 }
 
