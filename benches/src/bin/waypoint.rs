@@ -241,15 +241,19 @@ async fn column() -> Result<(), Failure> {
         print(&json!({ "row": resident, "mib": memory(&pids) }));
     }
     if rules == 1 && SLOW.contains(&only) {
-        let slow = mesh.exec_start(CLIENT, &["ambit-http", "slow", &target(80), "100", "6"])?;
+        let words = ["ambit-http", "slow", &target(80), "100", "6", "--path", &path, "--header", &header];
+        let mut slow = mesh.exec_start(CLIENT, &words)?;
         let mut most = 0.0f64;
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(5) {
             most = most.max(memory(&pids));
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        mesh.wait("the slow readers to end", |_| slow.ended().is_some()).await?;
+        if !slow.text().contains("\"failed\":0") {
+            return Err(Failure(slow.text()));
+        }
         print(&json!({ "row": SLOW, "mib": most }));
-        drop(slow);
     }
     // Envoy here has a file of its own and no control plane.
     if column == "ours" && median.contains(&only) {

@@ -7,7 +7,10 @@
 //!   --rate N     open loop: so many a second on all connections together, each timed from when it was due
 //!   --close      each request on a connection of its own
 //! ambit-http await HOST:PORT PATH SECONDS  asks until the answer is 200; prints the microsecond of that since 1970
-//! ambit-http slow HOST:PORT CONNS SECONDS  asks for a gigabyte on each of many connections, and reads it slowly
+//! ambit-http flood HOST:PORT KIND SECONDS sends what no good client sends, as HTTP/2, without reading an answer: resets, pings,
+//!                                          settings, continuation; prints how many frames, and whether it was thrown out
+//! ambit-http slow HOST:PORT CONNS SECONDS [--path P] [--header N:V]   asks for a gigabyte on each of many connections, and
+//!                                          reads it slowly; prints what was read, and how many were not answered 200
 //! ```
 
 use std::cell::RefCell;
@@ -44,8 +47,9 @@ fn main() -> ExitCode {
             let local = tokio::task::LocalSet::new();
             runtime.block_on(local.run_until(until(target, path, seconds)))
         }
-        ["slow", target, conns, seconds] => runtime.block_on(slow(target, conns, seconds)),
-        _ => Err("usage: ambit-http serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | slow HOST:PORT CONNS SECONDS".into()),
+        ["flood", target, kind, seconds] => flood(target, kind, seconds),
+        ["slow", target, conns, seconds, ..] => runtime.block_on(slow(target, conns, seconds, &words)),
+        _ => Err("usage: ambit-http serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -356,19 +360,79 @@ async fn until(target: &str, path: &str, seconds: &str) -> Outcome<()> {
     Ok(())
 }
 
-async fn slow(target: &str, conns: &str, seconds: &str) -> Outcome<()> {
+/// A frame of HTTP/2 (RFC 9113 section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+fn flood(target: &str, kind: &str, seconds: &str) -> Outcome<()> {
+    use std::io::Write;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const CONTINUATION: u8 = 9;
+    let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let host = target.as_bytes();
+    // GET / of this host, each from the static table or as it is (RFC 7541).
+    let head = [&[0x82, 0x86, 0x84, 0x41, host.len() as u8], host].concat();
+    let mut stream = std::net::TcpStream::connect(target).map_err(|e| e.to_string())?;
+    stream.set_write_timeout(Some(Duration::from_millis(500))).map_err(|e| e.to_string())?;
+    let mut start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    start.extend(frame(SETTINGS, 0, 0, &[]));
+    if kind == "continuation" {
+        // Its headers never end.
+        start.extend(frame(HEADERS, 1, 1, &head));
+    }
+    stream.write_all(&start).map_err(|e| e.to_string())?;
+    let (end, mut sent, mut id) = (Instant::now() + Duration::from_secs_f64(seconds), 0u64, 1u32);
+    let mut thrown_out = false;
+    while Instant::now() < end {
+        let next = match kind {
+            "resets" => {
+                let both = [frame(HEADERS, 5, id, &head), frame(RST_STREAM, 0, id, &8u32.to_be_bytes())].concat();
+                id += 2;
+                both
+            }
+            "pings" => frame(PING, 0, 0, &[7; 8]),
+            "settings" => frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]),
+            "continuation" => frame(CONTINUATION, 0, 1, &[[0x00, 1, b'x', 1, b'y'].as_slice(); 200].concat()),
+            other => return Err(format!("{other}: expected resets, pings, settings or continuation")),
+        };
+        match stream.write_all(&next) {
+            Ok(()) => sent += 1,
+            // It does not read any more: what was to be sent waits here.
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => break,
+            Err(_) => {
+                thrown_out = true;
+                break;
+            }
+        }
+    }
+    std::thread::sleep(end.saturating_duration_since(Instant::now()));
+    println!("{{\"sent\":{sent},\"out\":{thrown_out}}}");
+    Ok(())
+}
+
+async fn slow(target: &str, conns: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
     let conns: usize = conns.parse().map_err(|_| "expected a number")?;
     let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..conns {
-        let target = target.to_owned();
+        let (target, path) = (target.to_owned(), option(words, "--path").unwrap_or_default().to_owned());
+        let header = option(words, "--header").map(|h| format!("{h}\r\n")).unwrap_or_default();
         tasks.spawn(async move {
             let mut stream = TcpStream::connect(&target).await.map_err(|e| e.to_string())?;
-            let request = format!("GET /bytes/{} HTTP/1.1\r\nhost: {target}\r\n\r\n", 1 << 30);
+            let request = format!("GET {path}/bytes/{} HTTP/1.1\r\nhost: {target}\r\n{header}\r\n", 1 << 30);
             stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
             let (end, mut read, mut buffer) = (Instant::now() + Duration::from_secs_f64(seconds), 0, vec![0; 4096]);
             while Instant::now() < end {
-                read += stream.read(&mut buffer).await.map_err(|e| e.to_string())?;
+                let n = stream.read(&mut buffer).await.map_err(|e| e.to_string())?;
+                if read == 0 && !buffer.starts_with(b"HTTP/1.1 200") {
+                    return Err(String::from_utf8_lossy(&buffer[..n.min(20)]).into_owned());
+                }
+                read += n;
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Ok::<usize, String>(read)

@@ -1,0 +1,95 @@
+//! Clients that send what no good client sends: the waypoint's memory stays as it is, and good clients are served.
+
+use ambit_e2e::{CLIENT, layer7_shop, request, until};
+use ambit_testing::mesh::Mesh;
+use ambit_testing::{Failure, sandbox};
+
+/// Resident memory of the waypoint, in MiB.
+fn memory() -> f64 {
+    let pids = std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    let resident = |pid: u32| -> Option<f64> {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        let status =
+            std::fs::read_to_string(format!("/proc/{pid}/status")).ok().filter(|_| comm.trim() == "waypoint")?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:"))?.to_owned();
+        line.split_whitespace().nth(1)?.parse::<f64>().ok()
+    };
+    pids.filter_map(resident).sum::<f64>() / 1024.0
+}
+
+/// Requests while something goes on; all must be answered.
+async fn served(mesh: &Mesh, what: &str) -> Result<(), Failure> {
+    let output = mesh.exec(CLIENT, &["ambit-app", "count", "40", "http://web.shop/"]).await?;
+    match output.text.starts_with("40 x HTTP/1.1 200 OK") {
+        true => Ok(()),
+        false => Err(Failure(format!("beside {what}: {output:?}"))),
+    }
+}
+
+#[test]
+fn floods_cost_their_own_connection_only() {
+    sandbox::test("floods_cost_their_own_connection_only", || async {
+        let mesh = layer7_shop().await?;
+        until(&mesh, &["GET", "http://web.shop/"], "200 OK").await?;
+        served(&mesh, "nothing").await?;
+        for kind in ["resets", "pings", "settings", "continuation"] {
+            let before = memory();
+            let flood = |_| mesh.exec_start(CLIENT, &["ambit-http", "flood", "web.shop:80", kind, "2"]);
+            let mut floods: Vec<_> = (0..4).map(flood).collect::<Result<_, _>>()?;
+            served(&mesh, kind).await?;
+            for one in &mut floods {
+                mesh.wait("the flood to end", |_| one.ended().is_some()).await?;
+            }
+            let told: Vec<String> = floods.iter().map(|f| f.text()).collect();
+            if told.iter().any(|t| !t.contains("\"sent\":")) {
+                return Err(Failure(format!("{kind}: {told:?}")));
+            }
+            let after = memory();
+            if after > before + 48.0 {
+                return Err(Failure(format!("{kind}: {before:.0} MiB before, {after:.0} MiB after; {told:?}")));
+            }
+            served(&mesh, kind).await?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte() {
+    sandbox::test("memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte", || async {
+        let mesh = layer7_shop().await?;
+        mesh.apply(
+            "big.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: big, namespace: shop}\n\
+             spec: {selector: {app: big}, ports: [{name: http, port: 80, targetPort: 8080}]}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {name: big, namespace: shop, labels: {app: big}}\n\
+             spec: {nodeName: node1, serviceAccountName: web, containers: [{name: c, command: [ambit-http, serve, '8080'], \
+             readinessProbe: {tcpSocket: {port: 8080}}}]}\n",
+        )?;
+        mesh.ready(&["shop/big"]).await?;
+        mesh.in_mesh(&["shop/big"]).await?;
+        until(&mesh, &["GET", "http://big.shop/"], "ok").await?;
+        let before = memory();
+        let mut slow = mesh.exec_start(CLIENT, &["ambit-http", "slow", "big.shop:80", "100", "6"])?;
+        served(&mesh, "slow readers").await?;
+        // Full buffers are reached within a second or so; after that nothing grows, however much there is to read.
+        let start = std::time::Instant::now();
+        let mut seen: Vec<(f64, f64)> = Vec::new();
+        while slow.ended().is_none() && start.elapsed() < ambit_testing::mesh::PATIENCE {
+            seen.push((start.elapsed().as_secs_f64(), memory()));
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        let most = |from: f64, to: f64| {
+            seen.iter().filter(|(at, _)| (from..to).contains(at)).map(|(_, m)| *m).fold(0.0, f64::max)
+        };
+        let (early, late) = (most(0.0, 3.0), most(3.0, 60.0));
+        if !slow.text().contains("\"failed\":0") || late > early * 1.1 || late > before + 300.0 {
+            return Err(Failure(format!("{before:.0} MiB before, {early:.0} and then {late:.0} MiB; {}", slow.text())));
+        }
+        request(&mesh, &["GET", "http://web.shop/"]).await.map(drop)
+    });
+}
