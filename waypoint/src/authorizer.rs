@@ -1,5 +1,5 @@
 //! Asking an external authorizer (`AuthorizationPolicy` with action CUSTOM; Envoy's services for external authorization, by HTTP
-//! here and by gRPC in [`grpc`]).
+//! here and by gRPC in its module).
 //!
 //! Owns what it is told of a request and what its answer means. Whatever is not a clear yes is a no, unless the provider was
 //! configured otherwise. Never sends the body of a request.
