@@ -16,7 +16,7 @@ use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
-use super::{Condition, Mesh, routes, services, traffic, treatment, waypoints};
+use super::{Condition, Mesh, backends, routes, services, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
 use crate::objects::mesh::ExtAuthzHttp;
 use crate::objects::route::ParentRef;
@@ -87,7 +87,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
 /// What holds for the endpoints of each service, and of those that its routes lead to.
 fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     let rules = traffic::Rules::new(world, mesh);
-    let budgets = traffic::budgets(world, mesh);
+    let budgets = backends::budgets(world, mesh);
     for one in bound.values_mut() {
         let mut services = one.own.clone();
         for rule in one.config.routes.iter().flat_map(|r| &r.rules) {
@@ -111,7 +111,7 @@ fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mes
         }
     }
     let gateway = |namespace: &str, name: &str| bound.get(&("Service", namespace, name)).map(|b| b.gateway.0.clone());
-    traffic::describe_tls(world, mesh, &gateway);
+    backends::describe_tls(world, mesh, &gateway);
 }
 
 /// Where a policy or a rule about tokens guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.

@@ -5,6 +5,7 @@
 //! costs.
 
 pub mod allocate;
+pub mod backends;
 pub mod entries;
 pub mod gateways;
 pub mod l7;
