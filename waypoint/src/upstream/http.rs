@@ -21,8 +21,8 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::Semaphore;
 
+use super::gate::Gate;
 use super::{Endpoint, LocalExecutor, Unreachable, Upstream, Version};
 use crate::body::Body;
 use crate::cluster::counts::Counts;
@@ -46,7 +46,7 @@ pub(super) struct Pools {
     http1: RefCell<HashMap<Key, Vec<Idle>>>,
     http2: RefCell<HashMap<Key, Vec<Shared2>>>,
     /// One HTTP/2 connection is made at a time; the others wait and share it.
-    connecting: RefCell<HashMap<Key, Rc<Semaphore>>>,
+    connecting: RefCell<HashMap<Key, Rc<Gate<Unreachable>>>>,
 }
 
 struct Idle {
@@ -241,13 +241,11 @@ impl Upstream {
     }
 
     async fn http2(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
-        let gate =
-            self.pools.connecting.borrow_mut().entry(key.clone()).or_insert_with(|| Rc::new(Semaphore::new(1))).clone();
-        // It is never closed.
-        let _turn = gate.acquire().await;
-        if let Some(made) = self.pools.shared2(key) {
-            return Ok(made);
-        }
+        let gate = self.pools.connecting.borrow_mut().entry(key.clone()).or_default().clone();
+        gate.through(|| self.pools.shared2(key), self.connect2(to, key, trace)).await
+    }
+
+    async fn connect2(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {
         let io = self.connect(to, Some(Version::Http2), trace).await?;
         let made = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
