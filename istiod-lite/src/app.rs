@@ -35,9 +35,9 @@ use crate::certificates::CertificateService;
 use crate::cluster::{self, ClusterError};
 use crate::config::{Config, SourceKind};
 use crate::debug::Pages;
-use crate::index::{self, Enrolled, Mesh, Settings};
+use crate::index::{Enrolled, Index, Mesh, Settings};
 use crate::leader::Lease;
-use crate::objects::Objects;
+use crate::objects::{Loaded, Objects};
 use crate::push::Resources;
 use crate::push::ads::{Ads, Report};
 use crate::push::clients::Clients;
@@ -130,7 +130,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
         }
     }
     let pipeline = Pipeline {
-        settings: Settings {
+        index: Index::new(Settings {
             cluster_id: config.cluster_id.as_str().into(),
             cluster_domain: config.cluster_domain.clone(),
             namespace: config.namespace.clone(),
@@ -138,7 +138,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
             discovery_address: config.discovery_address.clone(),
             tracing: config.otlp_endpoint.clone().map(|endpoint| (endpoint, config.trace_sampling)),
             daemonset: client.as_ref().map(|_| crate::source::kube::DAEMONSET.to_owned()),
-        },
+        }),
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
         overlay: client.is_none().then(|| config.overlay.clone()),
         annotations,
@@ -232,6 +232,8 @@ pub(crate) fn write_atomically(path: &Path, text: &str) -> std::io::Result<()> {
 struct Enrolments {
     by_node: Enrolled,
     file: PathBuf,
+    /// What is on disk is older.
+    changed: bool,
 }
 
 /// Uids that one node may report.
@@ -246,10 +248,11 @@ impl Enrolments {
             }),
             Err(_) => BTreeMap::new(),
         };
-        Self { by_node, file }
+        Self { by_node, file, changed: false }
     }
 
     fn apply(&mut self, report: Report) {
+        self.changed = true;
         let set = self.by_node.entry(report.node.clone()).or_default();
         for uid in report.left {
             set.remove(&uid);
@@ -263,12 +266,34 @@ impl Enrolments {
         }
     }
 
-    /// Forgets pods that are gone, and keeps the rest on disk.
-    fn keep(&mut self, objects: &Objects) {
-        let uids: HashSet<&str> = objects.values().map(|o| o.meta.uid.as_str()).collect();
-        for set in self.by_node.values_mut() {
-            set.retain(|uid| uids.contains(uid.as_str()));
+    /// Forgets pods that are gone since the objects were those, and keeps the rest on disk.
+    fn follow(&mut self, old: &Objects, new: &Objects) {
+        let pods = new.changes(old, "Pod");
+        let uid = |o: Option<&Arc<Loaded>>| o.map(|o| o.meta.uid.clone());
+        let gone: HashSet<String> = pods.iter().filter(|c| uid(c.old) != uid(c.new)).filter_map(|c| uid(c.old)).collect();
+        if !gone.is_empty() {
+            self.retain(|uid| !gone.contains(uid));
         }
+        if std::mem::take(&mut self.changed) {
+            self.write();
+        }
+    }
+
+    /// Forgets pods that were gone before we began.
+    fn begin(&mut self, objects: &Objects) {
+        let uids: HashSet<&str> = objects.of("Pod").values().map(|o| o.meta.uid.as_str()).collect();
+        self.retain(|uid| uids.contains(uid));
+    }
+
+    fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
+        for set in self.by_node.values_mut() {
+            let before = set.len();
+            set.retain(|uid| wanted(uid));
+            self.changed |= set.len() != before;
+        }
+    }
+
+    fn write(&self) {
         let text = serde_json::to_string(&self.by_node).map_err(std::io::Error::other);
         if let Err(error) = text.and_then(|text| write_atomically(&self.file, &text)) {
             warn!(file = %self.file.display(), %error, "enrolments not kept");
@@ -277,7 +302,7 @@ impl Enrolments {
 }
 
 struct Pipeline {
-    settings: Settings,
+    index: Index,
     enrolments: Enrolments,
     /// Where addresses of hosts are kept; a cluster keeps them otherwise.
     overlay: Option<PathBuf>,
@@ -296,6 +321,7 @@ impl Pipeline {
         resources: watch::Sender<Arc<Resources>>,
     ) {
         let mut rendered = self.overlay.as_deref().map(crate::overlay::Rendered::new);
+        let mut last = Arc::new(SourceState::default());
         loop {
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
@@ -310,9 +336,13 @@ impl Pipeline {
             }
             let state = source.borrow_and_update().clone();
             if state.ready {
-                self.enrolments.keep(&state.objects);
+                if !last.ready {
+                    self.enrolments.begin(&state.objects);
+                }
+                self.enrolments.follow(&last.objects, &state.objects);
             }
-            let built = index::build(&state.objects, &self.enrolments.by_node, &self.settings);
+            let built = self.index.update(&state.objects, &self.enrolments.by_node);
+            last = state.clone();
             self.write_allocations(&built);
             // Before the source has been read nothing is known to be gone.
             if let (Some(rendered), true) = (&mut rendered, state.ready) {
@@ -340,7 +370,7 @@ impl Pipeline {
     /// Keeps addresses that were given to hosts, as status of their entries in the overlay.
     fn write_allocations(&self, mesh: &Mesh) {
         let Some(overlay) = &self.overlay else { return };
-        for (key, addresses) in &mesh.allocated {
+        for (key, addresses) in mesh.allocated.iter() {
             let mut text = format!(
                 "apiVersion: networking.istio.io/v1\nkind: {}\nmetadata:\n  name: {}\n  namespace: {}\nstatus:\n  addresses:\n",
                 key.kind, key.name, key.namespace

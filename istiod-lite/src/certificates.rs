@@ -87,7 +87,7 @@ impl CertificateService {
         };
         let account = (node.to_owned(), identity.namespace.to_string(), identity.service_account.to_string());
         let mut mesh = self.mesh.clone();
-        let known = tokio::time::timeout(PATIENCE, mesh.wait_for(|m| m.accounts.contains(&account))).await;
+        let known = tokio::time::timeout(PATIENCE, mesh.wait_for(|m| m.accounts.contains_key(&account))).await;
         if !matches!(known, Ok(Ok(_))) {
             return Err(refuse(format!(
                 "{identity}: no pod with account {}/{} is known on node {node}",

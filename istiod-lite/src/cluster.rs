@@ -139,7 +139,7 @@ pub async fn publish_roots(
 fn namespaces(state: &SourceState, own: &str) -> BTreeSet<String> {
     const MODE: &str = "istio.io/dataplane-mode";
     let mut names = BTreeSet::from([own.to_owned()]);
-    for (key, loaded) in &state.objects {
+    for (key, loaded) in ["Namespace", "Pod", "Gateway"].iter().flat_map(|kind| state.objects.of(kind)) {
         let ambient = loaded.meta.label(MODE) == Some("ambient");
         match key.kind {
             "Namespace" if ambient && loaded.meta.deletion_timestamp.is_none() => drop(names.insert(key.name.clone())),
@@ -185,7 +185,7 @@ pub async fn annotate(client: Client, source: watch::Receiver<Arc<SourceState>>,
 /// Name of a pod on a node; one that is reported before our watch has brought it is waited for.
 async fn pod_of(source: &watch::Receiver<Arc<SourceState>>, uid: &str, node: &str) -> Option<(String, String)> {
     let find = |state: &SourceState| {
-        let found = state.objects.iter().find(|(k, o)| k.kind == "Pod" && o.meta.uid == uid)?;
+        let found = state.objects.of("Pod").iter().find(|(_, o)| o.meta.uid == uid)?;
         match &found.1.object {
             Object::Pod(pod) if pod.spec.node_name == node => Some((found.0.namespace.clone(), found.0.name.clone())),
             _ => None,

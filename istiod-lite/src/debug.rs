@@ -75,14 +75,14 @@ impl Pages {
 
     fn objects(&self) -> Value {
         let (source, mesh) = (self.source.borrow().clone(), self.mesh.borrow().clone());
-        let one = |(key, loaded): (&crate::objects::Key, &Arc<crate::objects::Loaded>)| {
-            let problems: Vec<_> = source.problems.values().filter(|p| p.key.as_ref() == Some(key)).collect();
+        let one = |(key, loaded): (&Arc<crate::objects::Key>, &Arc<crate::objects::Loaded>)| {
+            let problems: Vec<_> = source.problems.values().filter(|p| p.key.as_ref() == Some(&**key)).collect();
             json!({
                 "kind": key.kind,
                 "namespace": key.namespace,
                 "name": key.name,
                 "place": loaded.place.to_string(),
-                "conditions": mesh.statuses.get(key),
+                "conditions": mesh.statuses.get(&**key),
                 "problems": problems.iter().map(|p| format!("{}: {}", p.place, p.reason)).collect::<Vec<_>>(),
             })
         };
@@ -98,7 +98,7 @@ impl Pages {
     fn index(&self) -> Value {
         let mesh = self.mesh.borrow().clone();
         json!({
-            "workloads": mesh.workloads.values().collect::<Vec<_>>(),
+            "workloads": mesh.workloads.values().map(|w| &**w).collect::<Vec<_>>(),
             "services": mesh.services.values().map(|s| json!({
                 "key": s.key(),
                 "vips": s.vips.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -106,7 +106,7 @@ impl Pages {
                 "waypoint": s.waypoint,
                 "loadBalancing": s.load_balancing,
             })).collect::<Vec<_>>(),
-            "policies": mesh.policies.values().collect::<Vec<_>>(),
+            "policies": mesh.policies.values().map(|p| &**p).collect::<Vec<_>>(),
         })
     }
 }

@@ -36,7 +36,7 @@ pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: w
         let now = mesh.borrow_and_update().clone();
         written.retain(|key, _| now.rendered.contains_key(key));
         times.retain(|(key, _), _| now.rendered.contains_key(key));
-        for (key, rendered) in &now.rendered {
+        for (key, rendered) in now.rendered.iter() {
             let old = written.get(key);
             let mut good = true;
             if old.is_none_or(|o| o.objects != rendered.objects) {

@@ -35,7 +35,7 @@ impl Rendered {
     pub fn write(&mut self, mesh: &Mesh) {
         let overlay = &self.overlay;
         let mut files = BTreeSet::new();
-        for (key, rendered) in &mesh.rendered {
+        for (key, rendered) in mesh.rendered.iter() {
             let name = format!("gateway-{}-{}.yaml", key.namespace, key.name);
             let documents: Result<Vec<String>, _> = rendered.objects.iter().map(serde_yaml::to_string).collect();
             let status = json!({

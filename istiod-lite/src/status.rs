@@ -103,7 +103,7 @@ fn wanted(mesh: &Mesh, source: &SourceState) -> BTreeMap<Key, Said> {
     for (key, conditions) in mesh.statuses.iter().filter(|(key, _)| ours(key)) {
         all.entry(key.clone()).or_default().conditions = conditions.clone();
     }
-    for (key, addresses) in &mesh.allocated {
+    for (key, addresses) in mesh.allocated.iter() {
         all.entry(key.clone()).or_default().addresses = addresses.clone();
     }
     for problem in source.problems.values() {

@@ -102,7 +102,7 @@ pub fn describe_tls(world: &World<'_>, mesh: &mut Mesh, bound: &dyn Fn(&str, &st
 }
 
 fn unknown_section(world: &World<'_>, namespace: &str, target: &TrafficTarget) -> bool {
-    let service = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == target.name);
+    let service = world.service(namespace, &target.name);
     target.section_name.is_some() && service.is_some_and(|s| Section::of(target, s.object) == Section::All)
 }
 

@@ -82,7 +82,7 @@ pub fn services(world: &World<'_>, mesh: &mut Mesh) {
                 namespace_visibility: matches!(&spec.export_to[..], [only] if only == "."),
                 ..Service::default()
             };
-            mesh.services.insert(key, service);
+            mesh.services.put(key, service);
         }
     }
 }
@@ -156,14 +156,14 @@ pub fn workloads(world: &World<'_>, authentication: &Authentication<'_>, mesh: &
         let mut workload = endpoint(world, mesh, namespace, &entry.key.name, spec, uid);
         workload.canonical_name = pods::canonical_name(&meta, &entry.key.name).into();
         workload.canonical_revision = pods::canonical_revision(&meta).into();
-        workload.authorization_policies = authentication.policies_of(world, namespace, &meta);
+        workload.authorization_policies = authentication.policies_of(namespace, &meta);
         workload.waypoint = waypoints::for_workload(world, namespace, &meta);
         workload.services = into;
         if meta.label("networking.istio.io/tunnel") == Some("http") {
             workload.protocol = ambit_model::workload::Protocol::Hbone;
             workload.native_tunnel = true;
         }
-        mesh.workloads.insert(workload.uid.clone(), workload);
+        mesh.workloads.put(workload.uid.clone(), workload);
     }
     for entry in &world.service_entries {
         let (namespace, spec) = (&*entry.key.namespace, &entry.object.spec);
@@ -174,7 +174,7 @@ pub fn workloads(world: &World<'_>, authentication: &Authentication<'_>, mesh: &
             let all = spec.hosts.iter();
             workload.services =
                 all.map(|h| (NamespacedHostname::new(namespace, h.as_str()), ports(spec, &given.ports))).collect();
-            mesh.workloads.insert(workload.uid.clone(), workload);
+            mesh.workloads.put(workload.uid.clone(), workload);
         }
         let by_name =
             spec.resolution.starts_with("DNS") && spec.endpoints.is_empty() && spec.workload_selector.is_none();
@@ -184,7 +184,7 @@ pub fn workloads(world: &World<'_>, authentication: &Authentication<'_>, mesh: &
             let mut workload = endpoint(world, mesh, namespace, &entry.key.name, &given, uid);
             let key = NamespacedHostname::new(namespace, host.as_str());
             workload.services = [(key, ports(spec, &BTreeMap::new()))].into();
-            mesh.workloads.insert(workload.uid.clone(), workload);
+            mesh.workloads.put(workload.uid.clone(), workload);
         }
     }
 }

@@ -4,6 +4,7 @@
 //! cluster's API server, or the overlay of a directory. A Gateway with addresses of its own is run by somebody else.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use ambit_model::l7::traffic::{Origination, Roots};
 use ambit_model::workload::Health;
@@ -11,9 +12,9 @@ use serde_json::{Value, json};
 
 use super::lookup::{Entry, World};
 use super::traffic::{AUTHORITIES, CREDENTIALS};
-use super::{Condition, Mesh, l7, waypoints};
+use super::{Condition, Mesh, l7, pods, waypoints};
 use crate::objects::gateway::Gateway;
-use crate::objects::{Key, core};
+use crate::objects::core;
 
 /// Label by which the objects of a Gateway are known.
 pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
@@ -78,14 +79,13 @@ fn is_ready(world: &World<'_>, gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> boo
     let of = |p: &&Entry<'_, core::Pod>| {
         p.key.namespace == gateway.key.namespace && p.meta.label(NAME) == Some(&*gateway.key.name)
     };
-    let uid = |key: &Key| format!("{}//Pod/{}/{}", world.settings.cluster_id, key.namespace, key.name);
     let mut pods = world.pods.iter().filter(of);
-    pods.any(|p| mesh.workloads.get(&*uid(p.key)).is_some_and(|w| w.status == Health::Healthy))
+    pods.any(|p| mesh.workloads.get(&pods::uid(world, p.key)).is_some_and(|w| w.status == Health::Healthy))
 }
 
 /// Secrets and ConfigMaps of the Gateway's namespace that its services need for TLS of the waypoint's own: kind, name, path.
 fn mounted(gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> BTreeSet<(&'static str, String, String)> {
-    let of = |b: &&l7::Bound| (&b.gateway.0, &b.gateway.1) == (&gateway.key.namespace, &gateway.key.name);
+    let of = |b: &&Arc<l7::Bound>| (&b.gateway.0, &b.gateway.1) == (&gateway.key.namespace, &gateway.key.name);
     let services = mesh.bound.values().filter(of).flat_map(|b| b.config.traffic.values());
     let all = services.flat_map(|s| std::iter::once(&s.all).chain(s.ports.values()));
     let files = all.filter_map(|t| match &t.tls {

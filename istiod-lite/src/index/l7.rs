@@ -4,6 +4,7 @@
 //! of each. The rules themselves are compiled in [`super::routes`].
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ambit_model::l7::policy::{
     Authorizer, Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
@@ -16,7 +17,7 @@ use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
-use super::{Condition, Mesh, backends, routes, services, traffic, treatment, waypoints};
+use super::{Condition, Mesh, Rows, backends, routes, services, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
 use crate::objects::mesh::ExtAuthzHttp;
 use crate::objects::route::ParentRef;
@@ -78,7 +79,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             // Of several objects with one host the service is that of one: a Service before entries, the older entry first.
             let made_by = mesh.services.get(service).map(|s| s.name.clone());
             if made_by.is_some_and(|name| *name == *object) {
-                mesh.bound.entry(service.clone()).or_insert(one);
+                mesh.bound.entry(service.clone()).or_insert_with(|| Arc::new(one));
             }
         }
     }
@@ -124,9 +125,14 @@ fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh)
             .get(&("Service", namespace, name))
             .filter(|b| !b.config.policies.is_empty() || !b.config.tokens.is_empty());
         let Some(guarded) = guarded.filter(|_| !spec.is_headless() && !spec.selector.is_empty()) else { continue };
-        let pods = world.pods.iter().filter(|p| p.key.namespace == namespace && p.meta.has_labels(&spec.selector));
-        let mut ports: Vec<u16> =
-            pods.flat_map(|p| services::pod_ports(service.object, p.object).into_values()).collect();
+        // Ports by number are closed before there is a pod; those by name are what the pods say.
+        let mut ports: Vec<u16> = services::numbered_ports(service.object);
+        if ports.len() < spec.ports.len() {
+            let pods = world.pods.iter().filter(|p| p.key.namespace == namespace && p.meta.has_labels(&spec.selector));
+            ports.extend(pods.flat_map(|p| services::pod_ports(service.object, p.object).into_values()));
+            let selectors = mesh.entangled.named_ports.entry(namespace.to_owned()).or_default();
+            selectors.push(spec.selector.clone());
+        }
         ports.sort_unstable();
         ports.dedup();
         if ports.is_empty() {
@@ -150,8 +156,8 @@ fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh)
                 }],
             }],
         };
-        mesh.closed.push((namespace.to_owned(), spec.selector.clone(), policy.key()));
-        mesh.policies.insert(policy.key(), policy);
+        mesh.closed.entry(namespace.to_owned()).or_default().push((spec.selector.clone(), policy.key()));
+        mesh.policies.put(policy.key(), policy);
     }
 }
 
@@ -219,14 +225,14 @@ fn attach<'a>(
     }
     let namespace = parent.namespace.as_deref().unwrap_or(&candidate.key.namespace);
     let (owner, ports): (Owner<'_>, Vec<u16>) = if of_entry {
-        let found = world.service_entries.iter().find(|e| e.key.namespace == namespace && e.key.name == parent.name);
+        let found = world.service_entry(namespace, &parent.name);
         let Some(entry) = found else {
             return no("NoMatchingParent", format!("no ServiceEntry {namespace}/{}", parent.name));
         };
         let ports = entry.object.spec.ports.iter().map(|p| p.number).collect();
         (("ServiceEntry", &entry.key.namespace, &entry.key.name), ports)
     } else {
-        let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == parent.name);
+        let found = world.service(namespace, &parent.name);
         let Some(service) = found.filter(|s| !services::is_external(s.object) && !s.object.spec.is_headless()) else {
             return no("NoMatchingParent", format!("no Service {namespace}/{} with a cluster address", parent.name));
         };
@@ -448,7 +454,7 @@ fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, I
 /// A policy with targets, as waypoints evaluate it.
 fn policy(
     world: &World<'_>,
-    services: &BTreeMap<NamespacedHostname, Service>,
+    services: &Rows<NamespacedHostname, Service>,
     entry: &Entry<'_, istio::AuthorizationPolicy>,
 ) -> Result<HttpPolicy, Invalid> {
     let spec = &entry.object.spec;
@@ -510,7 +516,7 @@ fn policy(
 /// The authorizer that a policy names.
 fn authorizer(
     world: &World<'_>,
-    services: &BTreeMap<NamespacedHostname, Service>,
+    services: &Rows<NamespacedHostname, Service>,
     provider: Option<&serde_json::Value>,
 ) -> Result<Authorizer, Invalid> {
     let name = provider.and_then(|p| p["name"].as_str()).unwrap_or_default();
@@ -537,8 +543,8 @@ fn authorizer(
     }
     let (namespace, host) = http.service.split_once('/').map_or((None, &*http.service), |(n, h)| (Some(n), h));
     // Without a namespace the canonical one: nobody takes its place by an entry of the same host elsewhere.
-    let fits = |s: &&Service| *s.hostname == *host && namespace.map_or(s.canonical, |n| *s.namespace == *n);
-    let Some(service) = services.values().find(fits).map(Service::key) else {
+    let fits = |s: &&Arc<Service>| *s.hostname == *host && namespace.map_or(s.canonical, |n| *s.namespace == *n);
+    let Some(service) = services.values().find(fits).map(|s| s.key()) else {
         return invalid(&http.service, "a service of the mesh, by its full host name");
     };
     let Some(timeout_ms) = routes::gep2257(http.timeout.as_deref().unwrap_or("5s")).filter(|ms| *ms > 0) else {

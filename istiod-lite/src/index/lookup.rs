@@ -1,6 +1,6 @@
 //! The objects, sorted for looking up: by kind, by namespace, what is discovered at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use ambit_model::Str;
@@ -51,11 +51,15 @@ pub struct World<'a> {
     pub traffic_policies: Vec<Entry<'a, traffic::TrafficPolicy>>,
     pub backend_tls: Vec<Entry<'a, traffic::BackendTlsPolicy>>,
     pub backend_traffic: Vec<Entry<'a, traffic::BackendTrafficPolicy>>,
+    by_name: HashMap<(&'static str, &'a str, &'a str), usize>,
 }
 
+/// Kinds of which there are many and which change all the time.
+pub const ENDPOINTS: &[&str] = &["Pod", "EndpointSlice"];
+
 impl<'a> World<'a> {
-    /// Sorts.
-    pub fn new(objects: &'a Objects, settings: &'a Settings, config: MeshConfig) -> Self {
+    /// Sorts all objects, but those of some kinds.
+    pub fn new(objects: &'a Objects, settings: &'a Settings, config: MeshConfig, without: &[&str]) -> Self {
         let mut world = Self {
             settings,
             config,
@@ -77,15 +81,16 @@ impl<'a> World<'a> {
             traffic_policies: Vec::new(),
             backend_tls: Vec::new(),
             backend_traffic: Vec::new(),
+            by_name: HashMap::new(),
         };
-        for (key, loaded) in objects {
-            if let Object::Namespace(_) = loaded.object {
-                world.namespaces.insert(&key.name, &loaded.meta);
-            }
+        for (key, loaded) in objects.of("Namespace") {
+            world.namespaces.insert(&key.name, &loaded.meta);
         }
-        for (key, loaded) in objects {
-            if world.discovered(key, &loaded.meta) {
-                world.add(key, loaded);
+        for (_, of) in objects.kinds().filter(|(kind, _)| !without.contains(kind)) {
+            for (key, loaded) in of {
+                if world.discovered(key, &loaded.meta) {
+                    world.add(key, loaded);
+                }
             }
         }
         world
@@ -104,9 +109,15 @@ impl<'a> World<'a> {
                 self.localities.insert(&key.name, locality);
             }
             Object::Pod(object) => self.pods.push(Entry { key, meta, object }),
-            Object::Service(object) => self.services.push(Entry { key, meta, object }),
+            Object::Service(object) => {
+                self.by_name.insert((key.kind, &key.namespace, &key.name), self.services.len());
+                self.services.push(Entry { key, meta, object });
+            }
             Object::EndpointSlice(object) => self.slices.push(Entry { key, meta, object }),
-            Object::ServiceEntry(object) => self.service_entries.push(Entry { key, meta, object }),
+            Object::ServiceEntry(object) => {
+                self.by_name.insert((key.kind, &key.namespace, &key.name), self.service_entries.len());
+                self.service_entries.push(Entry { key, meta, object });
+            }
             Object::WorkloadEntry(object) => self.workload_entries.push(Entry { key, meta, object }),
             Object::AuthorizationPolicy(object) => self.authorization.push(Entry { key, meta, object }),
             Object::PeerAuthentication(object) => self.authentication.push(Entry { key, meta, object }),
@@ -127,7 +138,7 @@ impl<'a> World<'a> {
 
     /// Whether the mesh looks at an object: its namespace matches a discovery selector (or there is none), and its
     /// revision is ours. The installation's namespace always does.
-    fn discovered(&self, key: &Key, meta: &Meta) -> bool {
+    pub fn discovered(&self, key: &Key, meta: &Meta) -> bool {
         if !matches!(meta.label("istio.io/rev"), None | Some("default")) {
             return false;
         }
@@ -141,6 +152,16 @@ impl<'a> World<'a> {
         }
         let namespace = self.namespaces.get(&*key.namespace);
         namespace.is_some_and(|meta| selectors.iter().any(|s| meta.has_labels(&s.match_labels)))
+    }
+
+    /// A service by its name.
+    pub fn service(&self, namespace: &str, name: &str) -> Option<&Entry<'a, core::Service>> {
+        self.by_name.get(&("Service", namespace, name)).map(|at| &self.services[*at])
+    }
+
+    /// A service entry by its name.
+    pub fn service_entry(&self, namespace: &str, name: &str) -> Option<&Entry<'a, istio::ServiceEntry>> {
+        self.by_name.get(&("ServiceEntry", namespace, name)).map(|at| &self.service_entries[*at])
     }
 
     /// A label of a namespace.

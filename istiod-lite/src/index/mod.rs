@@ -1,19 +1,20 @@
 //! Objects to model: what each node is told, made of all objects by a pure function.
 //!
-//! Owns the rules (reference/controlplane.md 1.4 to 1.8). No IO, no clock, no state: the same objects give the same
-//! mesh on every replica. A change makes everything anew and the push compares; see ARCHITECTURE.md for what that
-//! costs.
+//! Owns the rules (reference/controlplane.md 1.4 to 1.8). No IO, no clock: the same objects give the same mesh on every
+//! replica, whatever came before. [`Index`] remembers the last mesh only to make the next one with less work.
 
 pub mod allocate;
 pub mod backends;
 pub mod entries;
 pub mod gateways;
+pub mod incremental;
 pub mod l7;
 pub mod lookup;
 pub mod pods;
 pub mod policies;
 pub mod routes;
 pub mod services;
+pub mod shared;
 pub mod status;
 pub mod traffic;
 pub mod treatment;
@@ -23,12 +24,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ambit_model::policy::Policy;
 use ambit_model::{NamespacedHostname, Service, Str, Workload};
-use ambit_xds::proto::ambit::NodePod;
+use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
 use crate::objects::mesh::MeshConfig;
 use crate::objects::{Key, Object, Objects};
 
+pub use incremental::Index;
 pub use lookup::World;
+pub use shared::{Rows, Shared};
 pub use status::Condition;
 
 #[cfg(test)]
@@ -57,33 +60,47 @@ pub struct Settings {
 #[derive(Clone, Debug, Default)]
 pub struct Mesh {
     /// Workloads by uid.
-    pub workloads: BTreeMap<Str, Workload>,
+    pub workloads: Rows<Str, Workload>,
     /// Services by key.
-    pub services: BTreeMap<NamespacedHostname, Service>,
+    pub services: Rows<NamespacedHostname, Service>,
     /// What waypoints are told, by service.
-    pub bound: BTreeMap<NamespacedHostname, l7::Bound>,
+    pub bound: Rows<NamespacedHostname, l7::Bound>,
     /// Accounts of waypoints: namespace and name, which are those of their Gateway too.
-    pub waypoints: BTreeSet<(String, String)>,
+    pub waypoints: Shared<BTreeSet<(String, String)>>,
     /// What is to be applied for Gateways.
-    pub rendered: BTreeMap<Key, gateways::Rendered>,
-    /// Services closed to everybody but their waypoint: namespace, selector, and the policy that does it.
-    pub closed: Vec<(String, BTreeMap<String, String>, Str)>,
+    pub rendered: Shared<BTreeMap<Key, gateways::Rendered>>,
+    /// Services closed to everybody but their waypoint, by namespace: selector, and the policy that does it.
+    pub closed: Shared<BTreeMap<String, Vec<(Labels, Str)>>>,
     /// Policies by name.
-    pub policies: BTreeMap<Str, Policy>,
+    pub policies: Rows<Str, Policy>,
     /// Pods by node and Kubernetes uid.
-    pub node_pods: BTreeMap<(String, String), NodePod>,
+    pub node_pods: Rows<(String, String), NodePod>,
     /// Namespaces, and whether each is wholly outside the mesh.
-    pub namespaces: BTreeMap<String, bool>,
+    pub namespaces: Rows<String, NamespaceMode>,
     /// Namespace of an installation whose node tunnels are being removed for good.
     pub uninstalling: Option<String>,
-    /// Which accounts run on which node: what a node may ask certificates for.
-    pub accounts: BTreeSet<(String, String, String)>,
+    /// Which accounts run on which node, and how many pods of each: what a node may ask certificates for.
+    pub accounts: Shared<BTreeMap<(String, String, String), usize>>,
     /// What is to be said of objects.
-    pub statuses: BTreeMap<Key, Vec<Condition>>,
+    pub statuses: Shared<BTreeMap<Key, Vec<Condition>>>,
     /// Addresses given to hosts of service entries.
-    pub allocated: BTreeMap<Key, Vec<(String, std::net::IpAddr)>>,
+    pub allocated: Shared<BTreeMap<Key, Vec<(String, std::net::IpAddr)>>>,
     /// The configuration that all this was made with.
-    pub config: MeshConfig,
+    pub config: Shared<MeshConfig>,
+    /// Pods on which more depends than their own rows.
+    pub entangled: Shared<Entangled>,
+}
+
+/// Labels by which pods are selected.
+pub type Labels = BTreeMap<String, String>;
+
+/// Pods on which more depends than their own rows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Entangled {
+    /// Selectors, by namespace, of services whose ports are closed and are named by their pods.
+    pub named_ports: BTreeMap<String, Vec<Labels>>,
+    /// Workloads that are endpoints by an EndpointSlice.
+    pub endpoints: BTreeSet<Str>,
 }
 
 /// Kubernetes uids of the pods that each node has reported as enrolled.
@@ -96,14 +113,15 @@ pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mes
         Some(Object::MeshConfig(config)) => config.clone(),
         _ => MeshConfig::default(),
     };
-    let world = World::new(objects, settings, config.clone());
-    let mut mesh = Mesh { config, uninstalling: uninstalling(objects, settings), ..Mesh::default() };
+    let world = World::new(objects, settings, config.clone(), &[]);
+    let mut mesh = Mesh { uninstalling: uninstalling(objects, settings), ..Mesh::default() };
+    *mesh.config = config;
     services::build(&world, &mut mesh);
     entries::services(&world, &mut mesh);
     let authentication = policies::Authentication::new(&world, &mut mesh);
     policies::authorization(&world, &mut mesh);
     l7::build(&world, &mut mesh);
-    pods::build(&world, enrolled, &authentication, &mut mesh);
+    pods::build(&pods::Context::new(&world, enrolled, &authentication), &mut mesh);
     entries::workloads(&world, &authentication, &mut mesh);
     services::endpoints(&world, &mut mesh);
     gateways::build(&world, &mut mesh);

@@ -5,53 +5,133 @@ use std::net::IpAddr;
 
 use ambit_model::workload::{Health, Protocol, Workload, WorkloadType};
 use ambit_model::{NamespacedHostname, Str};
-use ambit_xds::proto::ambit::NodePod;
+use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
 use super::lookup::{Entry, World};
 use super::policies::Authentication;
 use super::{Enrolled, Mesh, services, waypoints};
-use crate::objects::{Meta, core};
+use crate::objects::{Key, Meta, core};
 
 /// Label by which namespaces and pods opt in and out.
 const MODE: &str = "istio.io/dataplane-mode";
 
+/// What pods are looked at with.
+pub struct Context<'w, 'a> {
+    /// All objects but, perhaps, pods.
+    pub world: &'w World<'a>,
+    enrolled: &'w Enrolled,
+    authentication: &'w Authentication<'a>,
+    services: BTreeMap<&'a str, Vec<Entry<'a, core::Service>>>,
+}
+
+impl<'w, 'a> Context<'w, 'a> {
+    /// Sorts the services.
+    pub fn new(world: &'w World<'a>, enrolled: &'w Enrolled, authentication: &'w Authentication<'a>) -> Self {
+        Self { world, enrolled, authentication, services: services::by_namespace(world) }
+    }
+}
+
 /// Adds all pods.
-pub fn build(world: &World<'_>, enrolled: &Enrolled, authentication: &Authentication<'_>, mesh: &mut Mesh) {
-    let selecting = services::by_namespace(world);
+pub fn build(context: &Context<'_, '_>, mesh: &mut Mesh) {
+    let world = context.world;
+    let mode = |name: &str, outside| NamespaceMode {
+        name: name.to_owned(),
+        outside,
+        uninstalling: mesh.uninstalling.as_deref() == Some(name),
+    };
+    let mut namespaces: BTreeMap<&str, NamespaceMode> = BTreeMap::new();
     for (name, meta) in &world.namespaces {
-        mesh.namespaces.insert((*name).to_owned(), meta.label(MODE) != Some("ambient"));
+        namespaces.insert(name, mode(name, meta.label(MODE) != Some("ambient")));
     }
     // One pod that joins by its own label: the next may as well.
     for pod in world.pods.iter().filter(|p| wanted(world, p)) {
-        mesh.namespaces.insert(pod.key.namespace.clone(), false);
+        namespaces.insert(&pod.key.namespace, mode(&pod.key.namespace, false));
+    }
+    for (name, mode) in namespaces {
+        mesh.namespaces.put(name.to_owned(), mode);
     }
     for pod in &world.pods {
-        let spec = &pod.object.spec;
-        if matches!(&*pod.object.status.phase, "Succeeded" | "Failed") {
-            continue;
-        }
-        let wanted = wanted(world, pod);
-        if !spec.node_name.is_empty() {
-            let account = pod.object.service_account();
-            mesh.accounts.insert((spec.node_name.clone(), pod.key.namespace.clone(), account.to_owned()));
-            let node_pod = NodePod {
-                uid: pod.meta.uid.clone(),
-                name: pod.key.name.clone(),
-                namespace: pod.key.namespace.clone(),
-                service_account: account.to_owned(),
-                enrol: wanted,
-                probe_ports: pod.object.probe_ports().into_iter().map(u32::from).collect(),
-                capture_dns: pod.meta.annotation("ambient.istio.io/dns-capture") != Some("false"),
-                trust_domain: mesh.config.trust_domain.clone(),
-            };
-            if !spec.host_network && !pod.meta.uid.is_empty() {
-                mesh.node_pods.insert((spec.node_name.clone(), pod.meta.uid.clone()), node_pod);
+        follow(context, None, Some(pod), mesh);
+    }
+}
+
+/// Whether a pod joins a namespace to the mesh that does not join by itself.
+pub fn joins_alone(world: &World<'_>, namespace: &str, meta: &Meta) -> bool {
+    meta.label(MODE) == Some("ambient") && world.namespace_label(namespace, MODE) != Some("ambient")
+}
+
+/// Puts the rows of a pod in the place of those of what it was: its account, what its node is told, its workload.
+pub fn follow(
+    context: &Context<'_, '_>,
+    old: Option<&Entry<'_, core::Pod>>,
+    new: Option<&Entry<'_, core::Pod>>,
+    mesh: &mut Mesh,
+) {
+    let world = context.world;
+    let (old_account, new_account) = (old.and_then(account), new.and_then(account));
+    if old_account != new_account {
+        if let Some(account) = old_account
+            && let Some(pods) = mesh.accounts.get_mut(&account)
+        {
+            *pods -= 1;
+            if *pods == 0 {
+                mesh.accounts.remove(&account);
             }
         }
-        if let Some(workload) = workload(world, pod, enrolled, &selecting, authentication, mesh) {
-            mesh.workloads.insert(workload.uid.clone(), workload);
+        if let Some(account) = new_account {
+            *mesh.accounts.entry(account).or_default() += 1;
         }
     }
+    let told = new.and_then(|pod| node_pod(world, pod, mesh));
+    if let Some(key) = old.and_then(node_key).filter(|key| told.as_ref().is_none_or(|(new, _)| new != key)) {
+        mesh.node_pods.take(&key);
+    }
+    if let Some((key, pod)) = told {
+        mesh.node_pods.put(key, pod);
+    }
+    match new.filter(|pod| !ended(pod)).and_then(|pod| workload(context, pod, mesh)) {
+        Some(workload) => mesh.workloads.put(workload.uid.clone(), workload),
+        None => {
+            if let Some(pod) = old {
+                mesh.workloads.take(&uid(world, pod.key));
+            }
+        }
+    }
+}
+
+fn ended(pod: &Entry<'_, core::Pod>) -> bool {
+    matches!(&*pod.object.status.phase, "Succeeded" | "Failed")
+}
+
+fn account(pod: &Entry<'_, core::Pod>) -> Option<(String, String, String)> {
+    let node = &pod.object.spec.node_name;
+    let account = || (node.clone(), pod.key.namespace.clone(), pod.object.service_account().to_owned());
+    (!ended(pod) && !node.is_empty()).then(account)
+}
+
+fn node_key(pod: &Entry<'_, core::Pod>) -> Option<(String, String)> {
+    let (spec, uid) = (&pod.object.spec, &pod.meta.uid);
+    let told = !ended(pod) && !spec.node_name.is_empty() && !spec.host_network && !uid.is_empty();
+    told.then(|| (spec.node_name.clone(), uid.clone()))
+}
+
+fn node_pod(world: &World<'_>, pod: &Entry<'_, core::Pod>, mesh: &Mesh) -> Option<((String, String), NodePod)> {
+    let told = NodePod {
+        uid: pod.meta.uid.clone(),
+        name: pod.key.name.clone(),
+        namespace: pod.key.namespace.clone(),
+        service_account: pod.object.service_account().to_owned(),
+        enrol: wanted(world, pod),
+        probe_ports: pod.object.probe_ports().into_iter().map(u32::from).collect(),
+        capture_dns: pod.meta.annotation("ambient.istio.io/dns-capture") != Some("false"),
+        trust_domain: mesh.config.trust_domain.clone(),
+    };
+    Some((node_key(pod)?, told))
+}
+
+/// Name of a pod's workload.
+pub fn uid(world: &World<'_>, pod: &Key) -> Str {
+    format!("{}//Pod/{}/{}", world.settings.cluster_id, pod.namespace, pod.name).into()
 }
 
 /// Whether a pod belongs into the mesh: its namespace says so and it does not object, or it says so itself
@@ -77,13 +157,11 @@ fn addresses(status: &core::PodStatus) -> Vec<IpAddr> {
 }
 
 fn workload(
-    world: &World<'_>,
+    context: &Context<'_, '_>,
     pod: &Entry<'_, core::Pod>,
-    enrolled: &Enrolled,
-    selecting: &BTreeMap<&str, Vec<Entry<'_, core::Service>>>,
-    authentication: &Authentication<'_>,
     mesh: &Mesh,
 ) -> Option<Workload> {
+    let world = context.world;
     let (meta, spec, status) = (pod.meta, &pod.object.spec, &pod.object.status);
     let ips = addresses(status);
     if ips.is_empty() {
@@ -94,13 +172,13 @@ fn workload(
     // Only what its node has verified, or what another mesh's agent says by its annotation, is reached by HBONE.
     // A node speaks for its own pods, and only of those that are to be in the mesh: one that opts out is plain before
     // its node has let go of it.
-    let reported = enrolled.get(&spec.node_name).is_some_and(|uids| uids.contains(&meta.uid));
+    let reported = context.enrolled.get(&spec.node_name).is_some_and(|uids| uids.contains(&meta.uid));
     let verified =
         (reported && wanted(world, pod)) || meta.annotation("ambient.istio.io/redirection") == Some("enabled");
     let hbone = native || (verified && !spec.host_network);
     let namespace: &str = &pod.key.namespace;
     let mut ports = BTreeMap::new();
-    for service in selecting.get(namespace).into_iter().flatten() {
+    for service in context.services.get(namespace).into_iter().flatten() {
         let selector = &service.object.spec.selector;
         if !selector.is_empty() && meta.has_labels(selector) && !services::is_external(service.object) {
             let key = NamespacedHostname::new(namespace, world.hostname(&service.key.name, namespace));
@@ -108,16 +186,16 @@ fn workload(
         }
     }
     super::entries::select(world, namespace, meta, Some(pod.object), &mut ports);
-    let mut policies = authentication.policies_of(world, namespace, meta);
-    let closed = mesh.closed.iter().filter(|(of, selector, _)| of == namespace && meta.has_labels(selector));
-    policies.extend(closed.map(|(_, _, policy)| policy.clone()));
+    let mut policies = context.authentication.policies_of(namespace, meta);
+    let closed = mesh.closed.get(namespace).into_iter().flatten().filter(|(labels, _)| meta.has_labels(labels));
+    policies.extend(closed.map(|(_, policy)| policy.clone()));
     let name = owner(meta);
     let account = pod.object.service_account();
     Some(Workload {
         waypoint: waypoints::for_workload(world, namespace, meta),
         protocol: if hbone { Protocol::Hbone } else { Protocol::Tcp },
         host_network: spec.host_network,
-        uid: format!("{}//Pod/{namespace}/{}", world.settings.cluster_id, pod.key.name).into(),
+        uid: uid(world, pod.key),
         name: pod.key.name.as_str().into(),
         namespace: namespace.into(),
         trust_domain: mesh.config.trust_domain.as_str().into(),

@@ -62,7 +62,7 @@ pub fn authorization(world: &World<'_>, mesh: &mut Mesh) {
                     dry_run: entry.meta.annotation("istio.io/dry-run") == Some("true"),
                     rules,
                 };
-                mesh.policies.insert(policy.key(), policy);
+                mesh.policies.put(policy.key(), policy);
                 if notes.is_empty() {
                     Condition::yes("ZtunnelAccepted", "Accepted", "enforced at layer 4")
                 } else {
@@ -304,6 +304,8 @@ pub struct Authentication<'a> {
     /// In order of age, the oldest first.
     all: Vec<Entry<'a, PeerAuthentication>>,
     root: String,
+    /// Authorization policies in force that have a selector, by namespace: labels and name.
+    selecting: BTreeMap<&'a str, Vec<(&'a BTreeMap<String, String>, Str)>>,
 }
 
 /// Name of the policy that every STRICT workload lists.
@@ -314,7 +316,15 @@ impl<'a> Authentication<'a> {
     pub fn new(world: &World<'a>, mesh: &mut Mesh) -> Self {
         let mut all = world.authentication.clone();
         all.sort_by_key(|e| e.meta.age());
-        let this = Self { all, root: world.config.root_namespace.clone() };
+        let mut selecting: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for entry in &world.authorization {
+            let labels = selector(&entry.object.spec);
+            if !labels.is_empty() && convert(&entry.object.spec).is_ok_and(|c| c.rules.is_some()) {
+                let name = Str::from(format!("{}/{}", entry.key.namespace, entry.key.name));
+                selecting.entry(&entry.key.namespace).or_default().push((labels, name));
+            }
+        }
+        let this = Self { all, root: world.config.root_namespace.clone(), selecting };
         if !this.all.is_empty() {
             let rule = Match { not_principals: vec![StringMatch::Presence], ..Match::default() };
             add(mesh, &this.root, STRICT, rule);
@@ -388,7 +398,7 @@ impl<'a> Authentication<'a> {
     }
 
     /// Policies that a workload lists: those selected by its labels, and what its mode asks for.
-    pub fn policies_of(&self, world: &World<'_>, namespace: &str, meta: &Meta) -> Vec<Str> {
+    pub fn policies_of(&self, namespace: &str, meta: &Meta) -> Vec<Str> {
         let mut names: Vec<Str> = Vec::new();
         let selected = self.of(namespace, Some(meta));
         match selected {
@@ -401,14 +411,9 @@ impl<'a> Authentication<'a> {
                 }
             }
         }
-        for entry in &world.authorization {
-            let labels = selector(&entry.object.spec);
-            let here = entry.key.namespace == namespace || entry.key.namespace == self.root;
-            let enforced = || convert(&entry.object.spec).is_ok_and(|c| c.rules.is_some());
-            if here && !labels.is_empty() && meta.has_labels(labels) && enforced() {
-                names.push(format!("{}/{}", entry.key.namespace, entry.key.name).into());
-            }
-        }
+        let root = Some(&*self.root).filter(|root| *root != namespace);
+        let here = std::iter::once(namespace).chain(root).filter_map(|ns| self.selecting.get(ns)).flatten();
+        names.extend(here.filter(|(labels, _)| meta.has_labels(labels)).map(|(_, name)| name.clone()));
         names.sort();
         names
     }
@@ -436,5 +441,5 @@ fn add(mesh: &mut Mesh, namespace: &str, name: &str, rule: Match) {
         dry_run: false,
         rules: vec![Rule { clauses: vec![Clause { matches: vec![rule] }] }],
     };
-    mesh.policies.insert(policy.key(), policy);
+    mesh.policies.put(policy.key(), policy);
 }

@@ -405,7 +405,7 @@ fn backend(world: &World<'_>, from: Owner<'_>, r: &route::BackendRef, unresolved
         let text = format!("backend {namespace}/{}: no ReferenceGrant there allows {}", r.name, key.namespace);
         return no("RefNotPermitted", text);
     }
-    let found = world.services.iter().find(|s| s.key.namespace == namespace && s.key.name == r.name);
+    let found = world.service(namespace, &r.name);
     let Some(service) = found.filter(|s| !services::is_external(s.object)) else {
         return no("BackendNotFound", format!("backend {namespace}/{}: there is no such Service", r.name));
     };

@@ -1,6 +1,7 @@
 //! Kubernetes services and endpoints that are no pods (reference/controlplane.md 1.5).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ambit_model::service::{AppProtocol, BalanceMode, IpFamilies, LoadBalancing, Scope, Service, ServicePort};
 use ambit_model::workload::{Health, Workload};
@@ -69,7 +70,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             canonical: true,
             ..Service::default()
         };
-        mesh.services.insert(service.key(), service);
+        mesh.services.put(service.key(), service);
     }
 }
 
@@ -82,6 +83,16 @@ pub fn pod_ports(service: &core::Service, pod: &core::Pod) -> BTreeMap<u16, u16>
     };
     let tcp = service.spec.ports.iter().filter(|p| is_tcp(&p.protocol));
     tcp.filter_map(|p| Some((p.port, target(p)?))).collect()
+}
+
+/// Ports of all pods of a service, where it names them by number.
+pub fn numbered_ports(service: &core::Service) -> Vec<u16> {
+    let number = |p: &core::ServicePort| match &p.target_port {
+        None => Some(p.port),
+        Some(Port::Number(n)) => Some(*n),
+        Some(Port::Name(_)) => None,
+    };
+    service.spec.ports.iter().filter(|p| is_tcp(&p.protocol)).filter_map(number).collect()
 }
 
 fn balancing(world: &World<'_>, meta: &Meta, spec: &core::ServiceSpec) -> LoadBalancing {
@@ -123,7 +134,7 @@ pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
         let Some(service) = slice.meta.label("kubernetes.io/service-name") else { continue };
         let namespace = &*slice.key.namespace;
         let key = NamespacedHostname::new(namespace, world.hostname(service, namespace));
-        let found = world.services.iter().find(|s| s.key.name == service && s.key.namespace == namespace);
+        let found = world.service(namespace, service);
         let Some(found) = found.filter(|s| s.object.spec.selector.is_empty()) else { continue };
         let ports: BTreeMap<u16, u16> = found
             .object
@@ -142,8 +153,9 @@ pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
                     let of = if target.namespace.is_empty() { namespace } else { &target.namespace };
                     let uid = format!("{}//Pod/{of}/{}", world.settings.cluster_id, target.name);
                     if let Some(workload) = mesh.workloads.get_mut(&*uid) {
-                        workload.services.insert(key.clone(), ports.clone());
+                        Arc::make_mut(workload).services.insert(key.clone(), ports.clone());
                     }
+                    mesh.entangled.endpoints.insert(uid.into());
                 }
                 _ => {
                     for address in endpoint.addresses.iter().filter_map(|a| a.parse().ok()) {
@@ -169,7 +181,7 @@ pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
                             capacity: 1,
                             ..Workload::default()
                         };
-                        mesh.workloads.insert(workload.uid.clone(), workload);
+                        mesh.workloads.put(workload.uid.clone(), workload);
                     }
                 }
             }

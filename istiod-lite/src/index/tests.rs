@@ -286,7 +286,7 @@ fn authorization(ns: &str, spec: &str) -> String {
 }
 
 fn denied(mesh: &Mesh, principal: Option<&str>, port: u16) -> bool {
-    let set = PolicySet::new(mesh.policies.values().cloned().map(Arc::new), vec![]);
+    let set = PolicySet::new(mesh.policies.values().cloned(), vec![]);
     let connection = Connection {
         source: principal.map(|p| format!("spiffe://cluster.local/{p}").parse().expect("identity")),
         source_ip: "10.1.2.3".parse().expect("ip"),
@@ -470,7 +470,7 @@ fn modes_of_peer_authentication() {
             .authorization_policies
             .iter()
             .map(|name| m.policies.get(name).unwrap_or_else(|| panic!("{what}: {name} is not sent")));
-        let set = PolicySet::new(listed.cloned().map(Arc::new), vec![]);
+        let set = PolicySet::new(listed.cloned(), vec![]);
         let refused = |source: Option<ambit_model::Identity>, port| {
             let connection = Connection {
                 source,
@@ -514,7 +514,7 @@ fn probe_ports_and_accounts() {
                 livenessProbe: {tcpSocket: {port: 9}}}]";
     let m = mesh(&[namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", spec, "")].concat());
     assert_eq!(m.node_pods.values().next().expect("pod").probe_ports, [9, 8081]);
-    assert!(m.accounts.contains(&("n1".into(), "ns".into(), "sa-a".into())));
+    assert!(m.accounts.contains_key(&("n1".into(), "ns".into(), "sa-a".into())));
 }
 
 #[test]
@@ -526,7 +526,7 @@ fn removal_for_good_is_told_from_an_upgrade() {
         );
         let parsed = crate::objects::parse::parse(&text).expect("parses");
         let loaded = crate::objects::Loaded { object: parsed.object, meta: parsed.meta, place: Default::default() };
-        Objects::from([(parsed.key, std::sync::Arc::new(loaded))])
+        [(parsed.key, Arc::new(loaded))].into_iter().collect::<Objects>()
     };
     let of = |objects: &Objects, settings: &Settings| build(objects, &Enrolled::new(), settings).uninstalling;
     assert_eq!(of(&daemonset(""), &settings), None);

@@ -3,6 +3,7 @@
 //! Owns parsing of one document. A field that neither we nor Kubernetes know is an error, so that a typing mistake in
 //! a policy never goes unnoticed. Never looks at two objects together; see [`crate::index`].
 
+pub mod all;
 pub mod core;
 pub mod gateway;
 pub mod istio;
@@ -13,10 +14,9 @@ pub mod parse;
 pub mod route;
 pub mod traffic;
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 
+pub use all::Objects;
 pub use meta::Meta;
 
 /// Key of an object.
@@ -106,5 +106,3 @@ pub struct Loaded {
     pub place: Place,
 }
 
-/// All objects, each in its last good state.
-pub type Objects = BTreeMap<Key, Arc<Loaded>>;

@@ -336,7 +336,7 @@ impl Client {
         let (mut added, mut found) = (Vec::new(), BTreeSet::new());
         let mut services: BTreeSet<&str> = BTreeSet::new();
         for (name, encoded) in kind.iter().filter(|(_, e)| mine(e)) {
-            let names = std::iter::once(name).chain(&encoded.resource.aliases).map(String::as_str);
+            let names = std::iter::once(&**name).chain(encoded.resource.aliases.iter().map(String::as_str));
             let by: Vec<&str> = names.filter(|n| asked.contains(n)).collect();
             if !by.is_empty() {
                 found.extend(by);
@@ -346,7 +346,7 @@ impl Client {
         }
         // The workloads of the services found; new ones are told as they come.
         let endpoints = kind.iter().filter(|(name, e)| {
-            !services.contains(name.as_str()) && mine(e) && e.services.iter().any(|s| services.contains(s.as_str()))
+            !services.contains(&***name) && mine(e) && e.services.iter().any(|s| services.contains(s.as_str()))
         });
         added.extend(endpoints.map(|(_, e)| e.resource.clone()));
         let removed = asked.iter().filter(|n| !found.contains(*n)).map(|n| (*n).to_owned()).collect();
@@ -406,20 +406,20 @@ fn difference(
     let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
     if wanted.fresh {
         for (name, encoded) in kind.iter().filter(|(n, e)| visible(e, n, wanted.names.as_ref())) {
-            if wanted.holds.get(name) != Some(&encoded.resource.version) {
+            if wanted.holds.get(&**name) != Some(&encoded.resource.version) {
                 added.push(encoded.resource.clone());
             }
             if partial {
-                wanted.own.insert(name.clone());
+                wanted.own.insert(name.to_string());
             }
         }
         let there = |name: &String| kind.get(name).is_some_and(|e| visible(e, name, wanted.names.as_ref()));
         removed.extend(wanted.holds.keys().filter(|n| !there(n)).cloned());
         if let Some(names) = &wanted.names {
             // A name that does not exist is told as removed, so that nobody waits for it.
-            let all: BTreeSet<&String> =
-                kind.iter().flat_map(|(n, e)| std::iter::once(n).chain(&e.resource.aliases)).collect();
-            removed.extend(names.iter().filter(|n| !all.contains(n)).cloned());
+            let mut all: BTreeSet<&str> = kind.iter().map(|(name, _)| &**name).collect();
+            all.extend(kind.iter().flat_map(|(_, e)| &e.resource.aliases).map(String::as_str));
+            removed.extend(names.iter().filter(|n| !all.contains(n.as_str())).cloned());
         }
         return Ok((added, removed));
     }

@@ -9,8 +9,10 @@ pub mod clients;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use ambit_model::policy::Policy;
+use ambit_model::{Service, Str, Workload};
 use ambit_xds::proto::Any;
-use ambit_xds::proto::ambit::{NamespaceMode, WaypointService};
+use ambit_xds::proto::ambit::WaypointService;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::proto::workload::{self, AddressType};
 use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE, convert};
@@ -18,6 +20,7 @@ use prost::Message;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::index::Mesh;
+use crate::index::l7::Bound;
 
 /// Changes remembered; a client that is further behind is compared with everything.
 const LOG: usize = 16 * 1024;
@@ -41,7 +44,7 @@ pub struct Encoded {
 impl Encoded {
     fn new(
         type_url: &str,
-        name: String,
+        name: &str,
         message: &impl Message,
         aliases: Vec<String>,
         audience: Option<String>,
@@ -51,7 +54,7 @@ impl Encoded {
         let resource = Resource {
             version,
             resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
-            name,
+            name: name.to_owned(),
             aliases,
         };
         Self { resource, audience, services: Vec::new() }
@@ -61,9 +64,9 @@ impl Encoded {
 /// All resources of a type, and which changed when.
 #[derive(Clone, Debug, Default)]
 pub struct Kind {
-    resources: Arc<BTreeMap<String, Arc<Encoded>>>,
+    resources: Arc<BTreeMap<Str, Arc<Encoded>>>,
     /// Generation and name, oldest first.
-    log: Arc<VecDeque<(u64, String)>>,
+    log: Arc<VecDeque<(u64, Str)>>,
     /// What changed before this is no longer in the log.
     floor: u64,
     changed: u64,
@@ -76,7 +79,7 @@ impl Kind {
     }
 
     /// All resources.
-    pub fn iter(&self) -> impl Iterator<Item = (&String, &Arc<Encoded>)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&Str, &Arc<Encoded>)> {
         self.resources.iter()
     }
 
@@ -90,29 +93,27 @@ impl Kind {
         if generation < self.floor {
             return None;
         }
-        Some(self.log.iter().rev().take_while(|(g, _)| *g > generation).map(|(_, n)| n.as_str()).collect())
+        Some(self.log.iter().rev().take_while(|(g, _)| *g > generation).map(|(_, n)| &**n).collect())
     }
 
-    fn update(&mut self, generation: u64, next: BTreeMap<String, Encoded>) {
-        let mut names = Vec::new();
-        let mut resources = BTreeMap::new();
-        for (name, encoded) in next {
-            match self.resources.get(&name) {
-                Some(old) if **old == encoded => drop(resources.insert(name, old.clone())),
-                _ => {
-                    names.push(name.clone());
-                    resources.insert(name, Arc::new(encoded));
-                }
-            }
-        }
-        names.extend(self.resources.keys().filter(|n| !resources.contains_key(*n)).cloned());
-        if names.is_empty() {
+    /// Takes resources that may have changed, and names of those that are gone.
+    fn take(&mut self, generation: u64, next: impl IntoIterator<Item = (Str, Option<Encoded>)>) {
+        let differ = |(name, encoded): &(Str, Option<Encoded>)| {
+            self.resources.get(name).map(|old| &**old) != encoded.as_ref()
+        };
+        let next: Vec<_> = next.into_iter().filter(differ).collect();
+        if next.is_empty() {
             return;
         }
-        self.resources = Arc::new(resources);
+        let (resources, log) = (Arc::make_mut(&mut self.resources), Arc::make_mut(&mut self.log));
+        for (name, encoded) in next {
+            log.push_back((generation, name.clone()));
+            match encoded {
+                Some(encoded) => drop(resources.insert(name, Arc::new(encoded))),
+                None => drop(resources.remove(&name)),
+            }
+        }
         self.changed = generation;
-        let log = Arc::make_mut(&mut self.log);
-        log.extend(names.into_iter().map(|n| (generation, n)));
         while log.len() > LOG {
             if let Some((dropped, _)) = log.pop_front() {
                 self.floor = dropped;
@@ -128,6 +129,8 @@ pub struct Resources {
     pub generation: u64,
     /// The source has been read: a first answer may be given.
     pub ready: bool,
+    /// Of which all this was made.
+    mesh: Mesh,
     addresses: Kind,
     authorization: Kind,
     node_pods: Kind,
@@ -140,47 +143,33 @@ impl Resources {
     pub fn update(&mut self, mesh: &Mesh, ready: bool) {
         self.generation += 1;
         self.ready = ready;
-        let mut addresses = BTreeMap::new();
-        for (uid, w) in &mesh.workloads {
-            let message = workload::Address { r#type: Some(AddressType::Workload(Box::new(convert::to_workload(w)))) };
-            let aliases = match w.host_network {
-                true => Vec::new(),
-                false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network)).collect(),
-            };
-            let mut encoded = Encoded::new(ADDRESS, uid.to_string(), &message, aliases, None);
-            encoded.services = w.services.keys().map(ToString::to_string).collect();
-            addresses.insert(uid.to_string(), encoded);
-        }
-        for (key, s) in &mesh.services {
-            let message = workload::Address { r#type: Some(AddressType::Service(convert::to_service(s))) };
-            let aliases = s.vips.iter().map(ToString::to_string).collect();
-            addresses.insert(key.to_string(), Encoded::new(ADDRESS, key.to_string(), &message, aliases, None));
-        }
-        self.addresses.update(self.generation, addresses);
-        let policies = mesh.policies.iter().map(|(name, p)| {
-            let encoded = Encoded::new(AUTHORIZATION, name.to_string(), &convert::to_policy(p), Vec::new(), None);
-            (name.to_string(), encoded)
+        let (generation, old) = (self.generation, std::mem::replace(&mut self.mesh, mesh.clone()));
+        let workloads = mesh.workloads.changes(&old.workloads).into_iter().map(|(uid, w)| (uid.clone(), w.map(|w| of_workload(w))));
+        self.addresses.take(generation, workloads);
+        let services = mesh.services.changes(&old.services).into_iter();
+        self.addresses.take(generation, services.map(|(key, s)| (key.to_string().into(), s.map(|s| of_service(s)))));
+        let policies = mesh.policies.changes(&old.policies).into_iter().map(|(name, policy)| {
+            let encode = |p: &Arc<Policy>| Encoded::new(AUTHORIZATION, name, &convert::to_policy(p), Vec::new(), None);
+            (name.clone(), policy.map(encode))
         });
-        self.authorization.update(self.generation, policies.collect());
-        let namespaces = mesh.namespaces.iter().map(|(name, outside)| {
-            let uninstalling = mesh.uninstalling.as_ref() == Some(name);
-            let mode = NamespaceMode { name: name.clone(), outside: *outside, uninstalling };
-            (name.clone(), Encoded::new(NAMESPACE_MODE, name.clone(), &mode, Vec::new(), None))
+        self.authorization.take(generation, policies);
+        let namespaces = mesh.namespaces.changes(&old.namespaces).into_iter().map(|(name, mode)| {
+            (name.as_str().into(), mode.map(|mode| Encoded::new(NAMESPACE_MODE, name, &**mode, Vec::new(), None)))
         });
-        self.namespaces.update(self.generation, namespaces.collect());
-        let pods = mesh.node_pods.iter().map(|((node, uid), pod)| {
-            (uid.clone(), Encoded::new(NODE_POD, uid.clone(), pod, Vec::new(), Some(node.clone())))
+        self.namespaces.take(generation, namespaces);
+        // A pod of the same uid is never on two nodes, but may be named by another one first.
+        let (there, gone): (Vec<_>, Vec<_>) =
+            mesh.node_pods.changes(&old.node_pods).into_iter().partition(|(_, pod)| pod.is_some());
+        let pods = gone.into_iter().chain(there).map(|((node, uid), pod)| {
+            (uid.as_str().into(), pod.map(|pod| Encoded::new(NODE_POD, uid, &**pod, Vec::new(), Some(node.clone()))))
         });
-        self.node_pods.update(self.generation, pods.collect());
-        let bound = mesh.bound.iter().filter_map(|(key, bound)| {
-            // Its types are numbers, texts, lists and options: nothing that JSON does not have.
-            let config = serde_json::to_vec(&bound.config).ok()?.into();
-            let message = WaypointService { service: key.to_string(), config };
-            let (namespace, name) = &bound.gateway;
-            let audience = Some(waypoint(namespace, name));
-            Some((key.to_string(), Encoded::new(WAYPOINT_SERVICE, key.to_string(), &message, Vec::new(), audience)))
+        self.node_pods.take(generation, pods);
+        let bound = mesh.bound.changes(&old.bound).into_iter().map(|(key, bound)| {
+            let name = key.to_string();
+            let bound = bound.and_then(|bound| of_bound(&name, bound));
+            (name.into(), bound)
         });
-        self.waypoint_services.update(self.generation, bound.collect());
+        self.waypoint_services.take(generation, bound);
     }
 
     /// Resources of a type.
@@ -196,20 +185,40 @@ impl Resources {
     }
 }
 
+fn of_workload(w: &Workload) -> Encoded {
+    let message = workload::Address { r#type: Some(AddressType::Workload(Box::new(convert::to_workload(w)))) };
+    let aliases = match w.host_network {
+        true => Vec::new(),
+        false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network)).collect(),
+    };
+    let mut encoded = Encoded::new(ADDRESS, &w.uid, &message, aliases, None);
+    encoded.services = w.services.keys().map(ToString::to_string).collect();
+    encoded
+}
+
+fn of_service(s: &Service) -> Encoded {
+    let message = workload::Address { r#type: Some(AddressType::Service(convert::to_service(s))) };
+    let aliases = s.vips.iter().map(ToString::to_string).collect();
+    Encoded::new(ADDRESS, &s.key().to_string(), &message, aliases, None)
+}
+
+fn of_bound(name: &str, bound: &Bound) -> Option<Encoded> {
+    // Its types are numbers, texts, lists and options: nothing that JSON does not have.
+    let config = serde_json::to_vec(&bound.config).ok()?.into();
+    let message = WaypointService { service: name.to_owned(), config };
+    let (namespace, account) = &bound.gateway;
+    Some(Encoded::new(WAYPOINT_SERVICE, name, &message, Vec::new(), Some(waypoint(namespace, account))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn kind(entries: &[(&str, &str)]) -> BTreeMap<String, Encoded> {
+    fn kind(entries: &[(&str, &str)]) -> Vec<(Str, Option<Encoded>)> {
         let one = |(n, v): &(&str, &str)| {
-            (
-                n.to_string(),
-                Encoded {
-                    resource: Resource { version: v.to_string(), ..Resource::default() },
-                    audience: None,
-                    services: vec![],
-                },
-            )
+            let resource = Resource { version: (*v).to_owned(), ..Resource::default() };
+            let encoded = Encoded { resource, audience: None, services: vec![] };
+            (Str::from(*n), (!v.is_empty()).then_some(encoded))
         };
         entries.iter().map(one).collect()
     }
@@ -217,12 +226,12 @@ mod tests {
     #[test]
     fn changes_are_logged_and_the_unchanged_is_shared() {
         let mut k = Kind::default();
-        k.update(1, kind(&[("a", "1"), ("b", "1")]));
+        k.take(1, kind(&[("a", "1"), ("b", "1")]));
         let before = k.get("a").expect("a").clone();
-        k.update(2, kind(&[("a", "1"), ("b", "2"), ("c", "1")]));
+        k.take(2, kind(&[("a", "1"), ("b", "2"), ("c", "1")]));
         assert!(Arc::ptr_eq(&before, k.get("a").expect("a")));
-        k.update(3, kind(&[("a", "1"), ("b", "2")]));
-        k.update(4, kind(&[("a", "1"), ("b", "2")]));
+        k.take(3, kind(&[("b", "2"), ("c", "")]));
+        k.take(4, kind(&[("a", "1"), ("b", "2"), ("d", "")]));
         let since = |g| k.changes_since(g).expect("known").into_iter().collect::<Vec<_>>();
         assert_eq!(since(1), ["b", "c"]);
         assert_eq!(since(2), ["c"]);
@@ -234,7 +243,7 @@ mod tests {
     fn a_client_too_far_behind_is_told_so() {
         let mut k = Kind::default();
         for n in 0..(LOG as u64 + 10) {
-            k.update(n + 1, kind(&[("a", &n.to_string())]));
+            k.take(n + 1, kind(&[("a", &n.to_string())]));
         }
         assert!(k.changes_since(1).is_none());
         assert!(k.changes_since(LOG as u64).is_some());

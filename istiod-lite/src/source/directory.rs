@@ -221,7 +221,7 @@ impl Directory {
                                     |k: &Key| k.name == *name && (k.namespace.is_empty() || k.namespace == *namespace);
                                 let old = self.objects.iter().filter(|(k, o)| o.place.file == place.file && same(k));
                                 let before = keep_keys.len();
-                                keep_keys.extend(old.map(|(k, _)| k.clone()));
+                                keep_keys.extend(old.map(|(k, _)| (**k).clone()));
                                 (None, keep_keys.len() > before)
                             }
                             Suspect::Unknown => {
@@ -259,9 +259,11 @@ impl Directory {
             }
         }
         for (place, Parsed { key, meta, object }) in closed {
-            objects.entry(key).or_insert_with(|| Arc::new(Loaded { object, meta, place }));
+            if !objects.contains_key(&key) {
+                objects.insert(key, Arc::new(Loaded { object, meta, place }));
+            }
         }
-        for (key, old) in &self.objects {
+        for (key, old) in self.objects.iter() {
             if !objects.contains_key(key) && (keep_keys.contains(key) || keep_files.contains(&old.place.file)) {
                 objects.insert(key.clone(), old.clone());
             }

@@ -226,7 +226,7 @@ impl Cluster {
                 let before = self.seen.len();
                 self.seen.retain(|k, _| k.kind != kind.kind || there.contains(k));
                 let gone = self.seen.len() != before;
-                self.objects.retain(|k, _| k.kind != kind.kind || there.contains(k));
+                self.objects.retain(kind.kind, |k| there.contains(k));
                 self.problems.retain(|k, _| k.kind != kind.kind || there.contains(k));
                 let changed = objects.iter().filter(|o| self.one(kind, o)).count() > 0;
                 let first = self.read.insert(kind.kind, ()).is_none();

@@ -63,8 +63,7 @@ pub async fn run(root: PathBuf, overlay: PathBuf, states: watch::Sender<Arc<Sour
             let old = states.borrow();
             old.ready == state.ready
                 && old.problems == state.problems
-                && old.objects.len() == state.objects.len()
-                && old.objects.iter().zip(&state.objects).all(|((ka, a), (kb, b))| ka == kb && Arc::ptr_eq(a, b))
+                && old.objects.same(&state.objects)
         };
         if !same {
             states.send_replace(Arc::new(state));
