@@ -20,7 +20,8 @@ fn ask(mesh: &Mesh, bytes: u64) -> Result<TcpStream, Failure> {
     let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?;
     let to = web(mesh)?;
     let mut stream = client.net.netns.run(|| TcpStream::connect(to)).doing("enter")?.doing("connect")?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).doing("timeout")?;
+    // A connection attempt that is lost on a busy machine is made again after 1, 3 and 7 s.
+    stream.set_read_timeout(Some(Duration::from_secs(15))).doing("timeout")?;
     write!(stream, "GET /bytes/{bytes} HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").doing("ask")?;
     Ok(stream)
 }

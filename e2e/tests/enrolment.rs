@@ -1,11 +1,11 @@
 //! Pods come, go, opt in and out; programs die and come back. Nothing of it ever becomes plaintext.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use ambit_e2e::{CLIENT, SHOP, WEB, expect, shop};
+use ambit_e2e::{CLIENT, OUTSIDER, SHOP, WEB, expect, shop};
 use ambit_net::capture::TABLE;
 use ambit_net::{fdpass, nft};
 use ambit_testing::mesh::{Mesh, Options};
@@ -67,9 +67,39 @@ fn rules_that_vanish_are_written_again() {
         })
         .await?;
         mesh.wait("the log to say so", |m| m.log("ztunnel-node1").contains("written again")).await?;
+        let told = |m: &Mesh| m.log("istiod-lite").contains("repaired: its capture rules were gone");
+        mesh.wait("the controller to be told", told).await?;
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")
     });
 }
+
+#[test]
+fn a_pod_that_cannot_be_enrolled_is_told_of_and_holds_up_nobody() {
+    sandbox::test("a_pod_that_cannot_be_enrolled_is_told_of_and_holds_up_nobody", || async {
+        let mesh = shop(Options::default()).await?;
+        // It has taken a port that is the tunnel's in a pod of the mesh.
+        let occupied = mesh.exec_start(OUTSIDER, &["ambit-app", "serve", "--port", "15008"])?;
+        let node = mesh.kubelet.pod("outside", "client").ok_or_else(|| Failure::new("no pod"))?;
+        let taken = || node.net.netns.run(|| TcpStream::connect("127.0.0.1:15008")).is_ok_and(|s| s.is_ok());
+        mesh.wait("the port to be taken", |_| taken()).await?;
+        mesh.apply(
+            "shop.yaml",
+            &SHOP.replace("name: outside", "name: outside\n  labels: {istio.io/dataplane-mode: ambient}"),
+        )?;
+        let told = |m: &Mesh| {
+            m.log("istiod-lite").lines().any(|l| l.contains("not enrolled: listeners") && l.contains(":15008"))
+        };
+        mesh.wait("the controller to be told why", told).await?;
+        mesh.apply("late.yaml", LATE)?;
+        mesh.ready(&["outside/late"]).await?;
+        mesh.in_mesh(&["outside/late"]).await?;
+        drop(occupied);
+        mesh.in_mesh(&[OUTSIDER]).await
+    });
+}
+
+const LATE: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: late, namespace: outside}\n\
+    spec: {nodeName: node1, containers: [{name: c, command: [ambit-app, sleep]}]}\n";
 
 #[test]
 fn a_killed_tunnel_never_means_plaintext_and_comes_back() {

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ambit_runtime::{Readiness, http, logging, signal};
 use ambit_telemetry::Registry;
+use ambit_telemetry::histogram::MILLISECONDS;
 use ambit_tls::certificate::LeafFacts;
 use ambit_tls::{control, provider, renew};
 use ambit_xds::service::{AdsServer, CertificateServer};
@@ -82,7 +83,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
 async fn serve(config: Config) -> Result<(), RunError> {
     let registry = Registry::default();
     let readiness = Readiness::default();
-    readiness.pending("source", "the directory has not been read");
+    readiness.pending("source", "not all objects have been read yet");
     let mut directories = vec![config.state_directory.clone()];
     if config.source == SourceKind::Dir {
         directories.extend([config.overlay.join("objects"), config.overlay.join("patches")]);
@@ -110,7 +111,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let (mesh, mesh_seen) = watch::channel(Arc::new(Mesh::default()));
     let (resources, resources_seen) = watch::channel(Arc::new(Resources::default()));
     let (reports, reports_seen) = mpsc::channel(64);
-    let (mut annotations, mut lease) = (None, None);
+    let (mut written, mut lease) = (None, None);
     match &client {
         None => drop(tokio::spawn(directory::run(config.directory.clone(), config.overlay.clone(), source))),
         Some(client) => {
@@ -125,8 +126,8 @@ async fn serve(config: Config) -> Result<(), RunError> {
             tokio::spawn(crate::status::write(client.clone(), lead, source_seen.clone(), mesh_seen.clone()));
             lease = Some(replica);
             let (sender, receiver) = mpsc::channel(256);
-            tokio::spawn(cluster::annotate(client.clone(), source_seen.clone(), receiver));
-            annotations = Some(sender);
+            tokio::spawn(crate::reports::write(client.clone(), source_seen.clone(), receiver));
+            written = Some(sender);
         }
     }
     let pipeline = Pipeline {
@@ -141,7 +142,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
         }),
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
         overlay: client.is_none().then(|| config.overlay.clone()),
-        annotations,
+        written,
         readiness: readiness.clone(),
         problems: registry.gauge("ambit_objects_refused", "Documents that are not used as they stand.", &[]),
     };
@@ -160,6 +161,12 @@ async fn serve(config: Config) -> Result<(), RunError> {
         reports,
         clients: clients.clone(),
         nacks: registry.counter("ambit_xds_rejects_total", "Responses that a client refused in part.", &["type"]),
+        acknowledged: registry.histogram(
+            "ambit_xds_acknowledged_milliseconds",
+            "Time from a change at the source to a client's word that it has it.",
+            &["type"],
+            MILLISECONDS,
+        ),
         pushed: registry.counter("ambit_xds_resources_sent_total", "Resources sent.", &["type"]),
     };
     let certificates = CertificateService {
@@ -270,7 +277,8 @@ impl Enrolments {
     fn follow(&mut self, old: &Objects, new: &Objects) {
         let pods = new.changes(old, "Pod");
         let uid = |o: Option<&Arc<Loaded>>| o.map(|o| o.meta.uid.clone());
-        let gone: HashSet<String> = pods.iter().filter(|c| uid(c.old) != uid(c.new)).filter_map(|c| uid(c.old)).collect();
+        let gone: HashSet<Box<str>> =
+            pods.iter().filter(|c| uid(c.old) != uid(c.new)).filter_map(|c| uid(c.old)).collect();
         if !gone.is_empty() {
             self.retain(|uid| !gone.contains(uid));
         }
@@ -281,7 +289,7 @@ impl Enrolments {
 
     /// Forgets pods that were gone before we began.
     fn begin(&mut self, objects: &Objects) {
-        let uids: HashSet<&str> = objects.of("Pod").values().map(|o| o.meta.uid.as_str()).collect();
+        let uids: HashSet<&str> = objects.of("Pod").values().map(|o| &*o.meta.uid).collect();
         self.retain(|uid| uids.contains(uid));
     }
 
@@ -307,7 +315,7 @@ struct Pipeline {
     /// Where addresses of hosts are kept; a cluster keeps them otherwise.
     overlay: Option<PathBuf>,
     /// Who writes reports on pods, in a cluster.
-    annotations: Option<mpsc::Sender<Report>>,
+    written: Option<mpsc::Sender<Report>>,
     readiness: Readiness,
     problems: Arc<ambit_telemetry::CounterVec>,
 }
@@ -323,8 +331,12 @@ impl Pipeline {
         let mut rendered = self.overlay.as_deref().map(crate::overlay::Rendered::new);
         let mut last = Arc::new(SourceState::default());
         loop {
+            let mut since = Some(Instant::now());
             tokio::select! {
-                changed = source.changed() => if changed.is_err() { return },
+                changed = source.changed() => match changed {
+                    Ok(()) => since = source.borrow().since,
+                    Err(_) => return,
+                },
                 report = reports.recv() => match report {
                     Some(report) => self.report(report).await,
                     None => return,
@@ -350,7 +362,7 @@ impl Pipeline {
             }
             self.problems.of(&[]).set(i64::try_from(state.problems.len()).unwrap_or(i64::MAX));
             let mut next = Resources::clone(&resources.borrow());
-            next.update(&built, state.ready);
+            next.update(&built, state.ready, since);
             mesh.send_replace(Arc::new(built));
             resources.send_replace(Arc::new(next));
             if state.ready {
@@ -360,9 +372,12 @@ impl Pipeline {
     }
 
     async fn report(&mut self, report: Report) {
-        if let Some(annotations) = &self.annotations {
+        for (uid, what) in &report.troubles {
+            warn!(node = report.node, uid, what, "a node reports trouble with a pod");
+        }
+        if let Some(written) = &self.written {
             // The queue is long; where it is full the API server is slow, and nodes may wait as well.
-            let _ = annotations.send(report.clone()).await;
+            let _ = written.send(report.clone()).await;
         }
         self.enrolments.apply(report);
     }

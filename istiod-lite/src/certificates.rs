@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::auth::{Caller, Role, TokenVerifier, authenticate};
 use crate::authority::{AuthorityError, Current};
-use crate::index::Mesh;
+use crate::index::{Account, Mesh};
 
 /// A pod may be asked for before its binding has been read.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -85,7 +85,11 @@ impl CertificateService {
                 return self.sign(&identity, "waypoint", &request);
             }
         };
-        let account = (node.to_owned(), identity.namespace.to_string(), identity.service_account.to_string());
+        let account = Account {
+            node: node.to_owned(),
+            namespace: identity.namespace.to_string(),
+            account: identity.service_account.to_string(),
+        };
         let mut mesh = self.mesh.clone();
         let known = tokio::time::timeout(PATIENCE, mesh.wait_for(|m| m.accounts.contains_key(&account))).await;
         if !matches!(known, Ok(Ok(_))) {

@@ -1,4 +1,4 @@
-//! What the controller keeps in a cluster: its key in a Secret, the roots in ConfigMaps, enrolments on pods.
+//! What the controller keeps in a cluster: its key in a Secret, the roots in ConfigMaps.
 //!
 //! Owns these writes. Each says only what is ours, and only when it differs. Reads no Secret but its own.
 
@@ -10,17 +10,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
-use tokio::sync::{mpsc, watch};
-use tracing::{debug, info, warn};
+use tokio::sync::watch;
+use tracing::{info, warn};
 
 use crate::authority::{Authority, AuthorityError, Current};
 use crate::leader::leading;
-use crate::objects::{Key, Object};
-use crate::push::ads::Report;
+use crate::objects::Key;
 use crate::source::SourceState;
 
 /// Name of the Secret with our key.
@@ -28,8 +27,6 @@ const SECRET: &str = "ambit-ca";
 /// Name of the ConfigMap with the roots, as workloads and node tunnels mount it.
 const ROOTS: &str = "istio-ca-root-cert";
 const MANAGER: &str = "ambit-istiod-lite";
-/// Says that a pod is in the mesh (the annotation that Istio's agent writes).
-const REDIRECTION: &str = "ambient.istio.io/redirection";
 const FILES: [&str; 3] = ["ca-key.pem", "format", "root-cert.pem"];
 
 /// Why the key cannot be had from the cluster.
@@ -155,43 +152,4 @@ fn namespaces(state: &SourceState, own: &str) -> BTreeSet<String> {
     };
     names.retain(|n| n == own || !ending(n));
     names
-}
-
-/// Writes on pods what their nodes report of them; for ever. A node speaks for its own pods only.
-pub async fn annotate(client: Client, source: watch::Receiver<Arc<SourceState>>, mut reports: mpsc::Receiver<Report>) {
-    while let Some(report) = reports.recv().await {
-        let changes = report.enrolled.iter().map(|u| (u, true)).chain(report.left.iter().map(|u| (u, false)));
-        for (uid, enrolled) in changes {
-            let Some((namespace, name)) = pod_of(&source, uid, &report.node).await else {
-                debug!(uid, node = report.node, "a report of a pod that is not known there");
-                continue;
-            };
-            let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-            let value = if enrolled { json!("enabled") } else { json!(null) };
-            // The uid makes the server refuse it for a later pod of the same name.
-            let patch = json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } });
-            for pause in [100, 400, 1600, 0] {
-                match api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
-                    Ok(_) => break,
-                    Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => break,
-                    Err(error) => warn!(namespace, name, %error, "enrolment not written"),
-                }
-                tokio::time::sleep(Duration::from_millis(pause)).await;
-            }
-        }
-    }
-}
-
-/// Name of a pod on a node; one that is reported before our watch has brought it is waited for.
-async fn pod_of(source: &watch::Receiver<Arc<SourceState>>, uid: &str, node: &str) -> Option<(String, String)> {
-    let find = |state: &SourceState| {
-        let found = state.objects.of("Pod").iter().find(|(_, o)| o.meta.uid == uid)?;
-        match &found.1.object {
-            Object::Pod(pod) if pod.spec.node_name == node => Some((found.0.namespace.clone(), found.0.name.clone())),
-            _ => None,
-        }
-    };
-    let mut source = source.clone();
-    let waited = tokio::time::timeout(Duration::from_secs(2), source.wait_for(|s| find(s).is_some())).await;
-    waited.ok()?.ok().and_then(|state| find(&state))
 }

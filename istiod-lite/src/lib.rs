@@ -8,6 +8,7 @@
 //! - [`objects`]: the kinds that are read, as types. [`source`]: where they come from (a directory).
 //! - [`index`]: objects to model, without IO. [`push`]: model to subscribers over delta ADS.
 //! - [`status`] and [`gateways`]: what is written to a cluster, by the replica that [`leader`] names. [`check`]: what is wrong there.
+//! - [`reports`]: what nodes say of their pods, for users of the cluster to see.
 //! - [`auth`]: who is calling. [`authority`] and [`certificates`]: the certificate authority and its service.
 
 pub mod app;
@@ -24,5 +25,6 @@ pub mod leader;
 pub mod objects;
 pub mod overlay;
 pub mod push;
+pub mod reports;
 pub mod source;
 pub mod status;

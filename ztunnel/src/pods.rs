@@ -1,7 +1,11 @@
 //! Pods of this node: known ones, enrolled ones, and the audit that they still are.
 //!
-//! Owns the order of enrolment: certificate, listeners, rules, then "enrolled". Enrolment is verified state, not an
-//! intention: what is reported is what was last found true. One pod that fails never holds up another.
+//! Owns who is known and what is said of whom: enrolment is verified state, not an intention, and what is reported is what
+//! was last found true, or why it is not. How a pod joins and leaves is in `enrol`, how that is followed and looked after
+//! in `audit`. One pod that fails never holds up another.
+
+mod audit;
+mod enrol;
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -10,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ambit_model::policy::PolicySet;
-use ambit_model::{Identity, Str, Workload};
+use ambit_model::{Identity, Workload};
 use ambit_net::Netns;
 use ambit_net::capture::Capture;
 use ambit_net::netns::NetnsId;
@@ -26,16 +30,11 @@ use crate::config::Config;
 use crate::mesh::NodePods;
 use crate::observe::Reporter;
 use crate::outside::Outside;
-use crate::worker::{Listeners, ServePod};
+use crate::worker::ServePod;
 use ambit_xds::certificates::{Certificates, Lease};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
 const WAIT: Duration = Duration::from_secs(10);
-/// After opting out HBONE is still taken for this long.
-const LINGER: Duration = Duration::from_secs(5);
-const RETRY: Duration = Duration::from_secs(2);
-/// How long the end of a pod waits for its connections and tunnels to be closed.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// DNS settings of a pod, from its dnsPolicy and dnsConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,6 +129,8 @@ struct Known {
     /// Earlier enrolments, whose connections go on until the pod is gone.
     left: Vec<Arc<Pod>>,
     error: Option<String>,
+    /// What is reported of it that is wrong.
+    trouble: Option<String>,
 }
 
 /// State of a pod, for the admin page.
@@ -153,7 +154,7 @@ pub struct Pods {
     certificates: Certificates,
     workers: Vec<ServePod>,
     node_pods: watch::Receiver<NodePods>,
-    enrolled: watch::Sender<BTreeSet<String>>,
+    reports: watch::Sender<BTreeSet<String>>,
     slots: Mutex<HashMap<String, Slot>>,
     outside: Arc<Outside>,
     /// Nobody joins any more.
@@ -161,14 +162,15 @@ pub struct Pods {
 }
 
 impl Pods {
-    /// No pod yet. `enrolled` is told the uids of verified pods.
+    /// No pod yet. `reports` is told the uids of verified pods, and what is wrong with others (see
+    /// [`ambit_xds::enrolment`]).
     pub fn new(
         config: Arc<Config>,
         store: Arc<Store>,
         certificates: Certificates,
         workers: Vec<ServePod>,
         node_pods: watch::Receiver<NodePods>,
-        enrolled: watch::Sender<BTreeSet<String>>,
+        reports: watch::Sender<BTreeSet<String>>,
     ) -> Self {
         Self {
             config,
@@ -176,7 +178,7 @@ impl Pods {
             certificates,
             workers,
             node_pods,
-            enrolled,
+            reports,
             slots: Mutex::default(),
             outside: Arc::default(),
             closed: AtomicBool::new(false),
@@ -321,210 +323,6 @@ impl Pods {
         self.store.load().workload(&uid).map(|w| w.workload_ips.clone()).unwrap_or_default()
     }
 
-    async fn join(&self, known: &mut Known) -> Result<(), String> {
-        if known.enrolled.is_some() {
-            return Ok(());
-        }
-        if self.closed.load(Relaxed) {
-            return Err("the mesh is being removed from this node".into());
-        }
-        let result = self.try_join(known).await;
-        let (namespace, name) = (&known.info.namespace, &known.info.name);
-        match result {
-            Ok(joined) => {
-                info!(namespace, name, uid = known.info.uid, "pod enrolled");
-                known.enrolled = Some(joined);
-                known.error = None;
-                self.report(&known.info.uid, true);
-                Ok(())
-            }
-            Err(error) => {
-                warn!(namespace, name, uid = known.info.uid, error, "pod not enrolled");
-                known.error = Some(error.clone());
-                Err(error)
-            }
-        }
-    }
-
-    async fn try_join(&self, known: &Known) -> Result<(Arc<Pod>, watch::Sender<Vec<u16>>), String> {
-        let info = known.info.clone();
-        let netns = known.netns.clone().ok_or("no network namespace")?;
-        let told = self.node_pods.borrow().as_ref().and_then(|p| p.get(&info.uid).cloned());
-        let trust_domain = match &told {
-            Some(pod) if !pod.trust_domain.is_empty() => pod.trust_domain.as_str().into(),
-            _ => self.config.trust_domain.clone(),
-        };
-        let identity = Identity::new(trust_domain, info.namespace.as_str(), info.service_account.as_str());
-        let certificate = self.certificates.lease(&identity);
-        if !known.foreign_rules {
-            certificate.wait(WAIT).await?;
-        }
-        let place = |e: std::io::Error| format!("network namespace: {e}");
-        let capture_dns = told.as_ref().is_none_or(|p| p.capture_dns);
-        let capture = Capture::detect(&netns, capture_dns).map_err(place)?;
-        let (views, view) = watch::channel(View::default());
-        let (probes, probe_ports) = watch::channel(told.map(|p| probe_ports_of(&p)).unwrap_or_default());
-        let pod = Arc::new(Pod {
-            info,
-            identity,
-            netns: netns.clone(),
-            certificate,
-            view,
-            probe_ports,
-            stop: CancellationToken::new(),
-            gone: CancellationToken::new(),
-            capture,
-            tasks: TaskTracker::new(),
-            places: std::array::from_fn(|_| Arc::new(Semaphore::new(self.config.pod_connections))),
-        });
-        // From here on a failure must close what was opened.
-        let (guard, gone_guard) = (pod.stop.clone().drop_guard(), pod.gone.clone().drop_guard());
-        for (n, worker) in self.workers.iter().enumerate() {
-            let listeners = Listeners::bind(&netns, capture.ipv6, n == 0).map_err(|e| format!("listeners: {e}"))?;
-            worker.serve(pod.clone(), listeners);
-        }
-        tokio::spawn(follow(
-            self.store.clone(),
-            self.workload_uid(&pod.info.namespace, &pod.info.name),
-            views,
-            pod.gone.clone(),
-        ));
-        if !known.foreign_rules {
-            let rules = tokio::task::spawn_blocking(move || {
-                let written = capture.install(&netns).and_then(|()| capture.verify(&netns));
-                if !matches!(written, Ok(true)) {
-                    // Rules without listeners would cut the pod off.
-                    let _ = capture.remove(&netns);
-                }
-                written
-            });
-            match rules.await {
-                Ok(Ok(true)) => {}
-                Ok(Ok(false)) => return Err("capture rules are not there after they were written".into()),
-                Ok(Err(error)) => return Err(format!("capture rules: {error}")),
-                Err(error) => return Err(format!("capture rules: {error}")),
-            }
-        }
-        guard.disarm();
-        gone_guard.disarm();
-        Ok((pod, probes))
-    }
-
-    /// The uid that a pod's workload has.
-    fn workload_uid(&self, namespace: &str, name: &str) -> Str {
-        format!("{}//Pod/{namespace}/{name}", self.config.cluster_id).into()
-    }
-
-    async fn leave(&self, known: &mut Known, gone: bool) {
-        if gone {
-            for left in known.left.drain(..) {
-                left.gone.cancel();
-            }
-        }
-        let Some((pod, _)) = known.enrolled.take() else { return };
-        self.report(&known.info.uid, false);
-        if !known.foreign_rules {
-            let (capture, netns) = (pod.capture, pod.netns.clone());
-            // Connections that are captured already need the kernel to go on translating them.
-            let undo = move || if gone { capture.remove(&netns) } else { capture.retire(&netns) };
-            match tokio::task::spawn_blocking(undo).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) if !gone => warn!(pod = known.info.name, %error, "rules not removed"),
-                _ => {}
-            }
-        }
-        info!(namespace = known.info.namespace, name = known.info.name, gone, "pod left the mesh");
-        if gone {
-            pod.stop.cancel();
-            pod.gone.cancel();
-            // While the pod still has a network, peers can be told; else they find out by their pings.
-            pod.tasks.close();
-            let _ = tokio::time::timeout(FAREWELL, pod.tasks.wait()).await;
-        } else {
-            // Peers may not have heard of it yet and still come by HBONE.
-            let stop = pod.stop.clone();
-            known.left.push(pod);
-            tokio::spawn(async move {
-                tokio::time::sleep(LINGER).await;
-                stop.cancel();
-            });
-        }
-    }
-
-    fn report(&self, uid: &str, enrolled: bool) {
-        self.enrolled.send_if_modified(|set| if enrolled { set.insert(uid.to_owned()) } else { set.remove(uid) });
-    }
-
-    /// Follows the controller's word, retries what failed and audits what is enrolled; runs for ever.
-    pub async fn run(self: Arc<Self>) {
-        let mut node_pods = self.node_pods.clone();
-        let mut retry = tokio::time::interval(RETRY);
-        let mut audit = tokio::time::interval(self.config.audit_interval.max(Duration::from_millis(100)));
-        loop {
-            let mut audited = false;
-            tokio::select! {
-                changed = node_pods.changed() => if changed.is_err() { return },
-                _ = retry.tick() => {}
-                _ = audit.tick() => audited = true,
-            }
-            let slots: Vec<(String, Slot)> = self.slots().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-            for (uid, slot) in slots {
-                let this = self.clone();
-                // Each on its own: one that hangs delays only itself. A pod that is busy is looked at next time.
-                tokio::spawn(async move {
-                    if let Ok(mut known) = slot.try_lock() {
-                        this.reconcile(&uid, &mut known, audited).await;
-                    }
-                });
-            }
-        }
-    }
-
-    async fn reconcile(&self, uid: &str, known: &mut Known, audit: bool) {
-        if known.netns.is_none() {
-            return;
-        }
-        let told = self.node_pods.borrow().as_ref().map(|p| p.get(uid).cloned());
-        if !known.foreign_rules {
-            match told {
-                // A controller that is away, or does not know the pod yet, changes nothing.
-                None | Some(None) => {}
-                Some(Some(pod)) if pod.enrol => {
-                    if let Some((_, probes)) = &known.enrolled {
-                        let ports = probe_ports_of(&pod);
-                        probes.send_if_modified(|old| std::mem::replace(old, ports.clone()) != ports);
-                        // The report of an earlier life of this pod may have come last.
-                        self.report(uid, true);
-                    }
-                    // Reported where it failed.
-                    let _ = self.join(known).await;
-                }
-                Some(Some(_)) => {
-                    known.error = None;
-                    self.leave(known, false).await;
-                }
-            }
-        } else if known.enrolled.is_none() {
-            let _ = self.join(known).await;
-        }
-        if audit
-            && !known.foreign_rules
-            && let Some((pod, _)) = &known.enrolled
-        {
-            let (capture, netns) = (pod.capture, pod.netns.clone());
-            let found = tokio::task::spawn_blocking(move || match capture.verify(&netns)? {
-                true => Ok(false),
-                false => capture.install(&netns).map(|()| true),
-            });
-            match found.await {
-                Ok(Ok(false)) => {}
-                Ok(Ok(true)) => warn!(pod = known.info.name, "capture rules were gone and have been written again"),
-                Ok(Err::<_, std::io::Error>(error)) => warn!(pod = known.info.name, %error, "audit"),
-                Err(error) => warn!(pod = known.info.name, %error, "audit"),
-            }
-        }
-    }
-
     /// State of every pod.
     pub async fn status(&self) -> Vec<PodStatus> {
         let slots: Vec<Slot> = self.slots().values().cloned().collect();
@@ -544,30 +342,4 @@ impl Pods {
 
 fn probe_ports_of(pod: &NodePod) -> Vec<u16> {
     pod.probe_ports.iter().filter_map(|p| u16::try_from(*p).ok()).collect()
-}
-
-/// Keeps a pod's view up to date; tells its connections only when something that concerns them has changed.
-async fn follow(store: Arc<Store>, uid: Str, views: watch::Sender<View>, gone: CancellationToken) {
-    let mut generations = store.generations();
-    loop {
-        generations.mark_unchanged();
-        let snapshot = store.load();
-        if snapshot.addresses_synced && snapshot.policies_synced {
-            // A workload that was known and has vanished is on its way out; policies apply to it all the same.
-            let workload = snapshot.workload(&uid).cloned().or_else(|| views.borrow().workload.clone());
-            let policies = workload.as_ref().map(|w| Arc::new(snapshot.policies_for(w))).unwrap_or_default();
-            let next = View { workload, policies };
-            views.send_if_modified(|view| {
-                let changed = next.workload.is_some() && *view != next;
-                if changed {
-                    *view = next;
-                }
-                changed
-            });
-        }
-        tokio::select! {
-            changed = generations.changed() => if changed.is_err() { return },
-            () = gone.cancelled() => return,
-        }
-    }
 }

@@ -85,7 +85,7 @@ impl Controller {
         // What a source publishes is a copy of its own.
         let objects = self.objects.clone();
         let mesh = self.index.update(&objects, &self.enrolled);
-        self.resources.update(&mesh, true);
+        self.resources.update(&mesh, true, None);
         start.elapsed()
     }
 
@@ -186,7 +186,8 @@ fn pod(n: usize, version: usize) -> Value {
     let app = format!("app-{}", n / PODS_PER_SERVICE);
     let ip = format!("10.{}.{}.{}", 1 + n / 62500, n / 250 % 250, n % 250 + 1);
     let probe = json!({ "httpGet": { "path": "/health", "port": 8081, "scheme": "HTTP" }, "periodSeconds": 10 });
-    let condition = |kind: &str| json!({ "type": kind, "status": "True", "lastTransitionTime": "2026-11-21T00:00:00Z" });
+    let condition =
+        |kind: &str| json!({ "type": kind, "status": "True", "lastTransitionTime": "2026-11-21T00:00:00Z" });
     json!({
         "metadata": {
             "name": name, "namespace": namespace, "uid": format!("uid-{n}"), "resourceVersion": version.to_string(),

@@ -38,8 +38,8 @@ pub fn tcp(netns: &Netns, addr: SocketAddr) -> io::Result<TcpListener> {
         socket.bind(&addr.into())?;
         socket.listen(BACKLOG)?;
         Ok(socket)
-    })??;
-    Ok(socket.into())
+    })?;
+    Ok(socket.map_err(|e| at(addr, &e))?.into())
 }
 
 /// Binds a UDP socket on one address of a namespace. `marked` keeps what it sends from being captured.
@@ -53,8 +53,12 @@ pub fn udp(netns: &Netns, addr: SocketAddr, marked: bool) -> io::Result<UdpSocke
         }
         socket.bind(&addr.into())?;
         Ok(socket)
-    })??;
-    Ok(socket.into())
+    })?;
+    Ok(socket.map_err(|e| at(addr, &e))?.into())
+}
+
+fn at(addr: SocketAddr, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{addr}: {error}"))
 }
 
 /// Options of every TCP connection that carries mesh traffic: no delay, and dead peers are noticed.

@@ -235,7 +235,8 @@ mod tests {
         let dropped = Arc::new(Counter::default());
         let log = AccessLog::start(false, Stuck(stuck), dropped.clone()).expect("start");
         let line = Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![] };
-        for _ in 0..QUEUE + 1000 {
+        // It has taken one batch at most before it hangs.
+        for _ in 0..QUEUE + BATCH + 1000 {
             log.write(line.clone());
         }
         assert!(dropped.get() > 0);

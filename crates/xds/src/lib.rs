@@ -5,6 +5,7 @@
 //!
 //! # Layout
 //! - [`proto`]: messages by field number. [`convert`]: from and to `ambit-model`.
+//! - [`enrolment`]: what a node says of its pods.
 //! - [`client`]: a delta ADS client that reconnects and resumes. [`subscription`]: its book-keeping, without IO.
 //! - [`service`]: gRPC bindings of the services that the controller offers.
 //! - [`ca`]: asking the certificate service. [`certificates`]: keeping certificates fresh. [`channel`]: TLS and tokens to the controller.
@@ -14,6 +15,7 @@ pub mod certificates;
 pub mod channel;
 pub mod client;
 pub mod convert;
+pub mod enrolment;
 pub mod proto;
 pub mod service;
 pub mod subscription;

@@ -2,7 +2,7 @@
 
 use ambit_testing::Failure;
 
-use super::{Cluster, has, now, outages, status, traffic, workloads};
+use super::{Cluster, has, now, outages, status, traffic, trouble, workloads};
 
 /// A check: what it shows, and how.
 pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
@@ -25,6 +25,7 @@ pub const CHECKS: &[Check] = &[
     ("a rolling update under load loses no request", rolling),
     ("what is said of objects is in their status", status::objects),
     ("check finds nothing wrong, and then what is", status::check),
+    ("a pod that cannot be enrolled has an Event that says why, and holds up nobody", trouble::event),
     ("every kind of pod", workloads::kinds),
     ("a hundred pods come and go under load", workloads::churn),
     ("controller and tunnels restarted under load", outages::restarts),

@@ -7,6 +7,7 @@ pub mod checks;
 mod outages;
 mod status;
 mod traffic;
+mod trouble;
 mod workloads;
 
 use std::process::{Command, Output, Stdio};

@@ -112,13 +112,8 @@ pub fn select(
         if selector.labels.is_empty() || !meta.has_labels(&selector.labels) {
             continue;
         }
-        let named: BTreeMap<String, u16> = pod
-            .into_iter()
-            .flat_map(|p| p.serving_containers())
-            .flat_map(|c| &c.ports)
-            .filter(|p| !p.name.is_empty())
-            .map(|p| (p.name.clone(), p.container_port))
-            .collect();
+        let named = pod.into_iter().flat_map(|p| &p.named_ports).map(|(name, port)| (name.to_string(), *port));
+        let named: BTreeMap<String, u16> = named.collect();
         for host in &spec.hosts {
             into.insert(NamespacedHostname::new(namespace, host.as_str()), ports(spec, &named));
         }
@@ -133,7 +128,7 @@ pub fn workloads(world: &World<'_>, authentication: &Authentication<'_>, mesh: &
         let spec = &entry.object.spec;
         // Labels of the entry's template count as the workload's.
         let mut meta = entry.meta.clone();
-        meta.labels.extend(spec.labels.clone());
+        meta.labels = meta.labels.with(&spec.labels);
         let mut into = BTreeMap::new();
         select(world, namespace, &meta, None, &mut into);
         for (key, list) in &mut into {

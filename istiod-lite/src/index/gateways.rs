@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use super::lookup::{Entry, World};
 use super::traffic::{AUTHORITIES, CREDENTIALS};
 use super::{Condition, Mesh, l7, pods, waypoints};
-use crate::objects::gateway::Gateway;
 use crate::objects::core;
+use crate::objects::gateway::Gateway;
 
 /// Label by which the objects of a Gateway are known.
 pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";

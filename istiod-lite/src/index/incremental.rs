@@ -68,7 +68,7 @@ impl Last {
         let mut changes = objects.changes(&self.objects, "Pod");
         let reported = self.reported(enrolled);
         if !reported.is_empty() {
-            let concerned = |o: &Loaded| reported.contains(o.meta.uid.as_str());
+            let concerned = |o: &Loaded| reported.contains(&*o.meta.uid);
             let same = objects.of("Pod").iter().filter(|(_, o)| concerned(o));
             // One that has changed as well is followed once more than needed.
             changes.extend(same.map(|(key, o)| Change { key, old: Some(o), new: Some(o) }));
@@ -94,9 +94,10 @@ impl Last {
         let nodes: BTreeSet<&String> = self.enrolled.keys().chain(enrolled.keys()).collect();
         let of = |reports: &'a Enrolled, node: &String| reports.get(node).unwrap_or(&NONE);
         let differ = |node: &&String| of(&self.enrolled, node) != of(enrolled, node);
-        let uids = nodes.into_iter().filter(differ).flat_map(|node| {
-            of(&self.enrolled, node).symmetric_difference(of(enrolled, node)).map(String::as_str)
-        });
+        let uids = nodes
+            .into_iter()
+            .filter(differ)
+            .flat_map(|node| of(&self.enrolled, node).symmetric_difference(of(enrolled, node)).map(String::as_str));
         uids.collect()
     }
 

@@ -21,6 +21,7 @@ pub mod treatment;
 pub mod waypoints;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ambit_model::policy::Policy;
 use ambit_model::{NamespacedHostname, Service, Str, Workload};
@@ -73,14 +74,14 @@ pub struct Mesh {
     pub closed: Shared<BTreeMap<String, Vec<(Labels, Str)>>>,
     /// Policies by name.
     pub policies: Rows<Str, Policy>,
-    /// Pods by node and Kubernetes uid.
-    pub node_pods: Rows<(String, String), NodePod>,
+    /// Pods of nodes, by Kubernetes uid.
+    pub node_pods: Rows<Str, OnNode>,
     /// Namespaces, and whether each is wholly outside the mesh.
     pub namespaces: Rows<String, NamespaceMode>,
     /// Namespace of an installation whose node tunnels are being removed for good.
     pub uninstalling: Option<String>,
     /// Which accounts run on which node, and how many pods of each: what a node may ask certificates for.
-    pub accounts: Shared<BTreeMap<(String, String, String), usize>>,
+    pub accounts: Shared<BTreeMap<Arc<Account>, usize>>,
     /// What is to be said of objects.
     pub statuses: Shared<BTreeMap<Key, Vec<Condition>>>,
     /// Addresses given to hosts of service entries.
@@ -89,6 +90,24 @@ pub struct Mesh {
     pub config: Shared<MeshConfig>,
     /// Pods on which more depends than their own rows.
     pub entangled: Shared<Entangled>,
+}
+
+/// A pod as its node is told of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OnNode {
+    /// The node.
+    pub node: Str,
+    /// The pod.
+    pub pod: NodePod,
+}
+
+/// An account of which pods run on a node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub struct Account {
+    pub node: String,
+    pub namespace: String,
+    pub account: String,
 }
 
 /// Labels by which pods are selected.
@@ -110,7 +129,7 @@ pub type Enrolled = BTreeMap<String, BTreeSet<String>>;
 pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mesh {
     let config_key = Key { kind: "ConfigMap", namespace: settings.namespace.clone(), name: "istio".into() };
     let config = match objects.get(&config_key).map(|o| &o.object) {
-        Some(Object::MeshConfig(config)) => config.clone(),
+        Some(Object::MeshConfig(config)) => (**config).clone(),
         _ => MeshConfig::default(),
     };
     let world = World::new(objects, settings, config.clone(), &[]);

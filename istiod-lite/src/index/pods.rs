@@ -1,7 +1,7 @@
 //! Pods: which are in the mesh, what their nodes are told of them, and the workloads they are.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::sync::Arc;
 
 use ambit_model::workload::{Health, Protocol, Workload, WorkloadType};
 use ambit_model::{NamespacedHostname, Str};
@@ -9,8 +9,9 @@ use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
 use super::lookup::{Entry, World};
 use super::policies::Authentication;
-use super::{Enrolled, Mesh, services, waypoints};
-use crate::objects::{Key, Meta, core};
+use super::{Account, Enrolled, Mesh, OnNode, services, waypoints};
+use crate::objects::core::{self, Pod};
+use crate::objects::{Key, Meta};
 
 /// Label by which namespaces and pods opt in and out.
 const MODE: &str = "istio.io/dataplane-mode";
@@ -61,12 +62,7 @@ pub fn joins_alone(world: &World<'_>, namespace: &str, meta: &Meta) -> bool {
 }
 
 /// Puts the rows of a pod in the place of those of what it was: its account, what its node is told, its workload.
-pub fn follow(
-    context: &Context<'_, '_>,
-    old: Option<&Entry<'_, core::Pod>>,
-    new: Option<&Entry<'_, core::Pod>>,
-    mesh: &mut Mesh,
-) {
+pub fn follow(context: &Context<'_, '_>, old: Option<&Entry<'_, Pod>>, new: Option<&Entry<'_, Pod>>, mesh: &mut Mesh) {
     let world = context.world;
     let (old_account, new_account) = (old.and_then(account), new.and_then(account));
     if old_account != new_account {
@@ -89,7 +85,7 @@ pub fn follow(
     if let Some((key, pod)) = told {
         mesh.node_pods.put(key, pod);
     }
-    match new.filter(|pod| !ended(pod)).and_then(|pod| workload(context, pod, mesh)) {
+    match new.filter(|pod| !pod.object.ended).and_then(|pod| workload(context, pod, mesh)) {
         Some(workload) => mesh.workloads.put(workload.uid.clone(), workload),
         None => {
             if let Some(pod) = old {
@@ -99,34 +95,34 @@ pub fn follow(
     }
 }
 
-fn ended(pod: &Entry<'_, core::Pod>) -> bool {
-    matches!(&*pod.object.status.phase, "Succeeded" | "Failed")
+fn account(pod: &Entry<'_, Pod>) -> Option<Arc<Account>> {
+    let Pod { node_name, service_account, ended, .. } = pod.object;
+    let account = || Account {
+        node: node_name.to_string(),
+        namespace: pod.key.namespace.clone(),
+        account: service_account.to_string(),
+    };
+    (!ended && !node_name.is_empty()).then(|| Arc::new(account()))
 }
 
-fn account(pod: &Entry<'_, core::Pod>) -> Option<(String, String, String)> {
-    let node = &pod.object.spec.node_name;
-    let account = || (node.clone(), pod.key.namespace.clone(), pod.object.service_account().to_owned());
-    (!ended(pod) && !node.is_empty()).then(account)
+fn node_key(pod: &Entry<'_, Pod>) -> Option<Str> {
+    let Pod { node_name, host_network, ended, .. } = pod.object;
+    let uid = &*pod.meta.uid;
+    (!ended && !node_name.is_empty() && !host_network && !uid.is_empty()).then(|| uid.into())
 }
 
-fn node_key(pod: &Entry<'_, core::Pod>) -> Option<(String, String)> {
-    let (spec, uid) = (&pod.object.spec, &pod.meta.uid);
-    let told = !ended(pod) && !spec.node_name.is_empty() && !spec.host_network && !uid.is_empty();
-    told.then(|| (spec.node_name.clone(), uid.clone()))
-}
-
-fn node_pod(world: &World<'_>, pod: &Entry<'_, core::Pod>, mesh: &Mesh) -> Option<((String, String), NodePod)> {
+fn node_pod(world: &World<'_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Option<(Str, OnNode)> {
     let told = NodePod {
-        uid: pod.meta.uid.clone(),
+        uid: pod.meta.uid.to_string(),
         name: pod.key.name.clone(),
         namespace: pod.key.namespace.clone(),
-        service_account: pod.object.service_account().to_owned(),
+        service_account: pod.object.service_account.to_string(),
         enrol: wanted(world, pod),
-        probe_ports: pod.object.probe_ports().into_iter().map(u32::from).collect(),
+        probe_ports: pod.object.probe_ports.iter().copied().map(u32::from).collect(),
         capture_dns: pod.meta.annotation("ambient.istio.io/dns-capture") != Some("false"),
         trust_domain: mesh.config.trust_domain.clone(),
     };
-    Some((node_key(pod)?, told))
+    Some((node_key(pod)?, OnNode { node: pod.object.node_name.as_ref().into(), pod: told }))
 }
 
 /// Name of a pod's workload.
@@ -136,8 +132,8 @@ pub fn uid(world: &World<'_>, pod: &Key) -> Str {
 
 /// Whether a pod belongs into the mesh: its namespace says so and it does not object, or it says so itself
 /// (reference/controlplane.md 3.1).
-pub fn wanted(world: &World<'_>, pod: &Entry<'_, core::Pod>) -> bool {
-    if pod.object.spec.host_network
+pub fn wanted(world: &World<'_>, pod: &Entry<'_, Pod>) -> bool {
+    if pod.object.host_network
         || pod.meta.annotation("sidecar.istio.io/status").is_some()
         || pod.key.namespace == "kube-system"
     {
@@ -150,29 +146,17 @@ pub fn wanted(world: &World<'_>, pod: &Entry<'_, core::Pod>) -> bool {
     }
 }
 
-fn addresses(status: &core::PodStatus) -> Vec<IpAddr> {
-    let listed = status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok());
-    let listed: Vec<IpAddr> = listed.collect();
-    if listed.is_empty() { status.pod_ip.parse().into_iter().collect() } else { listed }
-}
-
-fn workload(
-    context: &Context<'_, '_>,
-    pod: &Entry<'_, core::Pod>,
-    mesh: &Mesh,
-) -> Option<Workload> {
+fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Option<Workload> {
     let world = context.world;
-    let (meta, spec, status) = (pod.meta, &pod.object.spec, &pod.object.status);
-    let ips = addresses(status);
-    if ips.is_empty() {
+    let (meta, spec) = (pod.meta, pod.object);
+    if spec.ips.is_empty() {
         return None;
     }
-    let ready = status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True");
     let native = meta.label("networking.istio.io/tunnel") == Some("http");
     // Only what its node has verified, or what another mesh's agent says by its annotation, is reached by HBONE.
     // A node speaks for its own pods, and only of those that are to be in the mesh: one that opts out is plain before
     // its node has let go of it.
-    let reported = context.enrolled.get(&spec.node_name).is_some_and(|uids| uids.contains(&meta.uid));
+    let reported = context.enrolled.get(&*spec.node_name).is_some_and(|uids| uids.contains(&*meta.uid));
     let verified =
         (reported && wanted(world, pod)) || meta.annotation("ambient.istio.io/redirection") == Some("enabled");
     let hbone = native || (verified && !spec.host_network);
@@ -189,8 +173,7 @@ fn workload(
     let mut policies = context.authentication.policies_of(namespace, meta);
     let closed = mesh.closed.get(namespace).into_iter().flatten().filter(|(labels, _)| meta.has_labels(labels));
     policies.extend(closed.map(|(_, policy)| policy.clone()));
-    let name = owner(meta);
-    let account = pod.object.service_account();
+    let name = owner(pod.key, meta);
     Some(Workload {
         waypoint: waypoints::for_workload(world, namespace, meta),
         protocol: if hbone { Protocol::Hbone } else { Protocol::Tcp },
@@ -199,41 +182,41 @@ fn workload(
         name: pod.key.name.as_str().into(),
         namespace: namespace.into(),
         trust_domain: mesh.config.trust_domain.as_str().into(),
-        service_account: account.into(),
+        service_account: spec.service_account.as_ref().into(),
         network: meta.label("topology.istio.io/network").map_or_else(|| world.network(), Str::from),
         workload_type: WorkloadType::Pod,
         canonical_name: canonical_name(meta, &name).into(),
         canonical_revision: canonical_revision(meta).into(),
         workload_name: name.into(),
-        node: spec.node_name.as_str().into(),
+        node: spec.node_name.as_ref().into(),
         native_tunnel: native,
         authorization_policies: policies,
-        status: if ready && meta.deletion_timestamp.is_none() { Health::Healthy } else { Health::Unhealthy },
+        status: if spec.ready && meta.deletion_timestamp.is_none() { Health::Healthy } else { Health::Unhealthy },
         cluster_id: world.settings.cluster_id.clone(),
         locality: world.locality(&spec.node_name),
         services: ports,
         capacity: 1,
-        workload_ips: ips,
+        workload_ips: spec.ips.to_vec(),
         hostname: "".into(),
     })
 }
 
 /// Name of what made a pod, such as its Deployment (reference/controlplane.md 1.4).
-fn owner(meta: &Meta) -> String {
+fn owner(key: &Key, meta: &Meta) -> String {
     if let Some(name) = meta.label("service.istio.io/workload-name") {
         return name.to_owned();
     }
-    let Some(owner) = meta.owner_references.iter().find(|o| o.controller) else { return meta.name.clone() };
+    let Some(owner) = meta.owner_references.iter().find(|o| o.controller) else { return key.name.clone() };
     let trimmed = owner.name.rsplit_once('-').map(|(front, _)| front);
-    match owner.kind.as_str() {
+    match &*owner.kind {
         // `web-6d4cf56db6`: the hash of the pod template is taken off.
         "ReplicaSet" => trimmed.unwrap_or(&owner.name).to_owned(),
         // `report-28412345`: the time is taken off.
         "Job" => match owner.name.rsplit_once('-') {
             Some((front, time)) if time.len() >= 8 && time.bytes().all(|b| b.is_ascii_digit()) => front.to_owned(),
-            _ => owner.name.clone(),
+            _ => owner.name.to_string(),
         },
-        _ => owner.name.clone(),
+        _ => owner.name.to_string(),
     }
 }
 

@@ -40,7 +40,9 @@ impl<T: Clone> DerefMut for Shared<T> {
 impl<K: Ord + Clone, V: PartialEq> Rows<K, V> {
     /// Takes what is equal from an older state.
     pub fn reuse(&mut self, old: &Self) {
-        let same = |map: &Self| map.len() == old.len() && map.iter().all(|(k, v)| old.get(k).is_some_and(|o| Arc::ptr_eq(o, v)));
+        let same = |map: &Self| {
+            map.len() == old.len() && map.iter().all(|(k, v)| old.get(k).is_some_and(|o| Arc::ptr_eq(o, v)))
+        };
         for (key, row) in self.iter_mut() {
             if let Some(old) = old.get(key).filter(|old| old == &row) {
                 *row = old.clone();

@@ -84,13 +84,13 @@ fn opting_in_and_out() {
     ];
     for (what, labels, meta, spec, expected) in cases {
         let mesh = mesh(&[namespace("ns", labels), pod("a", "ns", meta, spec, "")].concat());
-        let told = mesh.node_pods.get(&("n1".into(), "uid-a".into())).is_some_and(|p| p.enrol);
+        let told = mesh.node_pods.get("uid-a").is_some_and(|p| *p.node == *"n1" && p.pod.enrol);
         assert_eq!(told, expected, "{what}");
     }
     let system = mesh(
         &[namespace("kube-system", "istio.io/dataplane-mode: ambient"), pod("a", "kube-system", "", "", "")].concat(),
     );
-    assert!(!system.node_pods.values().any(|p| p.enrol));
+    assert!(!system.node_pods.values().any(|p| p.pod.enrol));
 }
 
 #[test]
@@ -513,8 +513,8 @@ fn probe_ports_and_accounts() {
     let spec = ", containers: [{name: c, ports: [{name: h, containerPort: 8081}], readinessProbe: {httpGet: {port: h}}, \
                 livenessProbe: {tcpSocket: {port: 9}}}]";
     let m = mesh(&[namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", spec, "")].concat());
-    assert_eq!(m.node_pods.values().next().expect("pod").probe_ports, [9, 8081]);
-    assert!(m.accounts.contains_key(&("n1".into(), "ns".into(), "sa-a".into())));
+    assert_eq!(m.node_pods.values().next().expect("pod").pod.probe_ports, [9, 8081]);
+    assert!(m.accounts.contains_key(&Account { node: "n1".into(), namespace: "ns".into(), account: "sa-a".into() }));
 }
 
 #[test]

@@ -162,8 +162,10 @@ mod tests {
 
     #[test]
     fn changes_are_told_and_the_rest_is_shared() {
-        let mut objects: Objects =
-            [("Pod", "a"), ("Pod", "b"), ("Pod", "c"), ("Node", "n")].map(|(k, n)| (key(k, n), object())).into_iter().collect();
+        let mut objects: Objects = [("Pod", "a"), ("Pod", "b"), ("Pod", "c"), ("Node", "n")]
+            .map(|(k, n)| (key(k, n), object()))
+            .into_iter()
+            .collect();
         let before = objects.clone();
         assert!(objects.same(&before));
         objects.insert(key("Pod", "b"), object());

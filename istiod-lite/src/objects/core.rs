@@ -2,6 +2,7 @@
 #![allow(missing_docs, reason = "field names of Kubernetes")]
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::Deserialize;
 
@@ -13,54 +14,140 @@ pub struct Namespace {}
 #[serde(rename_all = "camelCase", default)]
 pub struct Node {}
 
+/// What is read of a pod, in little memory: there are ten thousands.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(from = "PodDocument")]
 pub struct Pod {
-    pub spec: PodSpec,
-    pub status: PodStatus,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct PodSpec {
-    pub node_name: String,
-    pub service_account_name: String,
+    pub node_name: Box<str>,
+    /// `default` where none is named.
+    pub service_account: Box<str>,
     pub host_network: bool,
-    pub containers: Vec<Container>,
-    pub init_containers: Vec<Container>,
+    /// It has succeeded or failed, and runs no more.
+    pub ended: bool,
+    pub ready: bool,
+    pub ips: Box<[IpAddr]>,
+    /// TCP ports of its containers that have a name.
+    pub named_ports: Box<[(Box<str>, u16)]>,
+    /// Ports that kubelet probes use.
+    pub probe_ports: Box<[u16]>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Container {
-    pub name: String,
-    pub ports: Vec<ContainerPort>,
-    pub readiness_probe: Option<Probe>,
-    pub liveness_probe: Option<Probe>,
-    pub startup_probe: Option<Probe>,
-    pub restart_policy: String,
+impl Pod {
+    /// A TCP port by its name.
+    pub fn named_port(&self, name: &str) -> Option<u16> {
+        self.named_ports.iter().find(|(n, _)| **n == *name).map(|(_, port)| *port)
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct ContainerPort {
-    pub name: String,
-    pub container_port: u16,
-    pub protocol: String,
+impl From<PodDocument> for Pod {
+    fn from(document: PodDocument) -> Self {
+        let (spec, status) = (&document.spec, &document.status);
+        // Containers that may have ports: the ordinary ones and native sidecars.
+        let sidecars = spec.init_containers.iter().filter(|c| c.restart_policy == "Always");
+        let serving: Vec<&Container> = spec.containers.iter().chain(sidecars).collect();
+        let tcp = |p: &&ContainerPort| !p.name.is_empty() && (p.protocol.is_empty() || p.protocol == "TCP");
+        let named = serving.iter().flat_map(|c| &c.ports).filter(tcp);
+        let named_ports: Box<[(Box<str>, u16)]> = named.map(|p| (p.name.as_str().into(), p.container_port)).collect();
+        let by_name = |name: &str| named_ports.iter().find(|(n, _)| **n == *name).map(|(_, port)| *port);
+        let probes = serving.iter().flat_map(|c| [&c.readiness_probe, &c.liveness_probe, &c.startup_probe]).flatten();
+        let targets = probes.flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]).flatten();
+        let mut probe_ports: Vec<u16> = targets
+            .filter_map(|t| match &t.port {
+                Port::Number(n) => Some(*n),
+                Port::Name(name) => by_name(name),
+            })
+            .collect();
+        probe_ports.sort_unstable();
+        probe_ports.dedup();
+        let listed: Vec<IpAddr> = status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
+        let ips = if listed.is_empty() { status.pod_ip.parse().into_iter().collect() } else { listed };
+        let account = Some(&*spec.service_account_name).filter(|a| !a.is_empty()).unwrap_or("default");
+        Self {
+            node_name: spec.node_name.as_str().into(),
+            service_account: account.into(),
+            host_network: spec.host_network,
+            ended: matches!(&*status.phase, "Succeeded" | "Failed"),
+            ready: status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True"),
+            ips: ips.into(),
+            named_ports,
+            probe_ports: probe_ports.into(),
+        }
+    }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Probe {
-    pub http_get: Option<ProbePort>,
-    pub tcp_socket: Option<ProbePort>,
-    pub grpc: Option<ProbePort>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
-pub struct ProbePort {
-    pub port: Port,
+struct PodDocument {
+    spec: PodSpec,
+    status: PodStatus,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct PodSpec {
+    node_name: String,
+    service_account_name: String,
+    host_network: bool,
+    containers: Vec<Container>,
+    init_containers: Vec<Container>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Container {
+    #[serde(rename = "name")]
+    _name: String,
+    ports: Vec<ContainerPort>,
+    readiness_probe: Option<Probe>,
+    liveness_probe: Option<Probe>,
+    startup_probe: Option<Probe>,
+    restart_policy: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ContainerPort {
+    name: String,
+    container_port: u16,
+    protocol: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Probe {
+    http_get: Option<ProbePort>,
+    tcp_socket: Option<ProbePort>,
+    grpc: Option<ProbePort>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ProbePort {
+    port: Port,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct PodStatus {
+    phase: String,
+    #[serde(rename = "podIP")]
+    pod_ip: String,
+    #[serde(rename = "podIPs")]
+    pod_ips: Vec<PodIp>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct PodIp {
+    ip: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Condition {
+    r#type: String,
+    status: String,
 }
 
 /// A port by number or by name.
@@ -74,65 +161,6 @@ pub enum Port {
 impl Default for Port {
     fn default() -> Self {
         Self::Number(0)
-    }
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct PodStatus {
-    pub phase: String,
-    #[serde(rename = "podIP")]
-    pub pod_ip: String,
-    #[serde(rename = "podIPs")]
-    pub pod_ips: Vec<PodIp>,
-    pub conditions: Vec<Condition>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct PodIp {
-    pub ip: String,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct Condition {
-    pub r#type: String,
-    pub status: String,
-}
-
-impl Pod {
-    /// The service account, `default` where none is named.
-    pub fn service_account(&self) -> &str {
-        if self.spec.service_account_name.is_empty() { "default" } else { &self.spec.service_account_name }
-    }
-
-    /// Containers that may have ports: the ordinary ones and native sidecars.
-    pub fn serving_containers(&self) -> impl Iterator<Item = &Container> {
-        let sidecars = self.spec.init_containers.iter().filter(|c| c.restart_policy == "Always");
-        self.spec.containers.iter().chain(sidecars)
-    }
-
-    /// A TCP port by its name.
-    pub fn named_port(&self, name: &str) -> Option<u16> {
-        let tcp = |p: &&ContainerPort| p.name == name && (p.protocol.is_empty() || p.protocol == "TCP");
-        self.serving_containers().flat_map(|c| &c.ports).find(tcp).map(|p| p.container_port)
-    }
-
-    /// Ports that kubelet probes use.
-    pub fn probe_ports(&self) -> Vec<u16> {
-        let probes =
-            self.serving_containers().flat_map(|c| [&c.readiness_probe, &c.liveness_probe, &c.startup_probe]).flatten();
-        let targets = probes.flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]).flatten();
-        let mut ports: Vec<u16> = targets
-            .filter_map(|t| match &t.port {
-                Port::Number(n) => Some(*n),
-                Port::Name(name) => self.named_port(name),
-            })
-            .collect();
-        ports.sort_unstable();
-        ports.dedup();
-        ports
     }
 }
 

@@ -4,21 +4,23 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::labels::Labels;
+
 /// Metadata.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 #[allow(missing_docs, reason = "field names of Kubernetes")]
 pub struct Meta {
-    pub name: String,
-    pub namespace: String,
-    pub uid: String,
+    pub name: Box<str>,
+    pub namespace: Box<str>,
+    pub uid: Box<str>,
     pub generation: i64,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     pub annotations: BTreeMap<String, String>,
     /// RFC 3339; compared as text.
     pub creation_timestamp: Option<String>,
     pub deletion_timestamp: Option<String>,
-    pub owner_references: Vec<OwnerReference>,
+    pub owner_references: Box<[OwnerReference]>,
 }
 
 /// Who made an object.
@@ -26,20 +28,33 @@ pub struct Meta {
 #[serde(rename_all = "camelCase", default)]
 #[allow(missing_docs, reason = "field names of Kubernetes")]
 pub struct OwnerReference {
-    pub kind: String,
-    pub name: String,
+    pub kind: Box<str>,
+    pub name: Box<str>,
     pub controller: bool,
 }
 
 impl Meta {
     /// A label's value.
     pub fn label(&self, name: &str) -> Option<&str> {
-        self.labels.get(name).map(String::as_str)
+        self.labels.get(name)
     }
 
     /// An annotation's value.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.get(name).map(String::as_str)
+    }
+
+    /// Forgets what of a pod's metadata nobody asks for.
+    pub fn of_pod(mut self) -> Self {
+        const READ: &[&str] =
+            &["ambient.istio.io/dns-capture", "ambient.istio.io/redirection", "sidecar.istio.io/status"];
+        // Made anew: an emptied map keeps its memory.
+        self.annotations = self.annotations.into_iter().filter(|(name, _)| READ.contains(&&**name)).collect();
+        self.owner_references = self.owner_references.into_iter().filter(|o| o.controller).collect();
+        // They stand in its key.
+        (self.name, self.namespace) = (Box::default(), Box::default());
+        self.creation_timestamp = None;
+        self
     }
 
     /// Whether labels are all there.

@@ -8,6 +8,7 @@ pub mod core;
 pub mod gateway;
 pub mod istio;
 pub mod known;
+pub mod labels;
 pub mod mesh;
 pub mod meta;
 pub mod parse;
@@ -40,7 +41,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// One object.
+/// One object. Large kinds are boxed: each of ten thousands of pods takes the room of the largest.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "Kubernetes kinds")]
 pub enum Object {
@@ -49,20 +50,20 @@ pub enum Object {
     Pod(Box<core::Pod>),
     Service(Box<core::Service>),
     EndpointSlice(core::EndpointSlice),
-    ServiceEntry(istio::ServiceEntry),
-    WorkloadEntry(istio::WorkloadEntry),
-    AuthorizationPolicy(istio::AuthorizationPolicy),
+    ServiceEntry(Box<istio::ServiceEntry>),
+    WorkloadEntry(Box<istio::WorkloadEntry>),
+    AuthorizationPolicy(Box<istio::AuthorizationPolicy>),
     PeerAuthentication(istio::PeerAuthentication),
-    RequestAuthentication(istio::RequestAuthentication),
-    Gateway(gateway::Gateway),
+    RequestAuthentication(Box<istio::RequestAuthentication>),
+    Gateway(Box<gateway::Gateway>),
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),
     ReferenceGrant(route::ReferenceGrant),
     DestinationRule(Box<traffic::DestinationRule>),
     TrafficPolicy(Box<traffic::TrafficPolicy>),
-    BackendTlsPolicy(traffic::BackendTlsPolicy),
-    BackendTrafficPolicy(traffic::BackendTrafficPolicy),
-    MeshConfig(mesh::MeshConfig),
+    BackendTlsPolicy(Box<traffic::BackendTlsPolicy>),
+    BackendTrafficPolicy(Box<traffic::BackendTrafficPolicy>),
+    MeshConfig(Box<mesh::MeshConfig>),
     /// Known, but nothing of it is read here (Deployment, ServiceAccount, other ConfigMaps, ...).
     Other,
 }
@@ -85,13 +86,16 @@ impl Object {
 pub struct Place {
     /// File, relative to the directory.
     pub file: String,
-    /// First line of the document, from 1.
+    /// First line of the document, from 1; 0 where there are no lines.
     pub line: usize,
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file, self.line)
+        match self.line {
+            0 => f.write_str(&self.file),
+            line => write!(f, "{}:{line}", self.file),
+        }
     }
 }
 
@@ -105,4 +109,3 @@ pub struct Loaded {
     /// Where it was read.
     pub place: Place,
 }
-

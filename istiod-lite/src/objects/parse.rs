@@ -83,7 +83,7 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
     .map_err(|e| from_yaml(e, None))?;
     let (kind, key) = identify(&header).map_err(|reason| {
         let namespace = if header.metadata.namespace.is_empty() { "default" } else { &header.metadata.namespace };
-        let of = Box::new(Suspect::Named(namespace.to_owned(), header.metadata.name.clone()));
+        let of = Box::new(Suspect::Named(namespace.to_owned(), header.metadata.name.to_string()));
         ParseError { line: None, reason, of }
     })?;
     unknown.retain(|path| !kind.may_have(path));
@@ -97,22 +97,27 @@ pub fn parse(text: &str) -> Result<Parsed, ParseError> {
         let reason = format!("{path}: unknown field of a {}", kind.kind);
         return Err(error(line.map(|l| l + 1), reason, Some(key)));
     }
-    Ok(Parsed { key, meta: header.metadata, object })
+    Ok(Parsed { key, meta: read(kind, header.metadata), object })
 }
 
 /// Reads an object of a kind as an API server sends it. What Kubernetes itself has checked may have fields that are
 /// newer than our lists.
 pub fn from_api(kind: &'static Kind, object: &serde_json::Value) -> Result<Parsed, ParseError> {
     let meta = Meta::deserialize(&object["metadata"]).map_err(|e| ParseError::unknown(format!("metadata: {e}")))?;
-    let key = Key { kind: kind.kind, namespace: meta.namespace.clone(), name: meta.name.clone() };
+    let key = Key { kind: kind.kind, namespace: meta.namespace.to_string(), name: meta.name.to_string() };
     let error = |reason| ParseError { line: None, reason, of: Box::new(Suspect::Key(key.clone())) };
     let mut unknown = Vec::new();
     let reader = Reader { input: Json(object), kind, unknown: &mut unknown };
     let object = reader.object(&meta).map_err(|e| error(e.to_string()))?;
     match unknown.first() {
         Some(path) if !kind.is_kubernetes() => Err(error(format!("{path}: unknown field of a {}", kind.kind))),
-        _ => Ok(Parsed { key, meta, object }),
+        _ => Ok(Parsed { key, meta: read(kind, meta), object }),
     }
+}
+
+/// What is kept of the metadata of a kind.
+fn read(kind: &Kind, meta: Meta) -> Meta {
+    if kind.kind == "Pod" { meta.of_pod() } else { meta }
 }
 
 /// Reads an object from a document that has been put together; its parts have been checked.
@@ -125,7 +130,7 @@ pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
 /// object that cannot be read guards nothing by itself.
 pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<Parsed> {
     let meta = Meta::deserialize(&object["metadata"]).unwrap_or_default();
-    let meta = Meta { name: key.name.clone(), namespace: key.namespace.clone(), ..meta };
+    let meta = Meta { name: key.name.as_str().into(), namespace: key.namespace.as_str().into(), ..meta };
     let target = |t: &serde_json::Value| PolicyTarget::deserialize(t).ok();
     let many = object["spec"]["targetRefs"].as_array().into_iter().flatten().filter_map(target);
     let target_refs: Vec<PolicyTarget> = target(&object["spec"]["targetRef"]).into_iter().chain(many).collect();
@@ -151,14 +156,14 @@ pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<P
             let of = |t: PolicyTarget| TrafficTarget { group: t.group, kind: t.kind, name: t.name, section_name: None };
             let target_refs = target_refs.into_iter().map(of).collect();
             let spec = BackendTlsPolicySpec { target_refs, broken, ..BackendTlsPolicySpec::default() };
-            Object::BackendTlsPolicy(BackendTlsPolicy { spec })
+            Object::BackendTlsPolicy(Box::new(BackendTlsPolicy { spec }))
         }
-        "AuthorizationPolicy" => Object::AuthorizationPolicy(AuthorizationPolicy {
+        "AuthorizationPolicy" => Object::AuthorizationPolicy(Box::new(AuthorizationPolicy {
             spec: AuthorizationPolicySpec { target_refs, broken, ..AuthorizationPolicySpec::default() },
-        }),
-        "RequestAuthentication" => Object::RequestAuthentication(RequestAuthentication {
+        })),
+        "RequestAuthentication" => Object::RequestAuthentication(Box::new(RequestAuthentication {
             spec: RequestAuthenticationSpec { target_refs, broken, ..RequestAuthenticationSpec::default() },
-        }),
+        })),
         _ => return None,
     };
     Some(Parsed { key: key.clone(), meta, object })
@@ -176,13 +181,13 @@ fn identify(header: &Header) -> Result<(&'static Kind, Key), String> {
             meta.name
         ));
     }
-    let namespace = match (kind.namespaced, meta.namespace.as_str()) {
+    let namespace = match (kind.namespaced, &*meta.namespace) {
         (true, "") => "default".to_owned(),
         (true, namespace) if is_name(namespace) => namespace.to_owned(),
         (true, namespace) => return Err(format!("metadata.namespace: {namespace:?} is not a name")),
         (false, _) => String::new(),
     };
-    Ok((kind, Key { kind: kind.kind, namespace, name: meta.name.clone() }))
+    Ok((kind, Key { kind: kind.kind, namespace, name: meta.name.to_string() }))
 }
 
 fn is_name(s: &str) -> bool {
@@ -244,7 +249,7 @@ impl<I: Input> Reader<'_, I> {
             "TrafficPolicy" => Object::TrafficPolicy(self.read()?),
             "BackendTLSPolicy" => Object::BackendTlsPolicy(self.read()?),
             "XBackendTrafficPolicy" => Object::BackendTrafficPolicy(self.read()?),
-            "ConfigMap" if meta.name == "istio" => {
+            "ConfigMap" if *meta.name == *"istio" => {
                 #[derive(Deserialize, Default)]
                 #[serde(default)]
                 struct Data {

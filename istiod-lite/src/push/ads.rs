@@ -6,9 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use ambit_model::Str;
+use ambit_telemetry::histogram::HistogramVec;
 use ambit_telemetry::metrics::CounterVec;
+use ambit_xds::enrolment::{self, Said};
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use ambit_xds::service::{DeltaAds, Responses};
 use ambit_xds::{
@@ -25,11 +28,13 @@ use crate::auth::{Caller, Role, TokenVerifier, authenticate};
 use crate::certificates::waypoint_account;
 use crate::index::Mesh;
 
+/// Resources of one response, where there are many: what is urgent is in the first of them.
+const TOGETHER: usize = 500;
 /// Responses under way to a client.
 const QUEUE: usize = 4;
 
 /// What a node has reported: node and the Kubernetes uids of its enrolled pods; the whole list or a difference.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Node of the caller's token.
     pub node: String,
@@ -39,6 +44,8 @@ pub struct Report {
     pub enrolled: Vec<String>,
     /// No longer.
     pub left: Vec<String>,
+    /// What is wrong with others: uid and words.
+    pub troubles: Vec<(String, String)>,
 }
 
 /// What node tunnels may ask for.
@@ -60,6 +67,8 @@ pub struct Ads {
     pub clients: Clients,
     /// Refusals by clients, by type.
     pub nacks: Arc<CounterVec>,
+    /// Time from a change to a client's acknowledgement, by type.
+    pub acknowledged: Arc<HistogramVec>,
     /// Resources sent, by type.
     pub pushed: Arc<CounterVec>,
 }
@@ -121,8 +130,8 @@ struct Wanted {
     own: BTreeSet<String>,
     /// Removals that wait until all else of a change has been sent.
     removals: BTreeSet<String>,
-    /// Nonces that await an answer, with their generation.
-    pending: BTreeMap<String, u64>,
+    /// Nonces that await an answer, with their generation and the time of the change.
+    pending: BTreeMap<String, (u64, Option<Instant>)>,
 }
 
 struct Client {
@@ -222,7 +231,8 @@ impl Client {
     }
 
     fn answer(&mut self, type_url: &str, request: &DeltaDiscoveryRequest) {
-        let Some(generation) = self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce))
+        let Some((generation, since)) =
+            self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce))
         else {
             return;
         };
@@ -230,6 +240,10 @@ impl Client {
         if let Some(reason) = &refused {
             self.service.nacks.of(&[type_url]).inc();
             warn!(caller = %self.caller, node = self.node, type_url, reason, "resources refused by client");
+        }
+        if let Some(since) = since {
+            let short = type_url.rsplit('.').next().unwrap_or_default();
+            self.service.acknowledged.with(&[Str::from(short)].into()).record(since.elapsed().as_secs_f64() * 1e3);
         }
         self.registration.note(type_url, |state| {
             state.acknowledged = generation;
@@ -251,13 +265,21 @@ impl Client {
             };
             self.wanted.insert(ENROLMENT.to_owned(), wanted);
         }
-        let without_star = |names: Vec<String>| names.into_iter().filter(|n| n != "*").collect();
-        let report = Report {
-            node: self.node.clone(),
-            whole,
-            enrolled: without_star(request.resource_names_subscribe),
-            left: without_star(request.resource_names_unsubscribe),
+        let said = |name: &String| match enrolment::read(name) {
+            Said::Enrolled("*") => None,
+            Said::Enrolled(uid) => Some((uid.to_owned(), None)),
+            Said::Trouble(uid, what) => Some((uid.to_owned(), Some(what.to_owned()))),
         };
+        let mut report = Report { node: self.node.clone(), whole, ..Report::default() };
+        for (uid, what) in request.resource_names_subscribe.iter().filter_map(said) {
+            match what {
+                None => report.enrolled.push(uid),
+                Some(what) => report.troubles.push((uid, what)),
+            }
+        }
+        // That nothing is wrong any more is told by what is right.
+        let left = request.resource_names_unsubscribe.iter().filter_map(said).filter(|(_, what)| what.is_none());
+        report.left = left.map(|(uid, _)| uid).collect();
         debug!(?report, "enrolment");
         self.service.reports.send(report).await.map_err(|_| Status::unavailable("the controller is ending"))
     }
@@ -320,7 +342,20 @@ impl Client {
         if added.is_empty() && removed.is_empty() && !first {
             return Ok(());
         }
-        self.respond(type_url, resources.generation, added, removed).await
+        // A first answer is whole, for its receiver takes it for everything; it began at no change.
+        if first {
+            return self.respond(type_url, resources.generation, None, added, removed).await;
+        }
+        let (generation, since) = (resources.generation, resources.since);
+        let rank =
+            |r: &Resource| resources.kind(type_url).and_then(|k| k.get(&r.name)).map(|e| e.lane.rank(&self.node));
+        added.sort_by_key(rank);
+        let (mut added, mut removed) = (added.into_iter().peekable(), Some(removed));
+        while added.peek().is_some() || removed.is_some() {
+            let part = added.by_ref().take(TOGETHER).collect();
+            self.respond(type_url, generation, since, part, removed.take().unwrap_or_default()).await?;
+        }
+        Ok(())
     }
 
     /// Answers names that were asked for just now; a service brings its endpoints along.
@@ -332,43 +367,44 @@ impl Client {
         };
         let Some(wanted) = self.wanted.get_mut(type_url) else { return Ok(()) };
         let asked: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let mine = |e: &Encoded| e.audience.as_ref().is_none_or(|n| *n == self.node);
+        let mine = |e: &Encoded| e.audience.as_ref().is_none_or(|n| **n == *self.node);
         let (mut added, mut found) = (Vec::new(), BTreeSet::new());
         let mut services: BTreeSet<&str> = BTreeSet::new();
         for (name, encoded) in kind.iter().filter(|(_, e)| mine(e)) {
-            let names = std::iter::once(&**name).chain(encoded.resource.aliases.iter().map(String::as_str));
+            let names = std::iter::once(&**name).chain(encoded.aliases.iter().map(|a| &**a));
             let by: Vec<&str> = names.filter(|n| asked.contains(n)).collect();
             if !by.is_empty() {
                 found.extend(by);
                 services.insert(name);
-                added.push(encoded.resource.clone());
+                added.push(encoded.resource(type_url, name));
             }
         }
         // The workloads of the services found; new ones are told as they come.
         let endpoints = kind.iter().filter(|(name, e)| {
-            !services.contains(&***name) && mine(e) && e.services.iter().any(|s| services.contains(s.as_str()))
+            !services.contains(&***name) && mine(e) && e.services.iter().any(|s| services.contains(&**s))
         });
-        added.extend(endpoints.map(|(_, e)| e.resource.clone()));
+        added.extend(endpoints.map(|(name, e)| e.resource(type_url, name)));
         let removed = asked.iter().filter(|n| !found.contains(*n)).map(|n| (*n).to_owned()).collect();
         // By their own names from now on, so that their end is told as well.
         wanted.own.extend(added.iter().map(|r| r.name.clone()));
         if let Some(all) = &mut wanted.names {
             all.extend(services.iter().map(|s| (*s).to_owned()));
         }
-        self.respond(type_url, resources.generation, added, removed).await
+        self.respond(type_url, resources.generation, None, added, removed).await
     }
 
     async fn respond(
         &mut self,
         type_url: &str,
         generation: u64,
+        since: Option<Instant>,
         resources: Vec<Resource>,
         removed_resources: Vec<String>,
     ) -> Result<(), Status> {
         self.nonce += 1;
         let nonce = format!("{generation}-{}", self.nonce);
         if let Some(wanted) = self.wanted.get_mut(type_url) {
-            wanted.pending.insert(nonce.clone(), generation);
+            wanted.pending.insert(nonce.clone(), (generation, since));
             // A client that never answers must not make us remember for ever.
             while wanted.pending.len() > 64 {
                 wanted.pending.pop_first();
@@ -395,19 +431,19 @@ fn difference(
     node: &str,
 ) -> Result<(Vec<Resource>, BTreeSet<String>), Status> {
     let visible = |encoded: &Encoded, name: &str, names: Option<&BTreeSet<String>>| {
-        encoded.audience.as_ref().is_none_or(|n| n == node)
+        encoded.audience.as_ref().is_none_or(|n| **n == *node)
             && names.is_none_or(|names| {
                 names.contains(name)
-                    || encoded.resource.aliases.iter().any(|a| names.contains(a))
-                    || encoded.services.iter().any(|s| names.contains(s))
+                    || encoded.aliases.iter().any(|a| names.contains(&**a))
+                    || encoded.services.iter().any(|s| names.contains(&**s))
             })
     };
     let partial = matches!(type_url, NODE_POD | WAYPOINT_SERVICE) || wanted.names.is_some();
     let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
     if wanted.fresh {
         for (name, encoded) in kind.iter().filter(|(n, e)| visible(e, n, wanted.names.as_ref())) {
-            if wanted.holds.get(&**name) != Some(&encoded.resource.version) {
-                added.push(encoded.resource.clone());
+            if wanted.holds.get(&**name) != Some(&encoded.version()) {
+                added.push(encoded.resource(type_url, name));
             }
             if partial {
                 wanted.own.insert(name.to_string());
@@ -418,7 +454,7 @@ fn difference(
         if let Some(names) = &wanted.names {
             // A name that does not exist is told as removed, so that nobody waits for it.
             let mut all: BTreeSet<&str> = kind.iter().map(|(name, _)| &**name).collect();
-            all.extend(kind.iter().flat_map(|(_, e)| &e.resource.aliases).map(String::as_str));
+            all.extend(kind.iter().flat_map(|(_, e)| &e.aliases).map(|a| &**a));
             removed.extend(names.iter().filter(|n| !all.contains(n.as_str())).cloned());
         }
         return Ok((added, removed));
@@ -430,7 +466,7 @@ fn difference(
     for name in changes {
         match kind.get(name).filter(|e| visible(e, name, wanted.names.as_ref())) {
             Some(encoded) => {
-                added.push(encoded.resource.clone());
+                added.push(encoded.resource(type_url, name));
                 if partial {
                     wanted.own.insert(name.to_owned());
                 }

@@ -8,19 +8,22 @@ pub mod clients;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
-use ambit_model::policy::Policy;
+use ambit_model::policy::{Action, Policy};
+use ambit_model::workload::Health;
 use ambit_model::{Service, Str, Workload};
 use ambit_xds::proto::Any;
 use ambit_xds::proto::ambit::WaypointService;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::proto::workload::{self, AddressType};
 use ambit_xds::{ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE, convert};
+use bytes::Bytes;
 use prost::Message;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::index::Mesh;
 use crate::index::l7::Bound;
+use crate::index::{Mesh, OnNode};
 
 /// Changes remembered; a client that is further behind is compared with everything.
 const LOG: usize = 16 * 1024;
@@ -30,34 +33,66 @@ pub fn waypoint(namespace: &str, name: &str) -> String {
     format!("{namespace}/{name}")
 }
 
-/// One resource, encoded.
+/// One resource, encoded. Its name is the key that it is found by, its type that of its [`Kind`].
 #[derive(Debug, PartialEq)]
 pub struct Encoded {
-    /// As it is sent.
-    pub resource: Resource,
+    value: Bytes,
+    /// Hash of the content.
+    version: u64,
+    /// Other names by which it is found.
+    pub aliases: Box<[Box<str>]>,
     /// Who alone may see it: a node, or a waypoint as [`waypoint`] names it; all where `None`.
-    pub audience: Option<String>,
+    pub audience: Option<Str>,
     /// Services that a workload is an endpoint of.
-    pub services: Vec<String>,
+    pub services: Box<[Str]>,
+    /// Whom it concerns how urgently.
+    pub lane: Lane,
+}
+
+/// How urgent a resource is; the first goes first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Lane {
+    /// Takes something away: an endpoint that is not to be used any more, a policy that denies.
+    Urgent,
+    /// Of a workload on this node; its own tunnel needs it before all others.
+    Of(Str),
+    /// All else.
+    #[default]
+    Usual,
+}
+
+impl Lane {
+    /// Its place for a node, the lowest first.
+    pub fn rank(&self, node: &str) -> u8 {
+        match self {
+            Self::Urgent => 0,
+            Self::Of(its) if **its == *node => 1,
+            Self::Of(_) | Self::Usual => 2,
+        }
+    }
 }
 
 impl Encoded {
-    fn new(
-        type_url: &str,
-        name: &str,
-        message: &impl Message,
-        aliases: Vec<String>,
-        audience: Option<String>,
-    ) -> Self {
+    fn new(message: &impl Message) -> Self {
         let value = message.encode_to_vec();
-        let version = format!("{:016x}", xxh64(&value, 0));
-        let resource = Resource {
-            version,
-            resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
+        let version = xxh64(&value, 0);
+        let (aliases, services) = Default::default();
+        Self { value: value.into(), version, aliases, audience: None, services, lane: Lane::Usual }
+    }
+
+    /// Version as it is sent.
+    pub fn version(&self) -> String {
+        format!("{:016x}", self.version)
+    }
+
+    /// As it is sent.
+    pub fn resource(&self, type_url: &str, name: &str) -> Resource {
+        Resource {
+            version: self.version(),
+            resource: Some(Any { type_url: type_url.to_owned(), value: self.value.clone() }),
             name: name.to_owned(),
-            aliases,
-        };
-        Self { resource, audience, services: Vec::new() }
+            aliases: self.aliases.iter().map(ToString::to_string).collect(),
+        }
     }
 }
 
@@ -98,9 +133,8 @@ impl Kind {
 
     /// Takes resources that may have changed, and names of those that are gone.
     fn take(&mut self, generation: u64, next: impl IntoIterator<Item = (Str, Option<Encoded>)>) {
-        let differ = |(name, encoded): &(Str, Option<Encoded>)| {
-            self.resources.get(name).map(|old| &**old) != encoded.as_ref()
-        };
+        let differ =
+            |(name, encoded): &(Str, Option<Encoded>)| self.resources.get(name).map(|old| &**old) != encoded.as_ref();
         let next: Vec<_> = next.into_iter().filter(differ).collect();
         if next.is_empty() {
             return;
@@ -127,6 +161,8 @@ impl Kind {
 pub struct Resources {
     /// Grows with each change.
     pub generation: u64,
+    /// When the source told of it.
+    pub since: Option<Instant>,
     /// The source has been read: a first answer may be given.
     pub ready: bool,
     /// Of which all this was made.
@@ -140,28 +176,25 @@ pub struct Resources {
 
 impl Resources {
     /// Takes a new mesh; what did not change keeps its encoding and its place in the log.
-    pub fn update(&mut self, mesh: &Mesh, ready: bool) {
+    pub fn update(&mut self, mesh: &Mesh, ready: bool, since: Option<Instant>) {
         self.generation += 1;
         self.ready = ready;
+        self.since = since;
         let (generation, old) = (self.generation, std::mem::replace(&mut self.mesh, mesh.clone()));
-        let workloads = mesh.workloads.changes(&old.workloads).into_iter().map(|(uid, w)| (uid.clone(), w.map(|w| of_workload(w))));
+        let workloads =
+            mesh.workloads.changes(&old.workloads).into_iter().map(|(uid, w)| (uid.clone(), w.map(|w| of_workload(w))));
         self.addresses.take(generation, workloads);
         let services = mesh.services.changes(&old.services).into_iter();
         self.addresses.take(generation, services.map(|(key, s)| (key.to_string().into(), s.map(|s| of_service(s)))));
-        let policies = mesh.policies.changes(&old.policies).into_iter().map(|(name, policy)| {
-            let encode = |p: &Arc<Policy>| Encoded::new(AUTHORIZATION, name, &convert::to_policy(p), Vec::new(), None);
-            (name.clone(), policy.map(encode))
-        });
+        let policies = mesh.policies.changes(&old.policies).into_iter();
+        let policies = policies.map(|(name, p)| (name.clone(), p.map(|p| of_policy(p))));
         self.authorization.take(generation, policies);
-        let namespaces = mesh.namespaces.changes(&old.namespaces).into_iter().map(|(name, mode)| {
-            (name.as_str().into(), mode.map(|mode| Encoded::new(NAMESPACE_MODE, name, &**mode, Vec::new(), None)))
-        });
+        let namespaces = mesh.namespaces.changes(&old.namespaces).into_iter();
+        let namespaces = namespaces.map(|(name, mode)| (name.as_str().into(), mode.map(|mode| Encoded::new(&**mode))));
         self.namespaces.take(generation, namespaces);
-        // A pod of the same uid is never on two nodes, but may be named by another one first.
-        let (there, gone): (Vec<_>, Vec<_>) =
-            mesh.node_pods.changes(&old.node_pods).into_iter().partition(|(_, pod)| pod.is_some());
-        let pods = gone.into_iter().chain(there).map(|((node, uid), pod)| {
-            (uid.as_str().into(), pod.map(|pod| Encoded::new(NODE_POD, uid, &**pod, Vec::new(), Some(node.clone()))))
+        let pods = mesh.node_pods.changes(&old.node_pods).into_iter().map(|(uid, on)| {
+            let encode = |on: &Arc<OnNode>| Encoded { audience: Some(on.node.clone()), ..Encoded::new(&on.pod) };
+            (uid.clone(), on.map(encode))
         });
         self.node_pods.take(generation, pods);
         let bound = mesh.bound.changes(&old.bound).into_iter().map(|(key, bound)| {
@@ -188,18 +221,27 @@ impl Resources {
 fn of_workload(w: &Workload) -> Encoded {
     let message = workload::Address { r#type: Some(AddressType::Workload(Box::new(convert::to_workload(w)))) };
     let aliases = match w.host_network {
-        true => Vec::new(),
-        false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network)).collect(),
+        true => Box::default(),
+        false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network).into()).collect(),
     };
-    let mut encoded = Encoded::new(ADDRESS, &w.uid, &message, aliases, None);
-    encoded.services = w.services.keys().map(ToString::to_string).collect();
-    encoded
+    let services = w.services.keys().map(|key| key.to_string().into()).collect();
+    let lane = match w.status {
+        Health::Healthy if w.node.is_empty() => Lane::Usual,
+        Health::Healthy => Lane::Of(w.node.clone()),
+        Health::Unhealthy => Lane::Urgent,
+    };
+    Encoded { aliases, services, lane, ..Encoded::new(&message) }
+}
+
+fn of_policy(p: &Policy) -> Encoded {
+    let lane = if p.action == Action::Deny { Lane::Urgent } else { Lane::Usual };
+    Encoded { lane, ..Encoded::new(&convert::to_policy(p)) }
 }
 
 fn of_service(s: &Service) -> Encoded {
     let message = workload::Address { r#type: Some(AddressType::Service(convert::to_service(s))) };
-    let aliases = s.vips.iter().map(ToString::to_string).collect();
-    Encoded::new(ADDRESS, &s.key().to_string(), &message, aliases, None)
+    let aliases = s.vips.iter().map(|vip| vip.to_string().into()).collect();
+    Encoded { aliases, ..Encoded::new(&message) }
 }
 
 fn of_bound(name: &str, bound: &Bound) -> Option<Encoded> {
@@ -207,17 +249,18 @@ fn of_bound(name: &str, bound: &Bound) -> Option<Encoded> {
     let config = serde_json::to_vec(&bound.config).ok()?.into();
     let message = WaypointService { service: name.to_owned(), config };
     let (namespace, account) = &bound.gateway;
-    Some(Encoded::new(WAYPOINT_SERVICE, name, &message, Vec::new(), Some(waypoint(namespace, account))))
+    Some(Encoded { audience: Some(waypoint(namespace, account).into()), ..Encoded::new(&message) })
 }
 
 #[cfg(test)]
 mod tests {
+    use ambit_model::policy::PolicyScope;
+
     use super::*;
 
     fn kind(entries: &[(&str, &str)]) -> Vec<(Str, Option<Encoded>)> {
         let one = |(n, v): &(&str, &str)| {
-            let resource = Resource { version: (*v).to_owned(), ..Resource::default() };
-            let encoded = Encoded { resource, audience: None, services: vec![] };
+            let encoded = Encoded::new(&WaypointService { service: (*v).to_owned(), ..WaypointService::default() });
             (Str::from(*n), (!v.is_empty()).then_some(encoded))
         };
         entries.iter().map(one).collect()
@@ -237,6 +280,24 @@ mod tests {
         assert_eq!(since(2), ["c"]);
         assert_eq!(since(3), Vec::<&str>::new());
         assert_eq!(k.changed(), 3);
+    }
+
+    #[test]
+    fn what_takes_away_goes_first_and_then_what_is_ones_own() {
+        let on = |node: &str, status| {
+            let workload = Workload { node: node.into(), status, ..Workload::default() };
+            of_workload(&workload).lane.rank("n1")
+        };
+        let policy = |action| {
+            let scope = PolicyScope::Namespace;
+            let policy =
+                Policy { name: "p".into(), namespace: "ns".into(), scope, action, dry_run: false, rules: vec![] };
+            of_policy(&policy).lane.rank("n1")
+        };
+        assert_eq!((on("n1", Health::Unhealthy), on("n2", Health::Unhealthy), policy(Action::Deny)), (0, 0, 0));
+        assert_eq!(on("n1", Health::Healthy), 1);
+        assert_eq!((on("n2", Health::Healthy), on("", Health::Healthy), policy(Action::Allow)), (2, 2, 2));
+        assert_eq!(Lane::Of("n1".into()).rank(""), 2);
     }
 
     #[test]

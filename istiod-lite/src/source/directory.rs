@@ -275,7 +275,7 @@ impl Directory {
     fn state(&mut self, objects: Objects, problems: Vec<Problem>) -> SourceState {
         self.objects = objects.clone();
         let problems = problems.into_iter().map(|p| (format!("{} {}", p.place, p.reason), p)).collect();
-        SourceState { objects, problems, ready: self.ready }
+        SourceState { objects, problems, ready: self.ready, since: Some(std::time::Instant::now()) }
     }
 }
 

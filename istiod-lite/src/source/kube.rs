@@ -4,7 +4,7 @@
 //! anew with growing pauses; meanwhile what was read stays. A kind that the cluster does not have (yet) counts as read
 //! and empty. Never writes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{Problem, SourceState};
@@ -59,8 +60,12 @@ const WATCHED: &[Watched] = &[
 
 /// Name of the DaemonSet of the node tunnels.
 pub const DAEMONSET: &str = "ztunnel";
+/// Slices that the cluster's own controller has not made from selectors.
+const SLICES_BY_HAND: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
 /// A kind that the cluster does not have is looked for again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// A kind that was there is gone when the cluster has said so for this long.
+const GONE: Duration = Duration::from_secs(60);
 /// Changes that come within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(3);
 /// Changes under way from the watches; a watch that is ahead waits.
@@ -68,8 +73,10 @@ const QUEUE: usize = 1024;
 
 /// A change of one kind.
 enum Change {
-    /// All objects of it.
-    All(Vec<Value>),
+    /// All objects of it will be told now...
+    Begin,
+    /// ...and have been: what was not among them is gone.
+    End,
     Apply(Value),
     Delete(Value),
 }
@@ -83,6 +90,7 @@ pub async fn run(client: Client, namespace: String, states: watch::Sender<Arc<So
     drop(sender);
     let mut cluster = Cluster::default();
     while let Some((kind, change)) = changes.recv().await {
+        let since = std::time::Instant::now();
         let mut changed = cluster.apply(kind, change);
         let end = tokio::time::sleep(TOGETHER);
         tokio::pin!(end);
@@ -95,8 +103,9 @@ pub async fn run(client: Client, namespace: String, states: watch::Sender<Arc<So
                 },
             }
         }
-        if changed {
-            states.send_replace(Arc::new(cluster.state()));
+        // Half of a cluster would be taken for the whole.
+        if changed && cluster.is_read() {
+            states.send_replace(Arc::new(cluster.state(since)));
         }
     }
 }
@@ -121,35 +130,35 @@ async fn follow(
             Api::namespaced_with(client, &namespace, &resource),
             watcher::Config::default().fields(&format!("metadata.name={DAEMONSET}")),
         ),
+        // Those of services with a selector say what the pods say themselves, and there is one for each change of a pod.
+        "EndpointSlice" => (Api::all_with(client, &resource), watcher::Config::default().labels(SLICES_BY_HAND)),
         _ => (Api::all_with(client, &resource), watcher::Config::default()),
     };
-    let mut missing = false;
+    let (mut missing, mut read) = (None::<Instant>, false);
     loop {
         let mut events = std::pin::pin!(watcher::watcher(api.clone(), config.clone()));
-        let mut listed = Vec::new();
         let mut failures = 0_u32;
         loop {
             let change = match events.try_next().await {
-                Ok(Some(Event::Init)) => {
-                    listed.clear();
-                    continue;
-                }
-                Ok(Some(Event::InitApply(object))) => {
-                    listed.push(value(object));
-                    continue;
-                }
+                Ok(Some(Event::Init)) => Change::Begin,
                 Ok(Some(Event::InitDone)) => {
-                    (failures, missing) = (0, false);
-                    Change::All(std::mem::take(&mut listed))
+                    (failures, missing, read) = (0, None, true);
+                    Change::End
                 }
-                Ok(Some(Event::Apply(object))) => Change::Apply(value(object)),
+                Ok(Some(Event::InitApply(object) | Event::Apply(object))) => Change::Apply(value(object)),
                 Ok(Some(Event::Delete(object))) => Change::Delete(value(object)),
                 Ok(None) => break,
                 Err(error) if is_missing(&error) => {
-                    if !std::mem::replace(&mut missing, true) {
+                    // A server, or what stands before it, may have lost a kind for a moment only: what was read stays
+                    // until that is certain.
+                    let since = *missing.get_or_insert_with(Instant::now);
+                    if !read || (!kind.is_kubernetes() && since.elapsed() >= GONE) {
                         info!(kind = watched.kind, "the cluster does not have this kind; waiting for it");
-                        if changes.send((kind, Change::All(Vec::new()))).await.is_err() {
-                            return;
+                        read = true;
+                        for change in [Change::Begin, Change::End] {
+                            if changes.send((kind, change)).await.is_err() {
+                                return;
+                            }
                         }
                     }
                     tokio::time::sleep(LOOK_AGAIN).await;
@@ -212,25 +221,30 @@ struct Cluster {
     objects: Objects,
     problems: BTreeMap<Key, Problem>,
     /// Kinds that have been read.
-    read: HashMap<&'static str, ()>,
+    read: HashSet<&'static str>,
     /// What was last seen of each object, as a hash: a write that concerns nobody here costs nothing more.
-    seen: HashMap<Key, u64>,
+    seen: BTreeMap<Arc<Key>, u64>,
+    /// What has been told of kinds that are being read.
+    listed: HashMap<&'static str, HashSet<Arc<Key>>>,
 }
 
 impl Cluster {
     /// Whether anything that is read here has changed.
     fn apply(&mut self, kind: &'static Kind, change: Change) -> bool {
         match change {
-            Change::All(objects) => {
-                let there: std::collections::HashSet<Key> = objects.iter().map(|o| key(kind, o)).collect();
+            Change::Begin => {
+                self.listed.insert(kind.kind, HashSet::new());
+                false
+            }
+            Change::End => {
+                let there = self.listed.remove(kind.kind).unwrap_or_default();
                 let before = self.seen.len();
                 self.seen.retain(|k, _| k.kind != kind.kind || there.contains(k));
                 let gone = self.seen.len() != before;
                 self.objects.retain(kind.kind, |k| there.contains(k));
                 self.problems.retain(|k, _| k.kind != kind.kind || there.contains(k));
-                let changed = objects.iter().filter(|o| self.one(kind, o)).count() > 0;
-                let first = self.read.insert(kind.kind, ()).is_none();
-                gone || changed || first
+                let first = self.read.insert(kind.kind);
+                gone || first
             }
             Change::Apply(object) => self.one(kind, &object),
             Change::Delete(object) => {
@@ -245,19 +259,22 @@ impl Cluster {
 
     /// Reads one object; whether it is new or has changed.
     fn one(&mut self, kind: &'static Kind, object: &Value) -> bool {
-        let key = key(kind, object);
+        let key = Arc::new(key(kind, object));
+        if let Some(listed) = self.listed.get_mut(kind.kind) {
+            listed.insert(key.clone());
+        }
         let hash = hash(kind, object);
         if self.seen.insert(key.clone(), hash) == Some(hash) {
             return false;
         }
-        let place = Place { file: key.to_string(), line: 1 };
+        let place = Place { file: "cluster".into(), line: 0 };
         let read = parse::from_api(kind, object).map_err(|e| e.reason).and_then(|parsed| {
             let wrong = |w: index::policies::Invalid| format!("{}: {:?}: expected {}", w.path, w.value, w.expected);
             index::validate(&parsed.object).map_err(wrong).map(|()| parsed)
         });
         match read {
             Ok(Parsed { object, meta, .. }) => {
-                self.problems.remove(&key);
+                self.problems.remove(&*key);
                 self.objects.insert(key, Arc::new(Loaded { object, meta, place }));
             }
             Err(reason) => {
@@ -271,6 +288,7 @@ impl Cluster {
                     let Parsed { object, meta, .. } = closed;
                     self.objects.insert(key.clone(), Arc::new(Loaded { object, meta, place }));
                 }
+                let key = (*key).clone();
                 let problem = Problem { place: key.to_string(), key: Some(key.clone()), reason, kept };
                 self.problems.insert(key, problem);
             }
@@ -278,11 +296,17 @@ impl Cluster {
         true
     }
 
-    fn state(&self) -> SourceState {
+    /// Whether all kinds have been read once.
+    fn is_read(&self) -> bool {
+        self.read.len() == WATCHED.len()
+    }
+
+    fn state(&self, since: std::time::Instant) -> SourceState {
         SourceState {
+            since: Some(since),
             objects: self.objects.clone(),
             problems: self.problems.values().map(|p| (format!("{} {}", p.place, p.reason), p.clone())).collect(),
-            ready: self.read.len() == WATCHED.len(),
+            ready: self.is_read(),
         }
     }
 }
@@ -307,55 +331,6 @@ fn key(kind: &'static Kind, object: &Value) -> Key {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn policy(name: &str, spec: &Value) -> Value {
-        json!({ "metadata": { "name": name, "namespace": "ns", "uid": "1", "managedFields": [] }, "spec": spec })
-    }
-
-    #[test]
-    fn the_last_good_state_of_an_object_stays() {
-        let kind = Kind::named("AuthorizationPolicy").expect("known");
-        let mut cluster = Cluster::default();
-        let good = policy("p", &json!({ "action": "DENY", "rules": [{}] }));
-        let other = policy("q", &json!({ "rules": [{ "from": [{ "source": { "namespaces": ["a"] } }] }] }));
-        cluster.apply(kind, Change::All(vec![good, other]));
-        assert_eq!(cluster.state().objects.len(), 2);
-        for (wrong, expected) in [
-            (json!({ "action": "DENY", "rulez": [{}] }), "spec.rulez: unknown field"),
-            (json!({ "rules": [{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/99"] } }] }] }), "10.0.0.0/99"),
-        ] {
-            cluster.apply(kind, Change::Apply(policy("p", &wrong)));
-            let state = cluster.state();
-            assert_eq!(state.objects.len(), 2, "the last good state stays");
-            let problem = state.problems.values().next().expect("a problem");
-            assert!(problem.kept && problem.reason.contains(expected), "{problem:?}");
-        }
-        cluster.apply(kind, Change::Apply(policy("p", &json!({ "rules": [{}] }))));
-        assert!(cluster.state().problems.is_empty(), "mended");
-        cluster.apply(kind, Change::Delete(policy("p", &json!({}))));
-        cluster.apply(kind, Change::All(Vec::new()));
-        assert!(cluster.state().objects.is_empty());
-    }
-
-    #[test]
-    fn null_is_nothing() {
-        let mut slice = json!({ "endpoints": null, "ports": [{ "port": 80, "name": null }], "addressType": "IPv4" });
-        drop_nulls(&mut slice);
-        assert_eq!(slice, json!({ "ports": [{ "port": 80 }], "addressType": "IPv4" }));
-    }
-
-    #[test]
-    fn newer_fields_of_kubernetes_own_kinds_are_no_mistake() {
-        let kind = Kind::named("Pod").expect("known");
-        let pod = json!({ "metadata": { "name": "p", "namespace": "ns", "uid": "1" },
-            "spec": { "nodeName": "n", "somethingNew": { "a": 1 }, "containers": [{ "name": "c", "newer": true }] },
-            "status": { "phase": "Running", "podIP": "10.0.0.1", "podIPs": [{ "ip": "10.0.0.1" }] } });
-        let mut cluster = Cluster::default();
-        cluster.apply(kind, Change::Apply(pod));
-        assert_eq!(cluster.state().objects.len(), 1, "{:?}", cluster.state().problems);
-        assert!(!cluster.state().ready, "other kinds have not been read");
-    }
-}
+mod outage_tests;
+#[cfg(test)]
+mod tests;

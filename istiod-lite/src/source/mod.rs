@@ -31,4 +31,6 @@ pub struct SourceState {
     pub problems: BTreeMap<String, Problem>,
     /// The source has been read at least once.
     pub ready: bool,
+    /// When the first change since the state before was seen.
+    pub since: Option<std::time::Instant>,
 }

@@ -61,9 +61,7 @@ pub async fn run(root: PathBuf, overlay: PathBuf, states: watch::Sender<Arc<Sour
         });
         let same = {
             let old = states.borrow();
-            old.ready == state.ready
-                && old.problems == state.problems
-                && old.objects.same(&state.objects)
+            old.ready == state.ready && old.problems == state.problems && old.objects.same(&state.objects)
         };
         if !same {
             states.send_replace(Arc::new(state));

@@ -134,7 +134,8 @@ fn many_small_changes_give_what_a_fresh_start_gives() {
                     _ => {
                         let mode = ["ambient", "none"][random.usize(..2)];
                         let label = format!("istio.io/dataplane-mode: {mode}");
-                        let yaml = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: out, labels: {{{label}}}}}\n");
+                        let yaml =
+                            format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: out, labels: {{{label}}}}}\n");
                         put(&mut objects, &yaml);
                     }
                 }
@@ -149,9 +150,9 @@ fn many_small_changes_give_what_a_fresh_start_gives() {
             assert_eq!(mesh.statuses, whole.statuses, "{what}");
             assert_eq!(mesh.closed, whole.closed, "{what}");
             assert_eq!(mesh.rendered, whole.rendered, "{what}");
-            followed.update(&mesh, true);
+            followed.update(&mesh, true, None);
             let mut fresh = Resources::default();
-            fresh.update(&whole, true);
+            fresh.update(&whole, true, None);
             same(&followed, &fresh, &what);
         }
     }

@@ -156,8 +156,8 @@ fn the_overlay_adds_objects_and_patches() {
     assert_eq!(names, ["Pod default/p", "Pod default/q"]);
     let loaded = state.objects.values().next().expect("p");
     let Object::Pod(pod) = &loaded.object else { panic!("not a pod") };
-    assert_eq!((&*pod.spec.node_name, &*pod.spec.service_account_name), ("n1", "web"));
-    assert_eq!((&*pod.status.pod_ip, &*loaded.meta.uid), ("10.0.0.1", "u1"));
+    assert_eq!((&*pod.node_name, &*pod.service_account), ("n1", "web"));
+    assert_eq!((&*pod.ips, &*loaded.meta.uid), (&["10.0.0.1".parse().expect("an address")][..], "u1"));
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn a_broken_patch_keeps_the_object_whole() {
     dirs.write("overlay/patches/p.yaml", "kind: [");
     let state = dirs.source.scan();
     let Object::Pod(pod) = &state.objects.values().next().expect("p").object else { panic!("not a pod") };
-    assert_eq!((&*pod.status.pod_ip, state.problems.len()), ("10.0.0.1", 1));
+    assert_eq!((&*pod.ips, state.problems.len()), (&["10.0.0.1".parse().expect("an address")][..], 1));
 }
 
 #[test]

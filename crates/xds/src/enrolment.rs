@@ -1,0 +1,47 @@
+//! What a node says of its pods: names of the type [`crate::ENROLMENT`].
+//!
+//! Owns the form of these names. A name is the uid of a pod that is enrolled, or a uid, a space and what is wrong with
+//! that pod.
+
+/// Begins what is wrong with a pod that is not enrolled.
+pub const NOT_ENROLLED: &str = "not enrolled: ";
+/// Begins what was wrong with a pod that is enrolled.
+pub const REPAIRED: &str = "repaired: ";
+/// Longer words are cut.
+const LONGEST: usize = 512;
+
+/// What a name says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said<'a> {
+    /// The pod of this uid is enrolled.
+    Enrolled(&'a str),
+    /// Something is wrong with the pod of this uid.
+    Trouble(&'a str, &'a str),
+}
+
+/// The name that says what is wrong with a pod.
+pub fn trouble(uid: &str, what: &str) -> String {
+    let end = what.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= LONGEST).last();
+    format!("{uid} {}", &what[..end.unwrap_or(0)])
+}
+
+/// Reads a name.
+pub fn read(name: &str) -> Said<'_> {
+    match name.split_once(' ') {
+        Some((uid, what)) => Said::Trouble(uid, what),
+        None => Said::Enrolled(name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_what_they_are_made_of() {
+        assert_eq!(read("uid-1"), Said::Enrolled("uid-1"));
+        assert_eq!(read(&trouble("uid-1", "not enrolled: no room")), Said::Trouble("uid-1", "not enrolled: no room"));
+        let long = trouble("u", &"ä".repeat(400));
+        assert_eq!(long.len(), "u ".len() + LONGEST);
+    }
+}

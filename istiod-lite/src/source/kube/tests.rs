@@ -1,0 +1,66 @@
+//! Reading objects as an API server sends them.
+
+use super::*;
+use serde_json::json;
+
+fn policy(name: &str, spec: &Value) -> Value {
+    json!({ "metadata": { "name": name, "namespace": "ns", "uid": "1", "managedFields": [] }, "spec": spec })
+}
+
+#[test]
+fn the_last_good_state_of_an_object_stays() {
+    let kind = Kind::named("AuthorizationPolicy").expect("known");
+    let mut cluster = Cluster::default();
+    let good = policy("p", &json!({ "action": "DENY", "rules": [{}] }));
+    let other = policy("q", &json!({ "rules": [{ "from": [{ "source": { "namespaces": ["a"] } }] }] }));
+    let list = |cluster: &mut Cluster, objects: Vec<Value>| {
+        cluster.apply(kind, Change::Begin);
+        for object in objects {
+            cluster.apply(kind, Change::Apply(object));
+        }
+        cluster.apply(kind, Change::End)
+    };
+    assert!(list(&mut cluster, vec![good, other]), "the kind has been read");
+    assert_eq!(cluster.state(std::time::Instant::now()).objects.len(), 2);
+    for (wrong, expected) in [
+        (json!({ "action": "DENY", "rulez": [{}] }), "spec.rulez: unknown field"),
+        (json!({ "rules": [{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/99"] } }] }] }), "10.0.0.0/99"),
+    ] {
+        cluster.apply(kind, Change::Apply(policy("p", &wrong)));
+        let state = cluster.state(std::time::Instant::now());
+        assert_eq!(state.objects.len(), 2, "the last good state stays");
+        let problem = state.problems.values().next().expect("a problem");
+        assert!(problem.kept && problem.reason.contains(expected), "{problem:?}");
+    }
+    cluster.apply(kind, Change::Apply(policy("p", &json!({ "rules": [{}] }))));
+    assert!(cluster.state(std::time::Instant::now()).problems.is_empty(), "mended");
+    cluster.apply(kind, Change::Delete(policy("p", &json!({}))));
+    let rest = policy("q", &json!({ "rules": [{ "from": [{ "source": { "namespaces": ["a"] } }] }] }));
+    assert!(!list(&mut cluster, vec![rest]), "the same again is no change");
+    assert!(list(&mut cluster, Vec::new()), "what is not listed is gone");
+    assert!(cluster.state(std::time::Instant::now()).objects.is_empty());
+}
+
+#[test]
+fn null_is_nothing() {
+    let mut slice = json!({ "endpoints": null, "ports": [{ "port": 80, "name": null }], "addressType": "IPv4" });
+    drop_nulls(&mut slice);
+    assert_eq!(slice, json!({ "ports": [{ "port": 80 }], "addressType": "IPv4" }));
+}
+
+#[test]
+fn newer_fields_of_kubernetes_own_kinds_are_no_mistake() {
+    let kind = Kind::named("Pod").expect("known");
+    let pod = json!({ "metadata": { "name": "p", "namespace": "ns", "uid": "1" },
+        "spec": { "nodeName": "n", "somethingNew": { "a": 1 }, "containers": [{ "name": "c", "newer": true }] },
+        "status": { "phase": "Running", "podIP": "10.0.0.1", "podIPs": [{ "ip": "10.0.0.1" }] } });
+    let mut cluster = Cluster::default();
+    cluster.apply(kind, Change::Apply(pod));
+    assert_eq!(
+        cluster.state(std::time::Instant::now()).objects.len(),
+        1,
+        "{:?}",
+        cluster.state(std::time::Instant::now()).problems
+    );
+    assert!(!cluster.state(std::time::Instant::now()).ready, "other kinds have not been read");
+}
