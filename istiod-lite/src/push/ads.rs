@@ -325,6 +325,7 @@ impl Client {
             return Ok(());
         }
         let first = wanted.fresh && part != Part::Removed;
+        let since = resources.since(wanted.sent);
         let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
         if part != Part::Removed && (wanted.fresh || kind.changed() > wanted.sent) {
             (added, removed) = difference(kind, wanted, type_url, &self.node)?;
@@ -346,7 +347,7 @@ impl Client {
         if first {
             return self.respond(type_url, resources.generation, None, added, removed).await;
         }
-        let (generation, since) = (resources.generation, resources.since);
+        let generation = resources.generation;
         let rank =
             |r: &Resource| resources.kind(type_url).and_then(|k| k.get(&r.name)).map(|e| e.lane.rank(&self.node));
         added.sort_by_key(rank);

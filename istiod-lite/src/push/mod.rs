@@ -27,6 +27,8 @@ use crate::index::{Mesh, OnNode};
 
 /// Changes remembered; a client that is further behind is compared with everything.
 const LOG: usize = 16 * 1024;
+/// Generations of which it is remembered when they were made.
+const TIMES: usize = 64;
 
 /// A waypoint as audience of a resource; no node is named so.
 pub fn waypoint(namespace: &str, name: &str) -> String {
@@ -161,8 +163,8 @@ impl Kind {
 pub struct Resources {
     /// Grows with each change.
     pub generation: u64,
-    /// When the source told of it.
-    pub since: Option<Instant>,
+    /// When the source told of the last generations, the oldest first.
+    times: Arc<VecDeque<(u64, Instant)>>,
     /// The source has been read: a first answer may be given.
     pub ready: bool,
     /// Of which all this was made.
@@ -179,7 +181,13 @@ impl Resources {
     pub fn update(&mut self, mesh: &Mesh, ready: bool, since: Option<Instant>) {
         self.generation += 1;
         self.ready = ready;
-        self.since = since;
+        if let Some(since) = since {
+            let times = Arc::make_mut(&mut self.times);
+            times.push_back((self.generation, since));
+            if times.len() > TIMES {
+                times.pop_front();
+            }
+        }
         let (generation, old) = (self.generation, std::mem::replace(&mut self.mesh, mesh.clone()));
         let workloads =
             mesh.workloads.changes(&old.workloads).into_iter().map(|(uid, w)| (uid.clone(), w.map(|w| of_workload(w))));
@@ -203,6 +211,12 @@ impl Resources {
             (name.into(), bound)
         });
         self.waypoint_services.take(generation, bound);
+    }
+
+    /// When the source told of the first change after a generation, where that is not too long ago.
+    pub fn since(&self, generation: u64) -> Option<Instant> {
+        let after = self.times.partition_point(|(g, _)| *g <= generation);
+        self.times.get(after).map(|(_, since)| *since)
     }
 
     /// Resources of a type.

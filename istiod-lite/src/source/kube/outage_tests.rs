@@ -49,7 +49,14 @@ struct Server(Arc<Mutex<State>>);
 impl Server {
     fn new() -> Self {
         let (objects, watches) = Default::default();
-        Self(Arc::new(Mutex::new(State { mood: Mood::Well, version: 1, objects, watches, requests: 0, history: Vec::new() })))
+        Self(Arc::new(Mutex::new(State {
+            mood: Mood::Well,
+            version: 1,
+            objects,
+            watches,
+            requests: 0,
+            history: Vec::new(),
+        })))
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
