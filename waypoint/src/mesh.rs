@@ -22,6 +22,7 @@ use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 
 use crate::keys::Keys;
+use crate::observe::Telling;
 use crate::rate::Limiters;
 use crate::token::TokenTable;
 use crate::treatment::Treatment;
@@ -41,6 +42,8 @@ pub struct Bound {
     pub default: Arc<RouteRule>,
     /// What rules do to requests besides, in the order of the routes' rules, and what the default does.
     pub treatments: (Vec<Treatment>, Treatment),
+    /// What is told of its requests.
+    pub telling: Arc<Telling>,
     /// What holds for the endpoints of services.
     pub traffic: HashMap<NamespacedHostname, OfPorts>,
 }
@@ -165,6 +168,7 @@ fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Boun
         closed: None,
         treatments: (treatments, treat(&config.default)?),
         default: Arc::new(config.default),
+        telling: Arc::new(Telling::new(&config.telemetry)?),
         traffic: traffic.collect(),
     })
 }

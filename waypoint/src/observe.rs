@@ -3,6 +3,7 @@
 //! Owns label values and field order. Time that the waypoint adds is told apart from time spent waiting for the pod.
 
 mod exchange;
+pub mod telling;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,48 +11,15 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 pub use exchange::{Exchange, Meter};
+pub use telling::Telling;
 
 use ambit_model::{Identity, Service, Str, Workload};
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::histogram::{BYTES, HistogramVec, MILLISECONDS};
 use ambit_telemetry::metrics::{CounterVec, Labels};
-use ambit_telemetry::peers::{service, side};
+use ambit_telemetry::peers::{HTTP, TCP, service, side};
 use ambit_telemetry::spans::Spans;
-
-macro_rules! common_labels {
-    ($($more:literal),* $(,)?) => {
-        &[
-            "reporter",
-            "source_workload",
-            "source_canonical_service",
-            "source_canonical_revision",
-            "source_workload_namespace",
-            "source_principal",
-            "source_app",
-            "source_version",
-            "source_cluster",
-            "destination_service",
-            "destination_service_namespace",
-            "destination_service_name",
-            "destination_workload",
-            "destination_canonical_service",
-            "destination_canonical_revision",
-            "destination_workload_namespace",
-            "destination_principal",
-            "destination_app",
-            "destination_version",
-            "destination_cluster",
-            "request_protocol",
-            "response_flags",
-            "connection_security_policy",
-            $($more),*
-        ]
-    };
-}
-
-const TCP: &[&str] = common_labels![];
-const HTTP: &[&str] = common_labels!["response_code", "grpc_response_status"];
 
 /// The two sides of a request or connection.
 #[derive(Clone, Debug)]

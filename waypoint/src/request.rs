@@ -81,17 +81,18 @@ pub async fn handle(
     let host = authority(&request).unwrap_or_default();
     let grpc =
         request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
-    let exchange =
-        connection.meter(&context.shared.observer).request(request.method().as_str(), &host, request.uri().path());
+    let bound = current(&context, &connection);
+    let meter = connection.meter(&context.shared.observer);
+    let exchange = meter.request(&request, &host, bound.telling.clone());
     let mut told = Told(Some(exchange));
     let exchange = told.exchange();
     exchange.grpc = grpc;
     let parent = trace_of(request.headers()).or(connection.trace);
     let parent = parent.map(|t| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 });
-    exchange.span = context.shared.observer.spans.begin(parent);
+    exchange.span = context.shared.observer.spans.begin_of(parent, bound.telling.sampling());
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
-    let outcome = respond(&context, &connection, request, &host, exchange, upgrade).await;
+    let outcome = respond(&context, &connection, &bound, request, &host, exchange, upgrade).await;
     let response = match outcome {
         Ok(response) => response,
         Err(mut local) => {
@@ -152,6 +153,7 @@ fn authority(request: &Request<Incoming>) -> Option<String> {
 async fn respond(
     context: &Rc<Context>,
     connection: &Rc<Connection>,
+    bound: &Bound,
     request: Request<Incoming>,
     host: &str,
     exchange: &mut Exchange,
@@ -167,7 +169,6 @@ async fn respond(
     let uri_path =
         if request.method() == Method::OPTIONS && request.uri().path() == "*" { "/" } else { request.uri().path() };
     let path = path::normalise(uri_path).map_err(|e| bad("the path is not valid\n", &e.to_string()))?.into_owned();
-    let bound = current(context, connection);
     if let Some(reason) = &bound.closed {
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }
@@ -189,12 +190,12 @@ async fn respond(
     let asked = Asked { method: &head.method, host, path: &path, port };
     let mut passed = Consulted::default();
     if bound.policies.has_authorizers() {
-        let asks = consult(context, connection, &bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed);
+        let asks = consult(context, connection, bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed);
         Box::pin(asks).await?;
     }
-    exchange.policy = authorize(connection, &bound, &asked, &head.headers, token.as_ref())?;
-    let plan = plan::plan(context, connection, &bound, &head, &path, &query, &original.headers, exchange)?;
-    let treatment = plan.treatment(&bound);
+    exchange.policy = authorize(connection, bound, &asked, &head.headers, token.as_ref())?;
+    let plan = plan::plan(context, connection, bound, &head, &path, &query, &original.headers, exchange)?;
+    let treatment = plan.treatment(bound);
     treatment.limit(&connection.facts.src_identity, &head.headers, cluster::now()).map_err(too_many)?;
     on_purpose(treatment, &head.headers).await?;
 
@@ -222,10 +223,10 @@ async fn respond(
     } else if changed {
         if bound.policies.has_authorizers() {
             let headers = &mut head.headers;
-            let asks = consult(context, connection, &bound, &arrives, &query, headers, token.as_ref(), &mut passed);
+            let asks = consult(context, connection, bound, &arrives, &query, headers, token.as_ref(), &mut passed);
             Box::pin(asks).await?;
         }
-        authorize(connection, &bound, &arrives, &head.headers, token.as_ref())?;
+        authorize(connection, bound, &arrives, &head.headers, token.as_ref())?;
     }
     let mut mirrors = Vec::new();
     for mirror in change.mirrors {

@@ -12,38 +12,9 @@ use ambit_net::relay::Moved;
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::metrics::{Counter, CounterVec, Labels};
-use ambit_telemetry::peers::{place, service, side};
+use ambit_telemetry::peers::{TUNNEL, place, service, side};
 use ambit_telemetry::spans::{Begun, Side, Spans};
 
-const LABELS: &[&str] = &[
-    "reporter",
-    "source_workload",
-    "source_canonical_service",
-    "source_canonical_revision",
-    "source_workload_namespace",
-    "source_principal",
-    "source_app",
-    "source_version",
-    "source_cluster",
-    "destination_service",
-    "destination_service_namespace",
-    "destination_service_name",
-    "destination_workload",
-    "destination_canonical_service",
-    "destination_canonical_revision",
-    "destination_workload_namespace",
-    "destination_principal",
-    "destination_app",
-    "destination_version",
-    "destination_cluster",
-    "request_protocol",
-    "response_flags",
-    "connection_security_policy",
-    "source_region",
-    "source_zone",
-    "destination_region",
-    "destination_zone",
-];
 const FLAGS: usize = 21;
 
 /// Which side of the tunnel reports.
@@ -205,7 +176,7 @@ pub struct Observer {
 impl Observer {
     /// Registers the metrics.
     pub fn new(registry: &Registry, log: AccessLog, spans: Spans) -> Self {
-        let tcp = |name, help| registry.counter(name, help, LABELS);
+        let tcp = |name, help| registry.counter(name, help, TUNNEL);
         let dns = |name, help| registry.counter(name, help, &["request_query_type", "request_protocol"]);
         Self {
             opened: tcp("istio_tcp_connections_opened_total", "Connections opened."),
@@ -227,7 +198,7 @@ impl Observer {
         let side = if facts.reporter == Reporter::Source { Side::Client } else { Side::Server };
         let name = facts.service.as_ref().map_or_else(|| facts.dst.to_string(), |s| s.hostname.to_string());
         let fields = facts.fields().into_iter().filter_map(|(name, value)| match value {
-            Value::Text(text) => Some((name, text)),
+            Value::Text(text) => Some((name.into(), text)),
             Value::Number(_) | Value::Micros(_) | Value::Static(_) | Value::Shared(_) => None,
         });
         self.spans.end(span, side, format!("connect to {name}"), fields.collect(), error.map(|e| e.reason.clone()));
@@ -316,7 +287,7 @@ impl Drop for Open {
     }
 }
 
-const _: () = assert!(LABELS.len() == 27 && FLAGS < LABELS.len());
+const _: () = assert!(TUNNEL.len() == 27 && FLAGS < TUNNEL.len());
 
 #[cfg(test)]
 mod tests {
@@ -353,7 +324,7 @@ mod tests {
         ] {
             assert!(closed.contains(expected), "{expected} in {closed}");
         }
-        assert_eq!(LABELS[FLAGS], "response_flags");
-        assert_eq!(facts.labels(Flag::Deny).len(), LABELS.len());
+        assert_eq!(TUNNEL[FLAGS], "response_flags");
+        assert_eq!(facts.labels(Flag::Deny).len(), TUNNEL.len());
     }
 }

@@ -3,6 +3,7 @@
 //! Owns sampling, identifiers and the form; sending is OpenTelemetry's, in batches, on a thread of its own, with a queue that
 //! drops when it is full. Where nobody is to be told, nothing is made and nothing is sampled.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -88,8 +89,14 @@ impl Spans {
 
     /// Begins a span below another, or a trace of its own; `None` where nobody is to be told.
     pub fn begin(&self, parent: Option<Parent>) -> Option<Begun> {
+        self.begin_of(parent, None)
+    }
+
+    /// As [`Self::begin`], where of the traces that begin here another part is told than usual.
+    pub fn begin_of(&self, parent: Option<Parent>, sampling: Option<f64>) -> Option<Begun> {
         let sink = self.0.as_ref()?;
-        let sampled = parent.map_or_else(|| fastrand::f64() < sink.sampling, |p| p.sampled);
+        let sampling = sampling.unwrap_or(sink.sampling);
+        let sampled = parent.map_or_else(|| fastrand::f64() < sampling, |p| p.sampled);
         let trace = || parent.map_or_else(|| fastrand::u128(1..), |p| p.trace);
         let begun = || Begun {
             trace: trace(),
@@ -106,7 +113,7 @@ impl Spans {
         span: Begun,
         side: Side,
         name: String,
-        attributes: Vec<(&'static str, String)>,
+        attributes: Vec<(Cow<'static, str>, String)>,
         error: Option<String>,
     ) {
         let Some(sink) = &self.0 else { return };
@@ -148,7 +155,7 @@ mod tests {
         assert!(none.begin(None).is_none());
         assert!(none.begin(Some(parent)).is_some(), "who began it decides");
         // Nobody listens there: nothing waits for that.
-        all.end(begun, Side::Server, "x".into(), vec![("k", "v".into())], Some("why".into()));
+        all.end(begun, Side::Server, "x".into(), vec![("k".into(), "v".into())], Some("why".into()));
     }
 
     #[tokio::test]

@@ -17,7 +17,7 @@ use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
-use super::{Condition, Mesh, Rows, backends, routes, services, traffic, treatment, waypoints};
+use super::{Condition, Mesh, Rows, backends, routes, services, telemetry, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
 use crate::objects::mesh::ExtAuthzHttp;
 use crate::objects::route::ParentRef;
@@ -70,6 +70,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     attach_policies(world, &mut bound, mesh);
     close(world, &bound, mesh);
     attach_traffic(world, &mut bound, mesh);
+    telemetry::attach(world, &mut bound, mesh);
     treatment::apply(world, &mut bound, mesh);
     for ((_, _, object), one) in bound {
         for service in &one.own {
@@ -312,7 +313,7 @@ fn closing(reason: &str) -> Condition {
 }
 
 /// Gives something to all services that a target names; what is to be said of it.
-fn attach_to(
+pub(super) fn attach_to(
     world: &World<'_>,
     key: &Key,
     target: &PolicyTarget,

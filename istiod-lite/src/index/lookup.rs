@@ -8,7 +8,7 @@ use ambit_model::workload::Locality;
 
 use super::Settings;
 use crate::objects::mesh::MeshConfig;
-use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio, route, traffic};
+use crate::objects::{Key, Loaded, Meta, Object, Objects, core, gateway, istio, route, telemetry, traffic};
 
 /// An object of a kind with its key and metadata.
 #[derive(Debug)]
@@ -43,6 +43,7 @@ pub struct World<'a> {
     pub authorization: Vec<Entry<'a, istio::AuthorizationPolicy>>,
     pub authentication: Vec<Entry<'a, istio::PeerAuthentication>>,
     pub tokens: Vec<Entry<'a, istio::RequestAuthentication>>,
+    pub telemetry: Vec<Entry<'a, telemetry::Telemetry>>,
     pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
     pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
     pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
@@ -73,6 +74,7 @@ impl<'a> World<'a> {
             authorization: Vec::new(),
             authentication: Vec::new(),
             tokens: Vec::new(),
+            telemetry: Vec::new(),
             gateways: BTreeMap::new(),
             http_routes: Vec::new(),
             grpc_routes: Vec::new(),
@@ -122,6 +124,7 @@ impl<'a> World<'a> {
             Object::AuthorizationPolicy(object) => self.authorization.push(Entry { key, meta, object }),
             Object::PeerAuthentication(object) => self.authentication.push(Entry { key, meta, object }),
             Object::RequestAuthentication(object) => self.tokens.push(Entry { key, meta, object }),
+            Object::Telemetry(object) => self.telemetry.push(Entry { key, meta, object }),
             Object::Gateway(object) => {
                 self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
             }

@@ -16,6 +16,7 @@ pub mod routes;
 pub mod services;
 pub mod shared;
 pub mod status;
+pub mod telemetry;
 pub mod traffic;
 pub mod treatment;
 pub mod waypoints;

@@ -9,6 +9,9 @@ use ambit_model::workload::{Health, Protocol};
 use super::*;
 use crate::objects::{Loaded, Place, parse};
 
+mod l7;
+mod telemetry;
+
 fn objects(yaml: &str) -> Objects {
     let mut all = Objects::new();
     for document in ambit_runtime::yaml::split(yaml) {
@@ -536,124 +539,4 @@ fn removal_for_good_is_told_from_an_upgrade() {
     );
     assert_eq!(of(&Objects::new(), &settings).as_deref(), Some("istio-system"));
     assert_eq!(of(&Objects::new(), &self::settings()), None, "a source without such objects knows nothing");
-}
-
-/// A namespace `shop` whose services go through a waypoint of `of`, with two services.
-fn bound_shop(of: &str) -> String {
-    let second = |name: &str, ip: &str| {
-        format!(
-            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{clusterIP: {ip}, selector: {{app: {name}}}, \
-             ports: [{{name: plain, port: 80}}, {{name: secure, port: 443}}]}}\n---\n"
-        )
-    };
-    let gateway = format!(
-        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: wp, namespace: {of}}}\n\
-         spec: {{gatewayClassName: istio-waypoint, listeners: [{{name: m, port: 15008, protocol: HBONE, \
-         allowedRoutes: {{namespaces: {{from: All}}}}}}]}}\nstatus: {{addresses: [{{type: Hostname, value: wp.{of}.svc.cluster.local}}]}}\n---\n"
-    );
-    let labels = format!("istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: {of}");
-    [
-        namespace("shop", &labels),
-        namespace("infra", ""),
-        gateway,
-        second("web", "10.96.0.7"),
-        second("web-v2", "10.96.0.8"),
-    ]
-    .concat()
-}
-
-fn told<'a>(mesh: &'a Mesh, service: &str) -> &'a ambit_model::l7::ServiceConfig {
-    let key = NamespacedHostname::new("shop", format!("{service}.shop.svc.cluster.local"));
-    &mesh.bound.get(&key).unwrap_or_else(|| panic!("{service} is bound: {:?}", mesh.bound.keys())).config
-}
-
-fn own_traffic<'a>(mesh: &'a Mesh, service: &str) -> Option<&'a ambit_model::l7::traffic::ServiceTraffic> {
-    let key = NamespacedHostname::new("shop", format!("{service}.shop.svc.cluster.local"));
-    told(mesh, service).traffic.get(&key)
-}
-
-#[test]
-fn tls_policies_hold_for_the_ports_that_they_name() {
-    use ambit_model::l7::traffic::Origination;
-    let policy = |name: &str, section: &str, host: &str| {
-        format!(
-            "apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
-             spec: {{targetRefs: [{{group: '', kind: Service, name: web{section}}}], \
-             validation: {{hostname: {host}, wellKnownCACertificates: System}}}}\n---\n"
-        )
-    };
-    let sni = |t: &ambit_model::l7::traffic::Traffic| match &t.tls {
-        Some(Origination::Tls(tls)) => Some(tls.sni.to_string()),
-        Some(Origination::Refused(why)) => panic!("{why}"),
-        None => None,
-    };
-    let one = mesh(&format!("{}{}", bound_shop("shop"), policy("p", ", sectionName: secure", "a.example")));
-    let traffic = own_traffic(&one, "web").expect("said of web");
-    assert_eq!((sni(&traffic.all), sni(traffic.of(443))), (None, Some("a.example".into())));
-    assert!(own_traffic(&one, "web-v2").is_none());
-    // One for all ports, and one for a port, which is nearer.
-    let both = [policy("a", "", "all.example"), policy("z", ", sectionName: secure", "port.example")].concat();
-    let two = mesh(&format!("{}{both}", bound_shop("shop")));
-    let traffic = own_traffic(&two, "web").expect("said of web");
-    assert_eq!((sni(traffic.of(80)), sni(traffic.of(443))), (Some("all.example".into()), Some("port.example".into())));
-    // A port that is not there: nothing goes out in the clear for a typing mistake, and the status says so.
-    let wrong = mesh(&format!("{}{}", bound_shop("shop"), policy("p", ", sectionName: secur", "a.example")));
-    assert_eq!(sni(&own_traffic(&wrong, "web").expect("said of web").all), Some("a.example".into()));
-    let said: Vec<&Condition> =
-        wrong.statuses.iter().filter(|(k, _)| k.kind == "BackendTLSPolicy").flat_map(|(_, c)| c).collect();
-    assert!(said.iter().any(|c| !c.status && c.message.contains("secur")), "{said:?}");
-}
-
-#[test]
-fn credentials_are_for_rules_of_the_waypoints_namespace() {
-    use ambit_model::l7::traffic::Origination;
-    let rule = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: r, namespace: shop}\n\
-                spec: {host: web, trafficPolicy: {tls: {mode: MUTUAL, credentialName: NAME}}}\n---\n";
-    let with = |of: &str, name: &str| mesh(&format!("{}{}", bound_shop(of), rule.replace("NAME", name)));
-    let own = with("shop", "client");
-    let tls = own_traffic(&own, "web").and_then(|t| t.all.tls.clone());
-    assert!(matches!(&tls, Some(Origination::Tls(t)) if &*t.sni == "web.shop.svc.cluster.local"), "{tls:?}");
-    let gateway = Key { kind: "Gateway", namespace: "shop".into(), name: "wp".into() };
-    let rendered = serde_json::to_string(&own.rendered[&gateway].objects).expect("JSON");
-    assert!(rendered.contains(r#""secretName":"client""#) && rendered.contains("/credentials/client"), "{rendered}");
-    for (of, name) in [("infra", "client"), ("shop", "..")] {
-        let other = with(of, name);
-        let tls = own_traffic(&other, "web").and_then(|t| t.all.tls.clone());
-        assert!(matches!(tls, Some(Origination::Refused(_))), "{of} {name}: {tls:?}");
-        assert!(!other.rendered.values().any(|r| format!("{:?}", r.objects).contains("credentials")), "{of} {name}");
-    }
-}
-
-#[test]
-fn an_entry_with_the_host_of_a_service_takes_nothing_from_it() {
-    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: shop}\n\
-                  spec: {targetRefs: [{group: '', kind: Service, name: web}], action: DENY, rules: [{}]}\n---\n";
-    let entry = |name: &str| {
-        format!(
-            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: shop}}\n\
-             spec: {{hosts: [web.shop.svc.cluster.local], resolution: STATIC, ports: [{{number: 80, name: http}}]}}\n---\n"
-        )
-    };
-    for name in ["aaa", "web", "zzz"] {
-        let mesh = mesh(&format!("{}{policy}{}", bound_shop("shop"), entry(name)));
-        assert_eq!(told(&mesh, "web").policies.len(), 1, "{name}");
-    }
-}
-
-#[test]
-fn a_policy_holds_where_a_route_leads_and_the_nearest_wins() {
-    let more = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\n\
-                spec: {parentRefs: [{group: '', kind: Service, name: web}], rules: [{backendRefs: [{name: web-v2, port: 80}]}]}\n---\n\
-                apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: v2, namespace: shop}\n\
-                spec: {targetRefs: [{group: '', kind: Service, name: web-v2}], limits: {requests: 7}}\n---\n\
-                apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: all, namespace: shop}\n\
-                spec: {targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: wp}], limits: {requests: 1}}\n---\n\
-                apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: shop}\n\
-                spec: {host: web, trafficPolicy: {connectionPool: {http: {http2MaxRequests: 3}}}}\n---\n";
-    let mesh = mesh(&format!("{}{more}", bound_shop("shop")));
-    let key = NamespacedHostname::new("shop", "web-v2.shop.svc.cluster.local");
-    let requests = |t: Option<&ambit_model::l7::traffic::ServiceTraffic>| t.and_then(|t| t.all.limits.requests);
-    assert_eq!(requests(told(&mesh, "web").traffic.get(&key)), Some(7), "by the route");
-    assert_eq!(requests(own_traffic(&mesh, "web-v2")), Some(7), "straight");
-    assert_eq!(requests(own_traffic(&mesh, "web")), Some(3), "the rule of the service before what the Gateway has");
 }

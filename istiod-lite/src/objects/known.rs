@@ -43,6 +43,7 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "WorkloadEntry", group: "networking.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "AuthorizationPolicy", group: "security.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "RequestAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
+    Kind { kind: "Telemetry", group: "telemetry.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "PeerAuthentication", group: "security.istio.io", namespaced: true, unread: &["status*"] },
     Kind {
         kind: "Gateway",
@@ -203,7 +204,6 @@ impl Kind {
             ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
             ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
             ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
-            ("telemetry.istio.io", "Telemetry") => "telemetry is not configurable yet",
             (GATEWAY_API, "TCPRoute" | "TLSRoute" | "UDPRoute") => "TCP, TLS and UDP are not routed",
             (GATEWAY_API, _) => {
                 "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute, ReferenceGrant or BackendTLSPolicy"

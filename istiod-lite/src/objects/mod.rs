@@ -13,6 +13,7 @@ pub mod mesh;
 pub mod meta;
 pub mod parse;
 pub mod route;
+pub mod telemetry;
 pub mod traffic;
 
 use std::fmt;
@@ -55,6 +56,7 @@ pub enum Object {
     AuthorizationPolicy(Box<istio::AuthorizationPolicy>),
     PeerAuthentication(istio::PeerAuthentication),
     RequestAuthentication(Box<istio::RequestAuthentication>),
+    Telemetry(Box<telemetry::Telemetry>),
     Gateway(Box<gateway::Gateway>),
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),

@@ -241,6 +241,7 @@ impl<I: Input> Reader<'_, I> {
             "AuthorizationPolicy" => Object::AuthorizationPolicy(self.read()?),
             "PeerAuthentication" => Object::PeerAuthentication(self.read()?),
             "RequestAuthentication" => Object::RequestAuthentication(self.read()?),
+            "Telemetry" => Object::Telemetry(self.read()?),
             "Gateway" => Object::Gateway(self.read()?),
             "HTTPRoute" => Object::HttpRoute(self.read()?),
             "GRPCRoute" => Object::GrpcRoute(self.read()?),

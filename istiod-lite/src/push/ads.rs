@@ -325,7 +325,7 @@ impl Client {
             return Ok(());
         }
         let first = wanted.fresh && part != Part::Removed;
-        let since = resources.since(wanted.sent);
+        let since = resources.since(kind, wanted.sent);
         let (mut added, mut removed) = (Vec::new(), BTreeSet::new());
         if part != Part::Removed && (wanted.fresh || kind.changed() > wanted.sent) {
             (added, removed) = difference(kind, wanted, type_url, &self.node)?;

@@ -28,7 +28,7 @@ use crate::index::{Mesh, OnNode};
 /// Changes remembered; a client that is further behind is compared with everything.
 const LOG: usize = 16 * 1024;
 /// Generations of which it is remembered when they were made.
-const TIMES: usize = 64;
+const TIMES: usize = 1024;
 
 /// A waypoint as audience of a resource; no node is named so.
 pub fn waypoint(namespace: &str, name: &str) -> String {
@@ -213,10 +213,12 @@ impl Resources {
         self.waypoint_services.take(generation, bound);
     }
 
-    /// When the source told of the first change after a generation, where that is not too long ago.
-    pub fn since(&self, generation: u64) -> Option<Instant> {
-        let after = self.times.partition_point(|(g, _)| *g <= generation);
-        self.times.get(after).map(|(_, since)| *since)
+    /// When the source told of the first change of a kind after a generation, where that is not too long ago.
+    pub fn since(&self, kind: &Kind, generation: u64) -> Option<Instant> {
+        let next = kind.log.partition_point(|(g, _)| *g <= generation);
+        let (next, _) = kind.log.get(next)?;
+        let at = self.times.binary_search_by_key(next, |(g, _)| *g).ok()?;
+        self.times.get(at).map(|(_, since)| *since)
     }
 
     /// Resources of a type.
@@ -312,6 +314,21 @@ mod tests {
         assert_eq!(on("n1", Health::Healthy), 1);
         assert_eq!((on("n2", Health::Healthy), on("", Health::Healthy), policy(Action::Allow)), (2, 2, 2));
         assert_eq!(Lane::Of("n1".into()).rank(""), 2);
+    }
+
+    #[test]
+    fn the_age_of_a_change_is_that_of_its_own_kind() {
+        let mut resources = Resources::default();
+        let start = Instant::now();
+        let at = |seconds| start + std::time::Duration::from_secs(seconds);
+        for (generation, name, seconds) in [(1, "a", 1), (2, "", 2), (3, "b", 3), (4, "a", 4)] {
+            Arc::make_mut(&mut resources.times).push_back((generation, at(seconds)));
+            if !name.is_empty() {
+                resources.addresses.take(generation, kind(&[(name, &generation.to_string())]));
+            }
+        }
+        let since = |generation| resources.since(&resources.addresses, generation);
+        assert_eq!((since(0), since(1), since(3), since(4)), (Some(at(1)), Some(at(3)), Some(at(4)), None));
     }
 
     #[test]

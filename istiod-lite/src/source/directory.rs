@@ -6,7 +6,7 @@
 //! The overlay is what a cluster would write: `objects/` holds whole objects (rendered pods), `patches/` holds parts of
 //! objects (status, node, addresses) that are merged onto the user's and have no effect without them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -154,8 +154,15 @@ impl Directory {
                 File { stamp, documents, unreadable: Some(reason) }
             }
             Ok(text) => {
+                // Most documents of a large file are what they were.
+                let before = old.iter().flat_map(|f| &f.documents);
+                let before: HashMap<&str, &Arc<Parsed>> =
+                    before.filter_map(|(_, text, parsed)| Some((&**text, parsed.as_ref().ok()?))).collect();
                 let document = |d: Document<'_>| {
                     let place = Place { file: name.clone(), line: d.line };
+                    if let Some(parsed) = before.get(d.text) {
+                        return (place, Arc::from(d.text), Ok((*parsed).clone()));
+                    }
                     let parsed = match layer {
                         // A part of an object is checked when it has been merged.
                         Layer::Patches => parse_header(d.text),

@@ -48,6 +48,7 @@ const WATCHED: &[Watched] = &[
     watched("AuthorizationPolicy", "authorizationpolicies"),
     watched("PeerAuthentication", "peerauthentications"),
     watched("RequestAuthentication", "requestauthentications"),
+    watched("Telemetry", "telemetries"),
     watched("Gateway", "gateways"),
     watched("HTTPRoute", "httproutes"),
     watched("GRPCRoute", "grpcroutes"),

@@ -2,6 +2,7 @@
 //!
 //! Owns the series of a connection: they are looked up once for each pod, status and flag, not once a request.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -9,13 +10,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
 
+use ambit_model::l7::expression::{Attribute, Attributes, Value as Of};
+use ambit_model::l7::telemetry::Metric;
 use ambit_model::{Str, Workload};
 use ambit_telemetry::access_log::{Level, Line, Value};
-use ambit_telemetry::histogram::Histogram;
+use ambit_telemetry::histogram::{Histogram, HistogramVec};
 use ambit_telemetry::metrics::{Counter, Labels};
+use ambit_telemetry::peers::HTTP;
 use ambit_telemetry::spans::{Begun, Side};
 use http::HeaderMap;
 
+use super::telling::{Kept, Telling};
 use super::{Facts, Observer, UnderWay};
 
 /// Series that a connection keeps at hand.
@@ -25,6 +30,7 @@ const SERIES: usize = 32;
 pub struct Meter {
     observer: Observer,
     facts: Facts,
+    principal: String,
     added: Arc<Histogram>,
     series: RefCell<Vec<Rc<Series>>>,
 }
@@ -32,10 +38,10 @@ pub struct Meter {
 /// What is counted, for one kind of outcome at one pod.
 struct Series {
     kind: Kind,
-    requests: Arc<Counter>,
-    duration: Arc<Histogram>,
-    request_bytes: Arc<Histogram>,
-    response_bytes: Arc<Histogram>,
+    requests: Option<Arc<Counter>>,
+    duration: Option<Arc<Histogram>>,
+    request_bytes: Option<Arc<Histogram>>,
+    response_bytes: Option<Arc<Histogram>>,
     /// Both sides, for the log.
     fields: Vec<(&'static str, Value)>,
 }
@@ -47,6 +53,7 @@ struct Kind {
     grpc_status: Option<Str>,
     status: u16,
     flag: &'static str,
+    telling: Arc<Telling>,
 }
 
 impl Kind {
@@ -56,6 +63,7 @@ impl Kind {
             && self.flag == e.flag
             && self.grpc == e.grpc
             && self.grpc_status == e.grpc_status
+            && Arc::ptr_eq(&self.telling, &e.telling)
             && self.workload.as_ref().map(Arc::as_ptr) == e.dst_workload.as_ref().map(Arc::as_ptr)
     }
 }
@@ -65,11 +73,13 @@ impl Meter {
     pub fn new(observer: Observer, facts: Facts) -> Self {
         let name = facts.service.as_ref().map_or_else(|| "unknown".into(), |s| s.hostname.clone());
         let added = observer.added.with(&[name].into());
-        Self { observer, facts, added, series: RefCell::default() }
+        let principal = facts.src_identity.to_string();
+        Self { observer, facts, principal, added, series: RefCell::default() }
     }
 
     /// A request has come.
-    pub fn request(self: &Rc<Self>, method: &str, host: &str, path: &str) -> Exchange {
+    pub fn request<B>(self: &Rc<Self>, request: &http::Request<B>, host: &str, telling: Arc<Telling>) -> Exchange {
+        let (method, path) = (request.method(), request.uri().path());
         Exchange {
             _under_way: self.observer.under_way(),
             meter: self.clone(),
@@ -91,6 +101,8 @@ impl Meter {
             span: None,
             request_bytes: Arc::default(),
             response_bytes: Arc::default(),
+            headers: telling.keep(request.headers()),
+            telling,
         }
     }
 
@@ -113,13 +125,16 @@ impl Meter {
             grpc_status: e.grpc_status.clone(),
             status: e.status,
             flag: e.flag,
+            telling: e.telling.clone(),
         };
+        let of = |metric| e.telling.labels(metric, HTTP, &labels);
+        let histogram = |all: &HistogramVec, metric| of(metric).map(|labels| all.with(&labels));
         let made = Rc::new(Series {
             kind,
-            requests: self.observer.requests.with(&labels),
-            duration: self.observer.duration.with(&labels),
-            request_bytes: self.observer.request_bytes.with(&labels),
-            response_bytes: self.observer.response_bytes.with(&labels),
+            requests: of(Metric::RequestCount).map(|labels| self.observer.requests.with(&labels)),
+            duration: histogram(&self.observer.duration, Metric::RequestDuration),
+            request_bytes: histogram(&self.observer.request_bytes, Metric::RequestSize),
+            response_bytes: histogram(&self.observer.response_bytes, Metric::ResponseSize),
             fields,
         });
         if all.len() >= SERIES {
@@ -156,6 +171,8 @@ pub struct Exchange {
     pub span: Option<Begun>,
     pub request_bytes: Arc<AtomicU64>,
     pub response_bytes: Arc<AtomicU64>,
+    headers: Kept,
+    telling: Arc<Telling>,
 }
 
 impl Exchange {
@@ -175,16 +192,19 @@ impl Exchange {
     }
 
     /// It is over.
-    pub fn complete(self) {
+    pub fn complete(mut self) {
         let elapsed = self.start.elapsed();
         let series = self.meter.series(&self);
         let (sent, received) = (self.response_bytes.load(Relaxed), self.request_bytes.load(Relaxed));
-        series.requests.inc();
-        series.duration.record(elapsed.as_secs_f64() * 1000.0);
-        series.request_bytes.record(received as f64);
-        series.response_bytes.record(sent as f64);
-        if let Some(span) = self.span {
+        series.requests.iter().for_each(|c| c.inc());
+        series.duration.iter().for_each(|h| h.record(elapsed.as_secs_f64() * 1000.0));
+        series.request_bytes.iter().for_each(|h| h.record(received as f64));
+        series.response_bytes.iter().for_each(|h| h.record(sent as f64));
+        if let Some(span) = self.span.take().filter(|_| self.telling.spans()) {
             self.tell(span);
+        }
+        if !self.telling.logs(&Over { exchange: &self, elapsed }) {
+            return;
         }
         let mut fields = Vec::with_capacity(series.fields.len() + 14);
         fields.push(("request", Value::Text(self.request)));
@@ -212,18 +232,44 @@ impl Exchange {
 
     /// Ends its span.
     fn tell(&self, span: Begun) {
-        let attribute = |name, value: &dyn ToString| (name, value.to_string());
+        let attribute = |name: &'static str, value: &dyn ToString| (Cow::Borrowed(name), value.to_string());
         let mut attributes = vec![
             attribute("url.path", &self.request.split_once(' ').map_or("", |(_, path)| path)),
             attribute("server.address", &self.host),
             attribute("http.response.status_code", &self.status),
             attribute("upstream.us", &self.waited.as_micros()),
-            attribute("source.principal", &self.meter.facts.src_identity),
+            attribute("source.principal", &self.meter.principal),
         ];
         attributes.extend(self.route.iter().map(|r| attribute("route", r)));
         attributes.extend(self.policy.iter().map(|p| attribute("policy", p)));
         attributes.extend(self.dst_workload.iter().map(|w| attribute("destination.workload", &w.name)));
+        attributes.extend(self.telling.attributes(&self.headers).map(|(name, value)| (Cow::Owned(name), value)));
         let spans = &self.meter.observer.spans;
         spans.end(span, Side::Server, self.request.clone(), attributes, self.error.clone());
+    }
+}
+
+/// A request that is over, as the filter of the access log looks at it.
+struct Over<'a> {
+    exchange: &'a Exchange,
+    elapsed: Duration,
+}
+
+impl Attributes for Over<'_> {
+    fn get(&self, attribute: &Attribute) -> Option<Of<'_>> {
+        let of = self.exchange;
+        let (method, path) = of.request.split_once(' ')?;
+        Some(match attribute {
+            Attribute::ResponseCode => Of::Number(i64::from(of.status)),
+            Attribute::GrpcStatus => Of::Number(of.grpc_status.as_ref().filter(|_| of.grpc)?.parse().ok()?),
+            Attribute::ResponseFlags => Of::Text(of.flag),
+            Attribute::Method => Of::Text(method),
+            Attribute::Path => Of::Text(path),
+            Attribute::Host => Of::Text(&of.host),
+            Attribute::Duration => Of::Number(self.elapsed.as_millis() as i64),
+            Attribute::Header(name) => Of::Text(&of.headers.iter().find(|(n, _)| **n == **name)?.1),
+            Attribute::Mtls => Of::Truth(true),
+            Attribute::Principal => Of::Text(&of.meter.principal),
+        })
     }
 }

@@ -4,9 +4,11 @@
 //! route, which policy. The controller compiles objects to [`ServiceConfig`], the waypoint compiles that to a
 //! [`RouteTable`](table::RouteTable) and a [`PolicyTable`](policy::PolicyTable) once a change. Never sees a connection.
 
+pub mod expression;
 pub mod path;
 pub mod policy;
 pub mod table;
+pub mod telemetry;
 pub mod token;
 pub mod traffic;
 
@@ -36,6 +38,9 @@ pub struct ServiceConfig {
     /// What requests follow where no route is attached.
     #[serde(skip_serializing_if = "is_default")]
     pub default: RouteRule,
+    /// What is told of its requests.
+    #[serde(skip_serializing_if = "is_default")]
+    pub telemetry: telemetry::Telemetry,
     /// What holds for the endpoints of services: of this one, and of those that its routes lead to.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub traffic: BTreeMap<NamespacedHostname, traffic::ServiceTraffic>,

@@ -1,0 +1,90 @@
+//! What waypoints tell is what an object of Istio's Telemetry asks for.
+
+use ambit_e2e::{CLIENT, layer7, request, shop, told, waypoint};
+use ambit_testing::mesh::{Mesh, Options};
+use ambit_testing::{Failure, sandbox};
+
+const TELEMETRY: &str = r#"
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {name: quiet, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: web}]
+  accessLogging:
+  - filter: {expression: "request.url_path.startsWith('/told') || response.code >= 500"}
+  tracing:
+  - customTags:
+      team: {literal: {value: shop}}
+      user: {header: {name: X-User, defaultValue: nobody}}
+  metrics:
+  - overrides:
+    - {match: {metric: REQUEST_SIZE}, disabled: true}
+    - {match: {metric: REQUEST_COUNT}, tagOverrides: {response_flags: {value: "'none'"}, source_principal: {operation: REMOVE}}}
+"#;
+
+fn page(mesh: &Mesh) -> String {
+    let pod = waypoint(mesh).map(|p| p.net.netns);
+    pod.and_then(|netns| mesh.http_get(&netns, 15020, "/metrics")).unwrap_or_default()
+}
+
+/// Lines of a metric, as labels and value.
+fn lines<'a>(page: &'a str, metric: &str) -> Vec<(&'a str, u64)> {
+    let of = page.lines().filter_map(|l| l.strip_prefix(metric)?.strip_prefix('{')?.rsplit_once("} "));
+    of.filter_map(|(labels, value)| Some((labels, value.parse().ok()?))).collect()
+}
+
+#[test]
+fn what_is_told_is_what_telemetry_asks_for() {
+    sandbox::test("what_is_told_is_what_telemetry_asks_for", || async {
+        let mesh = shop(Options { traces: true, ..Options::default() }).await?;
+        layer7(&mesh).await?;
+        mesh.apply("telemetry.yaml", TELEMETRY)?;
+        // The log is in the order of requests: where the later one is told, the earlier one would have been.
+        let start = std::time::Instant::now();
+        for n in 0.. {
+            let (untold, is_told) = (format!("/untold/{n}"), format!("/told/{n}"));
+            for path in [&untold, &is_told] {
+                request(&mesh, &["GET", &format!("http://web.shop{path}"), "--header", "X-User: me"]).await?;
+            }
+            let has = |m: &Mesh, path: &str| told(m).iter().any(|l| l["request"] == format!("GET {path}"));
+            mesh.wait("a request that is to be told", |m| has(m, &is_told)).await?;
+            if !has(&mesh, &untold) {
+                break;
+            }
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("the filter is never in force"));
+            }
+        }
+        let before = page(&mesh);
+        let sizes = |page: &str| lines(page, "istio_request_bytes_count").iter().map(|(_, n)| n).sum::<u64>();
+        let ours = |page: &str| {
+            let all = lines(page, "istio_requests_total").into_iter();
+            let ours =
+                all.filter(|(l, _)| l.contains(r#"response_flags="none""#) && l.contains(r#"source_principal="""#));
+            ours.map(|(_, n)| n).sum::<u64>()
+        };
+        let counted = ours(&before);
+        for _ in 0..3 {
+            request(&mesh, &["GET", "http://web.shop/told/more"]).await?;
+        }
+        mesh.wait("requests to be counted as asked for", |m| ours(&page(m)) == counted + 3).await?;
+        if sizes(&page(&mesh)) != sizes(&before) {
+            return Err(Failure::new("a metric that was taken out still counts"));
+        }
+        let tagged = |m: &Mesh, user: &str| {
+            let of = |s: &serde_json::Value| s["attributes"]["team"] == "shop" && s["attributes"]["user"] == user;
+            m.spans(0).iter().any(of)
+        };
+        mesh.wait("spans with the header's value", |m| tagged(m, "me")).await?;
+        mesh.wait("spans without it", |m| tagged(m, "nobody")).await?;
+        // A mistake changes nothing of what is in force, and is told with its place.
+        mesh.apply("telemetry.yaml", &TELEMETRY.replace("startsWith", "beginsWith"))?;
+        mesh.wait("the mistake to be told", |m| {
+            m.debug("/debug/objects")
+                .is_ok_and(|all| all.to_string().contains("contains, startsWith, endsWith or matches"))
+        })
+        .await?;
+        mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/told/last"]).await?;
+        mesh.wait("the log without a filter", |m| told(m).iter().any(|l| l["request"] == "GET /told/last")).await
+    });
+}

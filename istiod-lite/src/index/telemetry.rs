@@ -1,0 +1,259 @@
+//! What waypoints tell of requests: Istio's Telemetry, for each service that is bound to one.
+//!
+//! Owns the meaning of its fields and which object counts: the nearest one for each section (service, Gateway, the
+//! waypoint's namespace, class, mesh), and of several as near the oldest.
+
+use std::collections::BTreeMap;
+
+use ambit_model::Str;
+use ambit_model::l7::expression;
+use ambit_model::l7::telemetry::{Metric, MetricRule, Tag, Telemetry};
+use ambit_telemetry::peers::HTTP;
+
+use super::l7::{Bound, Owner, attach_to};
+use super::lookup::{Entry, World};
+use super::policies::Invalid;
+use super::{Condition, Mesh};
+use crate::objects::Key;
+use crate::objects::istio::PolicyTarget;
+use crate::objects::telemetry::{self as api, Provider};
+
+/// Sections of an object; each is taken whole from the object that counts for it.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Sections {
+    log: Option<(bool, Option<Str>)>,
+    tracing: Option<Tracing>,
+    metrics: Option<Vec<MetricRule>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Tracing {
+    no_spans: bool,
+    sampling: Option<f64>,
+    tags: BTreeMap<Str, Tag>,
+}
+
+impl Sections {
+    fn give(&self, to: &mut Telemetry) {
+        if let Some((off, filter)) = &self.log {
+            (to.no_log, to.log_filter) = (*off, filter.clone());
+        }
+        if let Some(tracing) = &self.tracing {
+            (to.no_spans, to.sampling, to.tags) = (tracing.no_spans, tracing.sampling, tracing.tags.clone());
+        }
+        if let Some(metrics) = &self.metrics {
+            to.metrics.clone_from(metrics);
+        }
+    }
+
+    /// A section that both have.
+    fn both(&self, other: &Self) -> Option<&'static str> {
+        let both = [
+            ("accessLogging", self.log.is_some() && other.log.is_some()),
+            ("tracing", self.tracing.is_some() && other.tracing.is_some()),
+            ("metrics", self.metrics.is_some() && other.metrics.is_some()),
+        ];
+        both.into_iter().find(|(_, both)| *both).map(|(name, _)| name)
+    }
+}
+
+/// For what an object holds, the farthest first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reach<'a> {
+    Mesh,
+    Class(&'a str),
+    Namespace(&'a str),
+    Gateway(&'a str, &'a str),
+    Service(&'a str, &'a str, &'a str),
+}
+
+/// Gives each service what the objects that reach it ask for.
+pub(super) fn attach(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
+    let mut all: Vec<(Reach<'_>, Option<&PolicyTarget>, &Entry<'_, api::Telemetry>, Sections)> = Vec::new();
+    let mut entries: Vec<_> = world.telemetry.iter().collect();
+    entries.sort_by_key(|e| e.meta.age());
+    for entry in entries {
+        let spec = &entry.object.spec;
+        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
+        let sections = match sections(world, entry.key, spec) {
+            Ok(sections) => sections,
+            Err(wrong) => {
+                statuses.push(Condition::no("Accepted", "Invalid", format!("{wrong}; nothing of it is in force")));
+                continue;
+            }
+        };
+        let targets: Vec<&PolicyTarget> = spec.target_ref.iter().chain(&spec.target_refs).collect();
+        let reaches: Vec<_> = match targets.is_empty() {
+            true if entry.key.namespace == world.config.root_namespace => vec![(Reach::Mesh, None)],
+            true => vec![(Reach::Namespace(&entry.key.namespace), None)],
+            false => targets.into_iter().map(|t| (reach(entry.key, t), Some(t))).collect(),
+        };
+        for (reach, target) in reaches {
+            let older = all.iter().filter(|(r, ..)| *r == reach);
+            if let Some((section, winner)) = older.filter_map(|(.., e, s)| Some((sections.both(s)?, e.key))).next() {
+                let text =
+                    format!("spec.{section}: {}/{} holds for the same and is older", winner.namespace, winner.name);
+                statuses.push(Condition::no("Accepted", "Conflicted", text));
+            }
+            all.push((reach, target, entry, sections.clone()));
+        }
+    }
+    // The nearest last, and of those as near the oldest: what comes later counts.
+    all.reverse();
+    all.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    for (reach, target, entry, sections) in &all {
+        let condition = match target {
+            Some(target) => {
+                let give = |config: &mut ambit_model::l7::ServiceConfig| sections.give(&mut config.telemetry);
+                Condition { r#type: "Accepted", ..attach_to(world, entry.key, target, bound, &give) }
+            }
+            None => {
+                let mut count = 0;
+                let here = |b: &&mut Bound| matches!(reach, Reach::Mesh) || *reach == Reach::Namespace(&b.gateway.0);
+                for one in bound.values_mut().filter(here) {
+                    sections.give(&mut one.config.telemetry);
+                    count += 1;
+                }
+                let text = format!("in force for {count} services of waypoints, where nothing nearer is");
+                Condition::yes("Accepted", "Accepted", text)
+            }
+        };
+        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
+        if !statuses.iter().any(|c| c.r#type == "Accepted") {
+            statuses.push(condition);
+        }
+    }
+}
+
+fn reach<'a>(key: &'a Key, target: &'a PolicyTarget) -> Reach<'a> {
+    match &*target.kind {
+        "GatewayClass" => Reach::Class(&target.name),
+        "Gateway" => Reach::Gateway(&key.namespace, &target.name),
+        kind => Reach::Service(kind, &key.namespace, &target.name),
+    }
+}
+
+fn invalid<T>(path: String, value: &str, expected: &'static str) -> Result<T, Invalid> {
+    Err(Invalid { path, value: value.to_owned(), expected })
+}
+
+fn sections(world: &World<'_>, _: &Key, spec: &api::TelemetrySpec) -> Result<Sections, Invalid> {
+    if spec.selector.is_some() {
+        return invalid("spec.selector".into(), "", "targetRefs: waypoints are not chosen by labels of pods");
+    }
+    let mut of = Sections::default();
+    let provider = |path: &str, all: &[Provider], ours: &[&str]| {
+        let known =
+            |name: &str| ours.contains(&name) || world.config.extension_providers.iter().any(|p| p.name == name);
+        match all.iter().enumerate().find(|(_, p)| !known(&p.name)) {
+            Some((n, p)) => {
+                let expected =
+                    "one that the mesh configuration names; what is told goes where the installation sends it";
+                invalid(format!("{path}.providers[{n}].name"), &p.name, expected)
+            }
+            None => Ok(()),
+        }
+    };
+    let server = |path: String, mode: &str| match mode {
+        "" | "CLIENT_AND_SERVER" | "SERVER" => Ok(()),
+        mode => invalid(path, mode, "SERVER or CLIENT_AND_SERVER: waypoints tell as servers"),
+    };
+    let several = |name: &str| invalid(format!("spec.{name}[1]"), "a second one", "one");
+    match &spec.access_logging[..] {
+        [] => {}
+        [log] => {
+            provider("spec.accessLogging[0]", &log.providers, &["envoy"])?;
+            server("spec.accessLogging[0].match.mode".into(), &log.r#match.mode)?;
+            let filter = log.filter.as_ref().map(|f| &*f.expression);
+            if let Some(Err(wrong)) = filter.map(expression::parse) {
+                let path = "spec.accessLogging[0].filter.expression".to_owned();
+                return Err(Invalid {
+                    path: format!("{path}: {wrong}"),
+                    value: filter.unwrap_or("").into(),
+                    expected: "a filter as README describes it",
+                });
+            }
+            of.log = Some((log.disabled == Some(true), filter.map(Str::from)));
+        }
+        _ => return several("accessLogging"),
+    }
+    match &spec.tracing[..] {
+        [] => {}
+        [tracing] => {
+            provider("spec.tracing[0]", &tracing.providers, &[])?;
+            server("spec.tracing[0].match.mode".into(), &tracing.r#match.mode)?;
+            let percentage = tracing.random_sampling_percentage;
+            if let Some(wrong) = percentage.filter(|p| !(0.0..=100.0).contains(p)) {
+                return invalid("spec.tracing[0].randomSamplingPercentage".into(), &wrong.to_string(), "0 to 100");
+            }
+            let tags = tracing.custom_tags.iter().map(|(name, tag)| {
+                let value = match (&tag.literal, &tag.header) {
+                    (Some(literal), None) => Tag::Literal(literal.value.as_str().into()),
+                    (None, Some(h)) if !h.name.is_empty() => {
+                        Tag::Header(h.name.to_ascii_lowercase().into(), h.default_value.as_str().into())
+                    }
+                    _ => {
+                        return invalid(
+                            format!("spec.tracing[0].customTags.{name}"),
+                            "",
+                            "literal, or header with a name",
+                        );
+                    }
+                };
+                Ok((Str::from(name.as_str()), value))
+            });
+            of.tracing = Some(Tracing {
+                no_spans: tracing.disable_span_reporting == Some(true),
+                sampling: percentage.map(|p| p / 100.0),
+                tags: tags.collect::<Result<_, _>>()?,
+            });
+        }
+        _ => return several("tracing"),
+    }
+    let mut rules = Vec::new();
+    for (n, metrics) in spec.metrics.iter().enumerate() {
+        let path = format!("spec.metrics[{n}]");
+        provider(&path, &metrics.providers, &["prometheus"])?;
+        for (n, change) in metrics.overrides.iter().enumerate() {
+            let path = format!("{path}.overrides[{n}]");
+            // What clients' proxies are to do is nothing to a waypoint.
+            if change.r#match.mode != "CLIENT" {
+                server(format!("{path}.match.mode"), &change.r#match.mode)?;
+                rules.push(rule(&path, change)?);
+            }
+        }
+    }
+    if !spec.metrics.is_empty() {
+        of.metrics = Some(rules);
+    }
+    Ok(of)
+}
+
+fn rule(path: &str, change: &api::Override) -> Result<MetricRule, Invalid> {
+    let metric = match &*change.r#match.metric {
+        "" | "ALL_METRICS" => None,
+        "REQUEST_COUNT" => Some(Metric::RequestCount),
+        "REQUEST_DURATION" => Some(Metric::RequestDuration),
+        "REQUEST_SIZE" => Some(Metric::RequestSize),
+        "RESPONSE_SIZE" => Some(Metric::ResponseSize),
+        other => {
+            let expected = "ALL_METRICS, REQUEST_COUNT, REQUEST_DURATION, REQUEST_SIZE or RESPONSE_SIZE";
+            return invalid(format!("{path}.match.metric"), other, expected);
+        }
+    };
+    let label = |(name, change): (&String, &api::TagOverride)| {
+        let path = format!("{path}.tagOverrides.{name}");
+        if !HTTP.contains(&name.as_str()) {
+            return invalid(path, name, "a label that the metrics of requests have");
+        }
+        let quoted = |q: char| change.value.strip_prefix(q)?.strip_suffix(q);
+        match (&*change.operation, quoted('\'').or_else(|| quoted('"'))) {
+            ("REMOVE", _) => Ok((Str::from(name.as_str()), "".into())),
+            ("" | "UPSERT", Some(text)) if !text.contains(['\'', '"']) => Ok((Str::from(name.as_str()), text.into())),
+            ("" | "UPSERT", _) => invalid(path, &change.value, "a text in quotes"),
+            (other, _) => invalid(path, other, "REMOVE or UPSERT"),
+        }
+    };
+    let labels = change.tag_overrides.iter().map(label).collect::<Result<_, _>>()?;
+    Ok(MetricRule { metric, off: change.disabled, labels })
+}
