@@ -4,7 +4,8 @@
 //! encoded once and shared by all subscribers. Never on the path of traffic; when it is away, the mesh goes on.
 //!
 //! # Layout
-//! - [`app`]: wiring. [`config`]: every knob. [`debug`]: pages.
+//! - [`app`]: wiring; `pipeline`: the task that makes the mesh; `serving`: the port that clients connect to.
+//!   [`config`]: every knob. [`debug`]: pages.
 //! - [`objects`]: the kinds that are read, as types. [`source`]: where they come from (a directory).
 //! - [`index`]: objects to model, without IO. [`push`]: model to subscribers over delta ADS.
 //! - [`status`] and [`gateways`]: what is written to a cluster, by the replica that [`leader`] names. [`check`]: what is wrong there.
@@ -24,7 +25,9 @@ pub mod index;
 pub mod leader;
 pub mod objects;
 pub mod overlay;
+mod pipeline;
 pub mod push;
 pub mod reports;
+mod serving;
 pub mod source;
 pub mod status;
