@@ -182,4 +182,3 @@ impl AsyncWrite for Connection {
         Pin::new(&mut self.tls).poll_shutdown(cx)
     }
 }
-
