@@ -84,7 +84,34 @@ fn what_is_told_is_what_telemetry_asks_for() {
                 .is_ok_and(|all| all.to_string().contains("contains, startsWith, endsWith or matches"))
         })
         .await?;
-        mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/told/last"]).await?;
-        mesh.wait("the log without a filter", |m| told(m).iter().any(|l| l["request"] == "GET /told/last")).await
+        for path in ["/untold/last", "/told/last"] {
+            mesh.exec(CLIENT, &["ambit-app", "get", &format!("http://web.shop{path}")]).await?;
+        }
+        let has = |m: &Mesh, path: &str| told(m).iter().any(|l| l["request"] == format!("GET {path}"));
+        mesh.wait("a request to be told", |m| has(m, "/told/last")).await?;
+        if has(&mesh, "/untold/last") {
+            return Err(Failure::new("the last good filter is not in force any more"));
+        }
+        // Nobody but the application decides now whether a trace is told.
+        mesh.apply("telemetry.yaml", &TELEMETRY.replace("  - customTags:", "  - randomSamplingPercentage: 0\n    customTags:"))?;
+        let of = |m: &Mesh, path: &str| {
+            let ours = |s: &serde_json::Value| s["service"] == "waypoint" && s["attributes"]["url.path"] == path;
+            m.spans(0).iter().any(ours)
+        };
+        let start = std::time::Instant::now();
+        for n in 0.. {
+            let (untraced, traced) = (format!("/told/untraced/{n}"), format!("/told/traced/{n}"));
+            request(&mesh, &["GET", &format!("http://web.shop{untraced}")]).await?;
+            let parent = "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+            request(&mesh, &["GET", &format!("http://web.shop{traced}"), "--header", parent]).await?;
+            mesh.wait("a span of a trace that the application has begun", |m| of(m, &traced)).await?;
+            if !of(&mesh, &untraced) {
+                return Ok(());
+            }
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                break;
+            }
+        }
+        Err(Failure::new("sampling is never in force"))
     });
 }

@@ -127,6 +127,11 @@ async fn serve(config: Config) -> Result<(), RunError> {
         overlay: client.is_none().then(|| config.overlay.clone()),
         written,
         readiness: readiness.clone(),
+        unwritten: registry.counter(
+            "ambit_reports_unwritten_total",
+            "Reports of nodes that were not written to their pods, for too many waited.",
+            &[],
+        ),
         problems: registry.gauge("ambit_objects_refused", "Documents that are not used as they stand.", &[]),
     };
     tokio::spawn(pipeline.run(source_seen.clone(), reports_seen, mesh, resources));

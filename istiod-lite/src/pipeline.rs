@@ -28,6 +28,7 @@ pub(crate) struct Pipeline {
     /// Who writes reports on pods, in a cluster.
     pub(crate) written: Option<mpsc::Sender<Report>>,
     pub(crate) readiness: Readiness,
+    pub(crate) unwritten: Arc<ambit_telemetry::CounterVec>,
     pub(crate) problems: Arc<ambit_telemetry::CounterVec>,
 }
 
@@ -50,13 +51,13 @@ impl Pipeline {
                     Err(_) => return,
                 },
                 report = reports.recv() => match report {
-                    Some(report) => self.report(report).await,
+                    Some(report) => self.report(report),
                     None => return,
                 },
             }
             // Reports that wait are taken together: one build for all.
             while let Ok(report) = reports.try_recv() {
-                self.report(report).await;
+                self.report(report);
             }
             let state = source.borrow_and_update().clone();
             if state.ready {
@@ -83,13 +84,14 @@ impl Pipeline {
         }
     }
 
-    async fn report(&mut self, report: Report) {
+    fn report(&mut self, report: Report) {
         for (uid, what) in &report.troubles {
             warn!(node = report.node, uid, what, "a node reports trouble with a pod");
         }
-        if let Some(written) = &self.written {
-            // The queue is long; where it is full the API server is slow, and nodes may wait as well.
-            let _ = written.send(report.clone()).await;
+        // The mesh never waits for who writes to the API server. What does not fit is told again when the node comes back.
+        if let Some(Err(_)) = self.written.as_ref().map(|written| written.try_send(report.clone())) {
+            warn!(node = report.node, "a report is not written to its pods: too many wait");
+            self.unwritten.of(&[]).inc();
         }
         self.enrolments.apply(report);
     }
@@ -124,7 +126,14 @@ pub(crate) struct Enrolments {
     file: PathBuf,
     /// What is on disk is older.
     changed: bool,
+    /// Uids that no pod had when it was last looked.
+    unknown: HashSet<String>,
+    /// Changes since then.
+    since: usize,
 }
+
+/// After so many changes it is looked which uids no pod has any more.
+const LOOK: usize = 256;
 
 /// Uids that one node may report.
 const MAX_REPORTED: usize = 10_000;
@@ -139,12 +148,12 @@ impl Enrolments {
             }),
             Err(_) => BTreeMap::new(),
         };
-        Self { by_node, file, changed: false }
+        Self { by_node, file, changed: false, unknown: HashSet::new(), since: 0 }
     }
 
     fn apply(&mut self, report: Report) {
         self.changed = true;
-        let set = self.by_node.entry(report.node.clone()).or_default();
+        let set = Arc::make_mut(self.by_node.entry(report.node.clone()).or_default());
         for uid in report.left {
             set.remove(&uid);
         }
@@ -166,9 +175,24 @@ impl Enrolments {
         if !gone.is_empty() {
             self.retain(|uid| !gone.contains(uid));
         }
+        self.since += 1;
+        if self.since >= LOOK {
+            self.since = 0;
+            self.purge(new);
+        }
         if std::mem::take(&mut self.changed) {
             self.write();
         }
+    }
+
+    /// Forgets what no pod had the last time either: reports that came after the end of their pod.
+    fn purge(&mut self, objects: &Objects) {
+        let known: HashSet<&str> = objects.of("Pod").values().map(|o| &*o.meta.uid).collect();
+        let all = self.by_node.values().flat_map(|set| set.iter());
+        let unknown: HashSet<String> = all.filter(|uid| !known.contains(uid.as_str())).cloned().collect();
+        let before = std::mem::replace(&mut self.unknown, unknown);
+        self.retain(|uid| !before.contains(uid) || known.contains(uid));
+        self.by_node.retain(|_, set| !set.is_empty());
     }
 
     /// Forgets pods that were gone before we began.
@@ -178,10 +202,9 @@ impl Enrolments {
     }
 
     fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
-        for set in self.by_node.values_mut() {
-            let before = set.len();
-            set.retain(|uid| wanted(uid));
-            self.changed |= set.len() != before;
+        for set in self.by_node.values_mut().filter(|set| !set.iter().all(|uid| wanted(uid))) {
+            Arc::make_mut(set).retain(|uid| wanted(uid));
+            self.changed = true;
         }
     }
 

@@ -3,10 +3,12 @@
 //! Owns the annotation of enrolled pods and the Events about those with whom something is wrong. A node speaks for its own
 //! pods only. Nodes have no rights at the API server; what they say comes over their stream.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_xds::enrolment;
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -22,69 +24,108 @@ use crate::source::SourceState;
 /// Says that a pod is in the mesh (the annotation that Istio's agent writes).
 const REDIRECTION: &str = "ambient.istio.io/redirection";
 
+/// Pods of one report about which something is written.
+const MOST: usize = 10_000;
+/// Writes of one report under way at a time.
+const TOGETHER: usize = 8;
+/// A report may come before our watch has brought its pods; they are waited for so long.
+const WAIT: Duration = Duration::from_secs(2);
+/// The API server has so long for one write.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// A pod as far as it matters here.
+struct Known {
+    namespace: String,
+    name: String,
+    annotated: bool,
+}
+
 /// Writes what is reported; for ever.
 pub async fn write(client: Client, source: watch::Receiver<Arc<SourceState>>, mut reports: mpsc::Receiver<Report>) {
     let recorder = Recorder::new(client.clone(), Reporter::from("ambit-istiod-lite"));
     while let Some(report) = reports.recv().await {
+        let pods = pods_of(&source, &report).await;
         let changes = report.enrolled.iter().map(|u| (u, true)).chain(report.left.iter().map(|u| (u, false)));
-        for (uid, enrolled) in changes {
-            let Some((namespace, name)) = pod_of(&source, uid, &report.node).await else {
-                debug!(uid, node = report.node, "a report of a pod that is not known there");
-                continue;
-            };
-            annotate(&client, uid, &namespace, &name, enrolled).await;
-        }
-        for (uid, what) in &report.troubles {
-            let Some((namespace, name)) = pod_of(&source, uid, &report.node).await else { continue };
-            let about = ObjectReference {
-                api_version: Some("v1".into()),
-                kind: Some("Pod".into()),
-                name: Some(name.clone()),
-                namespace: Some(namespace.clone()),
-                uid: Some(uid.clone()),
-                ..ObjectReference::default()
-            };
-            if let Err(error) = recorder.publish(&event(what), &about).await {
-                warn!(namespace, name, %error, what, "event not written");
-            }
-        }
+        // What stands there already is not written again: most of what a node says when it comes back.
+        let differ = changes.filter_map(|(uid, enrolled)| {
+            Some((uid, enrolled, pods.get(&**uid).filter(|pod| pod.annotated != enrolled)?))
+        });
+        let annotated = futures::stream::iter(differ).for_each_concurrent(TOGETHER, |(uid, enrolled, pod)| {
+            annotate(&client, uid, pod, enrolled)
+        });
+        annotated.await;
+        let troubles = report.troubles.iter().filter_map(|(uid, what)| Some((uid, what, pods.get(&**uid)?)));
+        let told = futures::stream::iter(troubles).for_each_concurrent(TOGETHER, |(uid, what, pod)| {
+            tell(&recorder, uid, what, pod)
+        });
+        told.await;
+    }
+}
+
+async fn tell(recorder: &Recorder, uid: &str, what: &str, pod: &Known) {
+    let about = ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Pod".into()),
+        name: Some(pod.name.clone()),
+        namespace: Some(pod.namespace.clone()),
+        uid: Some(uid.to_owned()),
+        ..ObjectReference::default()
+    };
+    let Known { namespace, name, .. } = pod;
+    match tokio::time::timeout(DEADLINE, recorder.publish(&event(what), &about)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => warn!(namespace, name, %error, what, "event not written"),
+        Err(_) => warn!(namespace, name, what, "event not written within 5 s"),
     }
 }
 
 fn event(what: &str) -> Event {
     let (reason, type_, action) = match what {
         w if w.starts_with(enrolment::REPAIRED) => ("MeshRepaired", EventType::Normal, "Audit"),
+        w if w.starts_with(enrolment::UNVERIFIED) => ("MeshNotVerified", EventType::Warning, "Audit"),
         _ => ("MeshNotEnrolled", EventType::Warning, "Enrol"),
     };
     let note = Some(format!("mesh: {what}"));
     Event { type_, reason: reason.into(), note, action: action.into(), secondary: None }
 }
 
-async fn annotate(client: &Client, uid: &str, namespace: &str, name: &str, enrolled: bool) {
+async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) {
+    let Known { namespace, name, .. } = pod;
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let value = if enrolled { json!("enabled") } else { json!(null) };
     // The uid makes the server refuse it for a later pod of the same name.
     let patch = json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } });
     for pause in [100, 400, 1600, 0] {
-        match api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
-            Ok(_) => break,
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => break,
-            Err(error) => warn!(namespace, name, %error, "enrolment not written"),
+        let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(&patch));
+        match tokio::time::timeout(DEADLINE, patched).await {
+            Ok(Ok(_)) => break,
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => break,
+            Ok(Err(error)) => warn!(namespace, name, %error, "enrolment not written"),
+            Err(_) => warn!(namespace, name, "enrolment not written within 5 s"),
         }
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 }
 
-/// Name of a pod on a node; one that is reported before our watch has brought it is waited for.
-async fn pod_of(source: &watch::Receiver<Arc<SourceState>>, uid: &str, node: &str) -> Option<(String, String)> {
-    let find = |state: &SourceState| {
-        let found = state.objects.of("Pod").iter().find(|(_, o)| *o.meta.uid == *uid)?;
-        match &found.1.object {
-            Object::Pod(pod) if *pod.node_name == *node => Some((found.0.namespace.clone(), found.0.name.clone())),
-            _ => None,
-        }
+/// The pods of a report that are on the node that reports, by uid.
+async fn pods_of<'a>(source: &watch::Receiver<Arc<SourceState>>, report: &'a Report) -> HashMap<&'a str, Known> {
+    let named = report.enrolled.iter().chain(&report.left).chain(report.troubles.iter().map(|(uid, _)| uid));
+    let uids: HashSet<&str> = named.map(String::as_str).take(MOST).collect();
+    let find = |state: &SourceState| -> HashMap<&'a str, Known> {
+        let pods = state.objects.of("Pod").iter().filter_map(|(key, loaded)| {
+            let uid = *uids.get(&*loaded.meta.uid)?;
+            let here = matches!(&loaded.object, Object::Pod(pod) if *pod.node_name == *report.node);
+            let annotated = loaded.meta.annotation(REDIRECTION) == Some("enabled");
+            here.then(|| (uid, Known { namespace: key.namespace.clone(), name: key.name.clone(), annotated }))
+        });
+        pods.collect()
     };
     let mut source = source.clone();
-    let waited = tokio::time::timeout(Duration::from_secs(2), source.wait_for(|s| find(s).is_some())).await;
-    waited.ok()?.ok().and_then(|state| find(&state))
+    let all = tokio::time::timeout(WAIT, source.wait_for(|state| find(state).len() == uids.len())).await;
+    drop(all);
+    let found = find(&source.borrow());
+    if found.len() < uids.len() {
+        debug!(node = report.node, missing = uids.len() - found.len(), "a report of pods that are not known there");
+    }
+    found
 }

@@ -20,6 +20,7 @@ use ambit_xds::proto::ambit::WaypointService;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
+use tracing::warn;
 
 use crate::keys::Keys;
 use crate::observe::Telling;
@@ -168,7 +169,11 @@ fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Boun
         closed: None,
         treatments: (treatments, treat(&config.default)?),
         default: Arc::new(config.default),
-        telling: Arc::new(Telling::new(&config.telemetry)?),
+        // What is told of requests is no reason to refuse them.
+        telling: Arc::new(Telling::new(&config.telemetry).unwrap_or_else(|reason| {
+            warn!(service = resource.name, reason, "not told as asked for");
+            Telling::default()
+        })),
         traffic: traffic.collect(),
     })
 }

@@ -14,7 +14,7 @@ use ambit_model::l7::token::Token;
 use ambit_model::l7::traffic::{Abort, Balancing};
 use ambit_model::l7::{BackendTarget, path};
 use ambit_model::{NamespacedHostname, Str};
-use ambit_telemetry::spans::Parent;
+use ambit_telemetry::spans::{Begun, Parent};
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
@@ -87,9 +87,7 @@ pub async fn handle(
     let mut told = Told(Some(exchange));
     let exchange = told.exchange();
     exchange.grpc = grpc;
-    let parent = trace_of(request.headers()).or(connection.trace);
-    let parent = parent.map(|t| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 });
-    exchange.span = context.shared.observer.spans.begin_of(parent, bound.telling.sampling());
+    exchange.span = span(&context, &connection, request.headers(), &bound);
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
     let outcome = respond(&context, &connection, &bound, request, &host, exchange, upgrade).await;
@@ -108,6 +106,20 @@ pub async fn handle(
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(Response::from_parts(head, told.by(body)))
+}
+
+/// Begins the span of a request. Who has begun the trace decides whether it is told: the application, else the tunnel, unless
+/// Telemetry says something else of those that no application has begun.
+fn span(context: &Context, connection: &Connection, headers: &HeaderMap, bound: &Bound) -> Option<Begun> {
+    let parent = |t: TraceParent| Parent { trace: t.trace, span: t.span, sampled: t.flags & 1 == 1 };
+    let own = trace_of(headers).map(parent);
+    let sampling = bound.telling.sampling().filter(|_| own.is_none());
+    let of_tunnel = connection.trace.map(parent).map(|p| match sampling {
+        None => p,
+        // A span that nobody tells is above none.
+        Some(part) => Parent { sampled: fastrand::f64() < part, span: if p.sampled { p.span } else { 0 }, ..p },
+    });
+    context.shared.observer.spans.begin_of(own.or(of_tunnel), sampling)
 }
 
 /// Tells of an exchange even if its client goes away before there is an answer: then nobody awaits what is under way.

@@ -116,6 +116,8 @@ fn of_pods(pods: usize, rounds: usize) {
     let empty = allocated();
     for n in 0..pods {
         controller.put("Pod", &pod(n, 0));
+        let of = controller.enrolled.entry(format!("node-{}", n % 50)).or_default();
+        Arc::make_mut(of).insert(format!("uid-{n}"));
     }
     let held = allocated().saturating_sub(empty);
     println!("| {pods} pods: object, bytes each | {} | - |", held / pods.max(1));
@@ -127,9 +129,9 @@ fn of_pods(pods: usize, rounds: usize) {
     controller.row(&format!("{pods} pods: one pod changes"), rounds, |c, round| {
         c.put("Pod", &pod(round * 7 % pods, round + 1));
     });
-    controller.row(&format!("{pods} pods: a node reports one as enrolled"), rounds, |c, round| {
+    controller.row(&format!("{pods} pods: a node reports one as left"), rounds, |c, round| {
         let n = round * 11 % pods;
-        c.enrolled.entry(format!("node-{}", n % 50)).or_default().insert(format!("uid-{n}"));
+        Arc::make_mut(c.enrolled.entry(format!("node-{}", n % 50)).or_default()).remove(&format!("uid-{n}"));
     });
     controller.row(&format!("{pods} pods: one pod goes"), rounds, |c, round| {
         let (namespace, name) = place(round * 7 % pods);

@@ -29,7 +29,7 @@ pub enum SpansError {
 pub struct Parent {
     /// Trace.
     pub trace: u128,
-    /// The span above.
+    /// The span above; 0 where there is none that is told.
     pub span: u64,
     /// Whoever began the trace wants it told.
     pub sampled: bool,
@@ -101,7 +101,7 @@ impl Spans {
         let begun = || Begun {
             trace: trace(),
             id: fastrand::u64(1..),
-            parent: parent.map(|p| p.span),
+            parent: parent.map(|p| p.span).filter(|span| *span != 0),
             start: SystemTime::now(),
         };
         sampled.then(begun)

@@ -7,6 +7,8 @@
 pub const NOT_ENROLLED: &str = "not enrolled: ";
 /// Begins what was wrong with a pod that is enrolled.
 pub const REPAIRED: &str = "repaired: ";
+/// Begins what is wrong with a pod that was enrolled and of which nobody knows whether it still is.
+pub const UNVERIFIED: &str = "not verified: ";
 /// Longer words are cut.
 const LONGEST: usize = 512;
 
@@ -21,14 +23,19 @@ pub enum Said<'a> {
 
 /// The name that says what is wrong with a pod.
 pub fn trouble(uid: &str, what: &str) -> String {
+    format!("{uid} {}", cut(what))
+}
+
+fn cut(what: &str) -> &str {
     let end = what.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= LONGEST).last();
-    format!("{uid} {}", &what[..end.unwrap_or(0)])
+    &what[..end.unwrap_or(0)]
 }
 
 /// Reads a name.
 pub fn read(name: &str) -> Said<'_> {
     match name.split_once(' ') {
-        Some((uid, what)) => Said::Trouble(uid, what),
+        // A peer may not have cut it.
+        Some((uid, what)) => Said::Trouble(uid, cut(what)),
         None => Said::Enrolled(name),
     }
 }
@@ -43,5 +50,6 @@ mod tests {
         assert_eq!(read(&trouble("uid-1", "not enrolled: no room")), Said::Trouble("uid-1", "not enrolled: no room"));
         let long = trouble("u", &"ä".repeat(400));
         assert_eq!(long.len(), "u ".len() + LONGEST);
+        assert_eq!(read(&format!("u {}", "x".repeat(4000))), Said::Trouble("u", &"x".repeat(LONGEST)));
     }
 }

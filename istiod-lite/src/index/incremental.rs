@@ -5,6 +5,7 @@
 //! memory, so that nothing is encoded or sent because of it. The result is always that of [`super::build`].
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, LazyLock};
 
 use super::lookup::{ENDPOINTS, Entry, World};
 use super::policies::Authentication;
@@ -57,7 +58,9 @@ fn reuse(mesh: &mut Mesh, old: &Mesh) {
 impl Last {
     /// The next mesh, where only pods differ and nothing else depends on those.
     fn follow(&self, objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Option<Mesh> {
-        if objects.kinds_changed(&self.objects).any(|kind| !ENDPOINTS.contains(&kind)) {
+        // A source may have put its lists together anew though nothing in them is.
+        let changed = |kind: &&str| !ENDPOINTS.contains(kind) && !objects.changes(&self.objects, kind).is_empty();
+        if objects.kinds_changed(&self.objects).any(|kind| changed(&kind)) {
             return None;
         }
         let world = World::new(objects, settings, (*self.mesh.config).clone(), ENDPOINTS);
@@ -90,10 +93,10 @@ impl Last {
 
     /// Uids of pods of which another thing is reported than before.
     fn reported<'a>(&'a self, enrolled: &'a Enrolled) -> BTreeSet<&'a str> {
-        static NONE: BTreeSet<String> = BTreeSet::new();
+        static NONE: LazyLock<Arc<BTreeSet<String>>> = LazyLock::new(Arc::default);
         let nodes: BTreeSet<&String> = self.enrolled.keys().chain(enrolled.keys()).collect();
         let of = |reports: &'a Enrolled, node: &String| reports.get(node).unwrap_or(&NONE);
-        let differ = |node: &&String| of(&self.enrolled, node) != of(enrolled, node);
+        let differ = |node: &&String| !Arc::ptr_eq(of(&self.enrolled, node), of(enrolled, node));
         let uids = nodes
             .into_iter()
             .filter(differ)

@@ -124,7 +124,7 @@ pub struct Entangled {
 }
 
 /// Kubernetes uids of the pods that each node has reported as enrolled.
-pub type Enrolled = BTreeMap<String, BTreeSet<String>>;
+pub type Enrolled = BTreeMap<String, Arc<BTreeSet<String>>>;
 
 /// Makes the mesh.
 pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mesh {
@@ -181,6 +181,7 @@ pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
             }
             Ok(())
         }
+        Object::Telemetry(telemetry) => telemetry::validate(&telemetry.spec),
         Object::WorkloadEntry(entry) if entry.spec.address.is_empty() => {
             invalid("spec.address".into(), "", "an IP address or host name")
         }

@@ -67,62 +67,95 @@ enum Reach<'a> {
     Service(&'a str, &'a str, &'a str),
 }
 
+/// An object and one of the things that it holds for.
+struct Holder<'w, 'a> {
+    reach: Reach<'a>,
+    target: Option<&'a PolicyTarget>,
+    entry: &'w Entry<'a, api::Telemetry>,
+    sections: Sections,
+}
+
 /// Gives each service what the objects that reach it ask for.
 pub(super) fn attach(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
-    let mut all: Vec<(Reach<'_>, Option<&PolicyTarget>, &Entry<'_, api::Telemetry>, Sections)> = Vec::new();
+    let mut holders: Vec<Holder<'_, '_>> = Vec::new();
     let mut entries: Vec<_> = world.telemetry.iter().collect();
     entries.sort_by_key(|e| e.meta.age());
+    let known = |name: &str| world.config.extension_providers.iter().any(|p| p.name == name);
     for entry in entries {
-        let spec = &entry.object.spec;
-        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
-        let sections = match sections(world, entry.key, spec) {
+        let sections = match sections(&entry.object.spec, &known) {
             Ok(sections) => sections,
             Err(wrong) => {
-                statuses.push(Condition::no("Accepted", "Invalid", format!("{wrong}; nothing of it is in force")));
+                let text = format!("{wrong}; nothing of it is in force");
+                say(mesh, entry.key, Condition::no("Accepted", "Invalid", text));
                 continue;
             }
         };
-        let targets: Vec<&PolicyTarget> = spec.target_ref.iter().chain(&spec.target_refs).collect();
-        let reaches: Vec<_> = match targets.is_empty() {
-            true if entry.key.namespace == world.config.root_namespace => vec![(Reach::Mesh, None)],
-            true => vec![(Reach::Namespace(&entry.key.namespace), None)],
-            false => targets.into_iter().map(|t| (reach(entry.key, t), Some(t))).collect(),
-        };
-        for (reach, target) in reaches {
-            let older = all.iter().filter(|(r, ..)| *r == reach);
-            if let Some((section, winner)) = older.filter_map(|(.., e, s)| Some((sections.both(s)?, e.key))).next() {
-                let text =
-                    format!("spec.{section}: {}/{} holds for the same and is older", winner.namespace, winner.name);
-                statuses.push(Condition::no("Accepted", "Conflicted", text));
+        for (reach, target) in reaches(world, entry) {
+            if !holders.iter().any(|h| h.reach == reach && h.entry.key == entry.key) {
+                holders.push(Holder { reach, target, entry, sections: sections.clone() });
             }
-            all.push((reach, target, entry, sections.clone()));
         }
     }
     // The nearest last, and of those as near the oldest: what comes later counts.
-    all.reverse();
-    all.sort_by(|(a, ..), (b, ..)| a.cmp(b));
-    for (reach, target, entry, sections) in &all {
-        let condition = match target {
-            Some(target) => {
-                let give = |config: &mut ambit_model::l7::ServiceConfig| sections.give(&mut config.telemetry);
-                Condition { r#type: "Accepted", ..attach_to(world, entry.key, target, bound, &give) }
-            }
-            None => {
-                let mut count = 0;
-                let here = |b: &&mut Bound| matches!(reach, Reach::Mesh) || *reach == Reach::Namespace(&b.gateway.0);
-                for one in bound.values_mut().filter(here) {
-                    sections.give(&mut one.config.telemetry);
-                    count += 1;
-                }
-                let text = format!("in force for {count} services of waypoints, where nothing nearer is");
-                Condition::yes("Accepted", "Accepted", text)
+    holders.reverse();
+    holders.sort_by(|a, b| a.reach.cmp(&b.reach));
+    let conditions: Vec<Condition> = holders.iter().map(|holder| give(world, holder, bound)).collect();
+    for (n, (holder, condition)) in holders.iter().zip(&conditions).enumerate() {
+        // Those that come later and hold for the same are older.
+        let older = holders.iter().zip(&conditions).skip(n + 1);
+        let mut winners = older.filter(|(h, c)| h.reach == holder.reach && c.status);
+        let lost = winners.find_map(|(h, _)| Some((holder.sections.both(&h.sections)?, h.entry.key)));
+        let condition = match lost.filter(|_| condition.status) {
+            None => condition.clone(),
+            Some((section, winner)) => {
+                let text = format!("spec.{section}: {}/{} holds for the same and is older", winner.namespace, winner.name);
+                Condition::no("Accepted", "Conflicted", text)
             }
         };
-        let statuses = mesh.statuses.entry(entry.key.clone()).or_default();
-        if !statuses.iter().any(|c| c.r#type == "Accepted") {
-            statuses.push(condition);
-        }
+        say(mesh, holder.entry.key, condition);
     }
+}
+
+/// What does not hold is said before what does.
+fn say(mesh: &mut Mesh, key: &Key, condition: Condition) {
+    let statuses = mesh.statuses.entry(key.clone()).or_default();
+    match statuses.iter_mut().find(|c| c.r#type == condition.r#type) {
+        Some(said) if said.status => *said = condition,
+        Some(_) => {}
+        None => statuses.push(condition),
+    }
+}
+
+fn reaches<'a>(world: &World<'_>, entry: &Entry<'a, api::Telemetry>) -> Vec<(Reach<'a>, Option<&'a PolicyTarget>)> {
+    let spec = &entry.object.spec;
+    let targets: Vec<_> = spec.target_ref.iter().chain(&spec.target_refs).collect();
+    match targets.is_empty() {
+        true if entry.key.namespace == world.config.root_namespace => vec![(Reach::Mesh, None)],
+        true => vec![(Reach::Namespace(&entry.key.namespace), None)],
+        false => targets.into_iter().map(|t| (reach(entry.key, t), Some(t))).collect(),
+    }
+}
+
+/// Gives all services that an object reaches what it asks for; what is to be said of it.
+fn give(world: &World<'_>, holder: &Holder<'_, '_>, bound: &mut BTreeMap<Owner<'_>, Bound>) -> Condition {
+    let Holder { reach, target, entry, sections } = holder;
+    if let Some(target) = target {
+        let give = |config: &mut ambit_model::l7::ServiceConfig| sections.give(&mut config.telemetry);
+        return Condition { r#type: "Accepted", ..attach_to(world, entry.key, target, bound, &give) };
+    }
+    let mut count = 0;
+    let here = |b: &&mut Bound| matches!(reach, Reach::Mesh) || *reach == Reach::Namespace(&b.gateway.0);
+    for one in bound.values_mut().filter(here) {
+        sections.give(&mut one.config.telemetry);
+        count += 1;
+    }
+    let text = format!("in force for {count} services of waypoints, where nothing nearer is");
+    Condition::yes("Accepted", "Accepted", text)
+}
+
+/// Checks what needs no other object.
+pub(super) fn validate(spec: &api::TelemetrySpec) -> Result<(), Invalid> {
+    sections(spec, &|_| true).map(drop)
 }
 
 fn reach<'a>(key: &'a Key, target: &'a PolicyTarget) -> Reach<'a> {
@@ -137,7 +170,8 @@ fn invalid<T>(path: String, value: &str, expected: &'static str) -> Result<T, In
     Err(Invalid { path, value: value.to_owned(), expected })
 }
 
-fn sections(world: &World<'_>, _: &Key, spec: &api::TelemetrySpec) -> Result<Sections, Invalid> {
+/// Reads an object; `known` says whether the mesh configuration names a provider.
+fn sections(spec: &api::TelemetrySpec, known: &dyn Fn(&str) -> bool) -> Result<Sections, Invalid> {
     if spec.selector.is_some() {
         return invalid("spec.selector".into(), "", "targetRefs: waypoints are not chosen by labels of pods");
     }

@@ -115,6 +115,18 @@ impl DeltaAds for Ads {
     }
 }
 
+/// A response that awaits its answer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sent {
+    generation: u64,
+    /// When the source told of the change.
+    since: Option<Instant>,
+    /// It is one of several, and not the last.
+    more: bool,
+    /// It is one of several.
+    part: bool,
+}
+
 /// What a client wants of a type.
 #[derive(Debug)]
 struct Wanted {
@@ -130,8 +142,8 @@ struct Wanted {
     own: BTreeSet<String>,
     /// Removals that wait until all else of a change has been sent.
     removals: BTreeSet<String>,
-    /// Nonces that await an answer, with their generation and the time of the change.
-    pending: BTreeMap<String, (u64, Option<Instant>)>,
+    /// Nonces that await an answer.
+    pending: BTreeMap<String, Sent>,
 }
 
 struct Client {
@@ -231,11 +243,8 @@ impl Client {
     }
 
     fn answer(&mut self, type_url: &str, request: &DeltaDiscoveryRequest) {
-        let Some((generation, since)) =
-            self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce))
-        else {
-            return;
-        };
+        let sent = self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce));
+        let Some(Sent { generation, since, more, part }) = sent else { return };
         let refused = request.error_detail.as_ref().map(|e| e.message.clone());
         if let Some(reason) = &refused {
             self.service.nacks.of(&[type_url]).inc();
@@ -246,8 +255,13 @@ impl Client {
             self.service.acknowledged.with(&[Str::from(short)].into()).record(since.elapsed().as_secs_f64() * 1e3);
         }
         self.registration.note(type_url, |state| {
-            state.acknowledged = generation;
-            state.refused = refused;
+            if !more {
+                state.acknowledged = generation;
+            }
+            // Of a response in parts one that is good takes nothing back.
+            if refused.is_some() || !part {
+                state.refused = refused;
+            }
         });
     }
 
@@ -345,16 +359,19 @@ impl Client {
         }
         // A first answer is whole, for its receiver takes it for everything; it began at no change.
         if first {
-            return self.respond(type_url, resources.generation, None, added, removed).await;
+            return self.respond(type_url, Sent { generation: resources.generation, ..Sent::default() }, added, removed).await;
         }
         let generation = resources.generation;
         let rank =
             |r: &Resource| resources.kind(type_url).and_then(|k| k.get(&r.name)).map(|e| e.lane.rank(&self.node));
         added.sort_by_key(rank);
+        let several = added.len() > TOGETHER;
         let (mut added, mut removed) = (added.into_iter().peekable(), Some(removed));
         while added.peek().is_some() || removed.is_some() {
-            let part = added.by_ref().take(TOGETHER).collect();
-            self.respond(type_url, generation, since, part, removed.take().unwrap_or_default()).await?;
+            let some: Vec<Resource> = added.by_ref().take(TOGETHER).collect();
+            let more = added.peek().is_some();
+            let sent = Sent { generation, since: since.filter(|_| !more), more, part: several };
+            self.respond(type_url, sent, some, removed.take().unwrap_or_default()).await?;
         }
         Ok(())
     }
@@ -391,21 +408,21 @@ impl Client {
         if let Some(all) = &mut wanted.names {
             all.extend(services.iter().map(|s| (*s).to_owned()));
         }
-        self.respond(type_url, resources.generation, None, added, removed).await
+        self.respond(type_url, Sent { generation: resources.generation, ..Sent::default() }, added, removed).await
     }
 
     async fn respond(
         &mut self,
         type_url: &str,
-        generation: u64,
-        since: Option<Instant>,
+        sent: Sent,
         resources: Vec<Resource>,
         removed_resources: Vec<String>,
     ) -> Result<(), Status> {
         self.nonce += 1;
+        let generation = sent.generation;
         let nonce = format!("{generation}-{}", self.nonce);
         if let Some(wanted) = self.wanted.get_mut(type_url) {
-            wanted.pending.insert(nonce.clone(), (generation, since));
+            wanted.pending.insert(nonce.clone(), sent);
             // A client that never answers must not make us remember for ever.
             while wanted.pending.len() > 64 {
                 wanted.pending.pop_first();

@@ -61,11 +61,14 @@ const WATCHED: &[Watched] = &[
 
 /// Name of the DaemonSet of the node tunnels.
 pub const DAEMONSET: &str = "ztunnel";
-/// Slices that the cluster's own controller has not made from selectors.
+/// Slices that the cluster's own controller has not made from selectors. Those that it leaves behind where a selector is
+/// taken off a Service are not seen.
 const SLICES_BY_HAND: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
 /// A kind that the cluster does not have is looked for again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// A kind that was there is gone when the cluster has said so for this long.
+/// A kind is not there at the start when the cluster has said so for this long...
+const NOT_THERE: Duration = Duration::from_secs(2);
+/// ...and one that was there is gone when it has said so for this long.
 const GONE: Duration = Duration::from_secs(60);
 /// Changes that come within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(3);
@@ -135,7 +138,7 @@ async fn follow(
         "EndpointSlice" => (Api::all_with(client, &resource), watcher::Config::default().labels(SLICES_BY_HAND)),
         _ => (Api::all_with(client, &resource), watcher::Config::default()),
     };
-    let (mut missing, mut read) = (None::<Instant>, false);
+    let (mut missing, mut read, mut gone) = (None::<Instant>, false, false);
     loop {
         let mut events = std::pin::pin!(watcher::watcher(api.clone(), config.clone()));
         let mut failures = 0_u32;
@@ -143,7 +146,7 @@ async fn follow(
             let change = match events.try_next().await {
                 Ok(Some(Event::Init)) => Change::Begin,
                 Ok(Some(Event::InitDone)) => {
-                    (failures, missing, read) = (0, None, true);
+                    (failures, missing, read, gone) = (0, None, true, false);
                     Change::End
                 }
                 Ok(Some(Event::InitApply(object) | Event::Apply(object))) => Change::Apply(value(object)),
@@ -151,22 +154,24 @@ async fn follow(
                 Ok(None) => break,
                 Err(error) if is_missing(&error) => {
                     // A server, or what stands before it, may have lost a kind for a moment only: what was read stays
-                    // until that is certain.
+                    // until that is certain. Kubernetes' own kinds are always there.
                     let since = *missing.get_or_insert_with(Instant::now);
-                    if !read || (!kind.is_kubernetes() && since.elapsed() >= GONE) {
+                    let certain = if read { GONE } else { NOT_THERE };
+                    if !gone && !kind.is_kubernetes() && since.elapsed() >= certain {
                         info!(kind = watched.kind, "the cluster does not have this kind; waiting for it");
-                        read = true;
+                        (read, gone) = (true, true);
                         for change in [Change::Begin, Change::End] {
                             if changes.send((kind, change)).await.is_err() {
                                 return;
                             }
                         }
                     }
-                    tokio::time::sleep(LOOK_AGAIN).await;
+                    tokio::time::sleep(if read { LOOK_AGAIN } else { NOT_THERE / 2 }).await;
                     break;
                 }
                 Err(error) => {
                     failures += 1;
+                    missing = None;
                     let pause = Duration::from_millis(200 * 2_u64.pow(failures.min(7))).min(Duration::from_secs(20));
                     let pause = pause.mul_f64(0.5 + fastrand::f64());
                     if failures > 2 {

@@ -14,6 +14,11 @@ use super::{Known, Pods, Slot, probe_ports_of};
 const RETRY: Duration = Duration::from_secs(2);
 
 impl Pods {
+    fn unverified(&self, known: &mut Known, error: &dyn std::fmt::Display) {
+        warn!(pod = known.info.name, %error, "audit");
+        self.trouble(known, Some(format!("{}its capture rules could not be verified: {error}", enrolment::UNVERIFIED)));
+    }
+
     /// Follows the controller's word, retries what failed and audits what is enrolled; runs for ever.
     pub async fn run(self: Arc<Self>) {
         let mut node_pods = self.node_pods.clone();
@@ -83,8 +88,8 @@ impl Pods {
                         format!("{}its capture rules were gone and have been written again", enrolment::REPAIRED);
                     self.trouble(known, Some(what));
                 }
-                Ok(Err::<_, std::io::Error>(error)) => warn!(pod = known.info.name, %error, "audit"),
-                Err(error) => warn!(pod = known.info.name, %error, "audit"),
+                Ok(Err::<_, std::io::Error>(error)) => self.unverified(known, &error),
+                Err(error) => self.unverified(known, &error),
             }
         }
     }

@@ -58,11 +58,19 @@ metadata: {name: waypoint, namespace: in}
 spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
 status: {addresses: [{type: Hostname, value: waypoint.in.svc.cluster.local}]}
 ---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: chosen, namespace: out}
+spec: {hosts: [chosen.example], resolution: STATIC, ports: [{number: 80, name: http}], workloadSelector: {labels: {app: c}}}
+---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: guard, namespace: in}
 spec: {targetRefs: [{kind: Service, group: "", name: named}, {kind: Service, group: "", name: numbered}], action: DENY, rules: [{to: [{operation: {paths: [/no]}}]}]}
 "#;
+
+const LATE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: late, namespace: out}\n\
+    spec: {clusterIP: 10.96.0.9, selector: {app: c}, ports: [{port: 80}]}\n";
 
 fn slice(pod: &str) -> String {
     format!(
@@ -77,14 +85,16 @@ fn pod(random: &mut fastrand::Rng) -> (String, String, String) {
     let app = ["a", "b", "c"][random.usize(..3)];
     let more = ["", ", istio.io/dataplane-mode: ambient", ", istio.io/dataplane-mode: none"][random.usize(..3)];
     let waypoint = if random.u8(..10) == 0 { ", gateway.networking.k8s.io/gateway-name: waypoint" } else { "" };
+    let rev = if random.u8(..10) == 0 { ", istio.io/rev: other" } else { "" };
+    let host = if random.u8(..10) == 0 { ", hostNetwork: true" } else { "" };
     let (port, ready, node) = (8000 + random.u16(..3), random.bool(), random.u8(..3));
     let phase = ["Running", "Running", "Running", "Pending", "Succeeded"][random.usize(..5)];
     let (account, uid) = (random.u8(..2), random.u8(..2));
     let ip = if phase == "Pending" { String::new() } else { format!(", podIP: 10.0.{node}.{port}").replace("80", "1") };
     let yaml = format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, uid: {namespace}-{name}-{uid}, \
-         labels: {{app: {app}{more}{waypoint}}}}}\n\
-         spec: {{nodeName: n{node}, serviceAccountName: s{account}, containers: [{{name: c, ports: [{{name: http, \
+         labels: {{app: {app}{more}{waypoint}{rev}}}}}\n\
+         spec: {{nodeName: n{node}, serviceAccountName: s{account}{host}, containers: [{{name: c, ports: [{{name: http, \
          containerPort: {port}}}]}}]}}\n\
          status: {{phase: {phase}{ip}, conditions: [{{type: Ready, status: \"{}\"}}]}}\n",
         if ready { "True" } else { "False" },
@@ -119,18 +129,26 @@ fn many_small_changes_give_what_a_fresh_start_gives() {
         for step in 0..60 {
             for _ in 0..=random.u8(..3) {
                 let (namespace, name, yaml) = pod(&mut random);
-                let what = random.u8(..20);
+                let what = random.u8(..21);
                 match what {
                     0..=10 => put(&mut objects, &yaml),
                     11..=14 => objects.remove(&Key { kind: "Pod", namespace, name }),
                     15..=17 => {
-                        let of = enrolled.entry(format!("n{}", random.u8(..3))).or_default();
+                        let of = Arc::make_mut(enrolled.entry(format!("n{}", random.u8(..3))).or_default());
                         let uid = format!("{namespace}-{name}-{}", random.u8(..2));
                         if !of.remove(&uid) {
                             of.insert(uid);
                         }
                     }
                     18 => put(&mut objects, &slice(&name)),
+                    19 => {
+                        let key = Key { kind: "Service", namespace: "out".into(), name: "late".into() };
+                        if objects.contains_key(&key) {
+                            objects.remove(&key);
+                        } else {
+                            put(&mut objects, LATE);
+                        }
+                    }
                     _ => {
                         let mode = ["ambient", "none"][random.usize(..2)];
                         let label = format!("istio.io/dataplane-mode: {mode}");

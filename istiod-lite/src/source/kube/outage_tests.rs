@@ -279,4 +279,22 @@ async fn a_kind_that_appears_later_is_found() {
     server.put("authorizationpolicies", "q", json!({ "spec": { "action": "DENY", "rules": [{}] } }));
     server.mood(Mood::Well);
     assert!(states.wait_for(|s| policies(s) == 2).await.is_ok());
+    // Not every 404 in a row of other failures is one more: nothing is certain by then.
+    for mood in [404, 503, 404, 503] {
+        server.mood(Mood::Status(mood));
+        tokio::time::sleep(Duration::from_secs(45)).await;
+        assert_eq!(policies(&states.borrow()), 2, "kept");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_knows_nothing_at_first_is_not_an_empty_cluster() {
+    let server = Server::new();
+    server.put("pods", "a", pod("10.0.0.1"));
+    server.mood(Mood::Status(404));
+    let mut states = begin(&server);
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(!states.borrow().ready, "pods are always there");
+    server.mood(Mood::Well);
+    until(&mut states, &["a"]).await;
 }
