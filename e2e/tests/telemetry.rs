@@ -93,7 +93,10 @@ fn what_is_told_is_what_telemetry_asks_for() {
             return Err(Failure::new("the last good filter is not in force any more"));
         }
         // Nobody but the application decides now whether a trace is told.
-        mesh.apply("telemetry.yaml", &TELEMETRY.replace("  - customTags:", "  - randomSamplingPercentage: 0\n    customTags:"))?;
+        mesh.apply(
+            "telemetry.yaml",
+            &TELEMETRY.replace("  - customTags:", "  - randomSamplingPercentage: 0\n    customTags:"),
+        )?;
         let of = |m: &Mesh, path: &str| {
             let ours = |s: &serde_json::Value| s["service"] == "waypoint" && s["attributes"]["url.path"] == path;
             m.spans(0).iter().any(ours)

@@ -50,14 +50,12 @@ pub async fn write(client: Client, source: watch::Receiver<Arc<SourceState>>, mu
         let differ = changes.filter_map(|(uid, enrolled)| {
             Some((uid, enrolled, pods.get(&**uid).filter(|pod| pod.annotated != enrolled)?))
         });
-        let annotated = futures::stream::iter(differ).for_each_concurrent(TOGETHER, |(uid, enrolled, pod)| {
-            annotate(&client, uid, pod, enrolled)
-        });
+        let annotated = futures::stream::iter(differ)
+            .for_each_concurrent(TOGETHER, |(uid, enrolled, pod)| annotate(&client, uid, pod, enrolled));
         annotated.await;
         let troubles = report.troubles.iter().filter_map(|(uid, what)| Some((uid, what, pods.get(&**uid)?)));
-        let told = futures::stream::iter(troubles).for_each_concurrent(TOGETHER, |(uid, what, pod)| {
-            tell(&recorder, uid, what, pod)
-        });
+        let told = futures::stream::iter(troubles)
+            .for_each_concurrent(TOGETHER, |(uid, what, pod)| tell(&recorder, uid, what, pod));
         told.await;
     }
 }
@@ -94,10 +92,10 @@ async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let value = if enrolled { json!("enabled") } else { json!(null) };
     // The uid makes the server refuse it for a later pod of the same name.
-    let patch = json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } });
+    let patch = Patch::Merge(json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } }));
+    let params = PatchParams::default();
     for pause in [100, 400, 1600, 0] {
-        let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(&patch));
-        match tokio::time::timeout(DEADLINE, patched).await {
+        match tokio::time::timeout(DEADLINE, api.patch(name, &params, &patch)).await {
             Ok(Ok(_)) => break,
             Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => break,
             Ok(Err(error)) => warn!(namespace, name, %error, "enrolment not written"),

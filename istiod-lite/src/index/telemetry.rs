@@ -108,7 +108,8 @@ pub(super) fn attach(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, 
         let condition = match lost.filter(|_| condition.status) {
             None => condition.clone(),
             Some((section, winner)) => {
-                let text = format!("spec.{section}: {}/{} holds for the same and is older", winner.namespace, winner.name);
+                let text =
+                    format!("spec.{section}: {}/{} holds for the same and is older", winner.namespace, winner.name);
                 Condition::no("Accepted", "Conflicted", text)
             }
         };
@@ -177,9 +178,7 @@ fn sections(spec: &api::TelemetrySpec, known: &dyn Fn(&str) -> bool) -> Result<S
     }
     let mut of = Sections::default();
     let provider = |path: &str, all: &[Provider], ours: &[&str]| {
-        let known =
-            |name: &str| ours.contains(&name) || world.config.extension_providers.iter().any(|p| p.name == name);
-        match all.iter().enumerate().find(|(_, p)| !known(&p.name)) {
+        match all.iter().enumerate().find(|(_, p)| !ours.contains(&&*p.name) && !known(&p.name)) {
             Some((n, p)) => {
                 let expected =
                     "one that the mesh configuration names; what is told goes where the installation sends it";

@@ -104,7 +104,8 @@ fn hbone_only_after_the_node_has_verified() {
     let opted_out = pod("a", "ns", ", labels: {istio.io/dataplane-mode: none}", "", "");
     let opted_out = mesh_with(&[namespace("ns", "istio.io/dataplane-mode: ambient"), opted_out].concat(), &["uid-a"]);
     assert_eq!(workload(&opted_out, "ns", "a").protocol, Protocol::Tcp, "plain before its node has let go");
-    let elsewhere = build(&objects(&yaml), &[("n2".to_owned(), Arc::new(["uid-a".to_owned()].into()))].into(), &settings());
+    let elsewhere =
+        build(&objects(&yaml), &[("n2".to_owned(), Arc::new(["uid-a".to_owned()].into()))].into(), &settings());
     assert_eq!(workload(&elsewhere, "ns", "a").protocol, Protocol::Tcp, "another node has no say");
     let foreign = pod("a", "ns", ", annotations: {ambient.istio.io/redirection: enabled}", "", "");
     assert_eq!(workload(&mesh(&foreign), "ns", "a").protocol, Protocol::Hbone);

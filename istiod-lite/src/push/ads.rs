@@ -359,7 +359,9 @@ impl Client {
         }
         // A first answer is whole, for its receiver takes it for everything; it began at no change.
         if first {
-            return self.respond(type_url, Sent { generation: resources.generation, ..Sent::default() }, added, removed).await;
+            return self
+                .respond(type_url, Sent { generation: resources.generation, ..Sent::default() }, added, removed)
+                .await;
         }
         let generation = resources.generation;
         let rank =

@@ -99,9 +99,14 @@ fn what_cannot_be_honoured_is_refused_with_its_path() {
         assert!(reason.contains(expected), "{spec}: {reason}");
     }
     // What the mesh configuration names is known only when all objects are.
-    let mesh = mesh(&[bound_shop("shop"), telemetry("t", "shop", "1", "{accessLogging: [{providers: [{name: otel}]}]}")].concat());
+    let mesh = mesh(
+        &[bound_shop("shop"), telemetry("t", "shop", "1", "{accessLogging: [{providers: [{name: otel}]}]}")].concat(),
+    );
     let (good, reason, text) = &said(&mesh, "t")[0];
-    assert!(!good && *reason == "Invalid" && text.contains("spec.accessLogging[0].providers[0].name: \"otel\""), "{text}");
+    assert!(
+        !good && *reason == "Invalid" && text.contains("spec.accessLogging[0].providers[0].name: \"otel\""),
+        "{text}"
+    );
     assert_eq!(told(&mesh, "web").telemetry, Default::default());
 }
 
@@ -114,7 +119,12 @@ fn one_that_is_not_in_force_takes_nothing_from_others() {
         telemetry("theirs", "shop", "1", &format!("{{{class}, accessLogging: [{{disabled: true}}]}}")),
         telemetry("ours", "istio-system", "2", &format!("{{{class}, accessLogging: [{{disabled: false}}]}}")),
         // The same target twice is no conflict with itself.
-        telemetry("twice", "shop", "3", "{targetRefs: [{group: '', kind: Service, name: web}, {group: '', kind: Service, name: web}], tracing: [{}]}"),
+        telemetry(
+            "twice",
+            "shop",
+            "3",
+            "{targetRefs: [{group: '', kind: Service, name: web}, {group: '', kind: Service, name: web}], tracing: [{}]}",
+        ),
     ];
     let mesh = mesh(&yaml.concat());
     assert!(!said(&mesh, "theirs")[0].0 && said(&mesh, "ours")[0].0, "{:?}", said(&mesh, "ours"));
