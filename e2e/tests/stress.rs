@@ -197,8 +197,8 @@ fn what_is_too_much_is_refused_at_once() {
                 return Err(Failure(format!("one connection and one that waits: {counted:?}")));
             }
         }
-        // Nothing is left taken.
-        expect(&request(&mesh, &["GET", "http://many.shop/"]).await?, true, "200 OK")
+        // Nothing is left taken; a place may be given back a little later than the answer that it was for.
+        until(&mesh, &["GET", "http://many.shop/"], "200 OK").await.map(drop)
     });
 }
 
