@@ -118,7 +118,10 @@ fn address(world: &World<'_>, gateway: &Entry<'_, gateway::Gateway>) -> Option<G
     let by_name = all().find(|a| a.r#type == "Hostname" && !a.value.is_empty());
     let destination = match by_name {
         Some(a) => {
-            GatewayDestination::Hostname(NamespacedHostname::new(gateway.key.namespace.as_str(), a.value.as_str()))
+            let namespace = gateway.key.namespace.as_str();
+            // A name without dots is that of a Service beside the Gateway.
+            let host = if a.value.contains('.') { a.value.as_str().into() } else { world.hostname(&a.value, namespace) };
+            GatewayDestination::Hostname(NamespacedHostname::new(namespace, host))
         }
         None => {
             let address = all().find_map(|a| a.value.parse().ok())?;

@@ -121,3 +121,36 @@ fn a_policy_holds_where_a_route_leads_and_the_nearest_wins() {
     assert_eq!(requests(own_traffic(&mesh, "web-v2")), Some(7), "straight");
     assert_eq!(requests(own_traffic(&mesh, "web")), Some(3), "the rule of the service before what the Gateway has");
 }
+
+#[test]
+fn a_waypoint_by_hand_is_what_the_controller_would_run() {
+    let by_hand = include_str!("../../../../manifests/static-waypoint/waypoint.yaml");
+    let documents: Vec<serde_json::Value> = ambit_runtime::yaml::split(by_hand)
+        .iter()
+        .map(|d| serde_yaml::from_str(d.text).expect("YAML"))
+        .collect();
+    let of = |kind: &str| documents.iter().find(|d| d["kind"] == kind).unwrap_or_else(|| panic!("no {kind}"));
+    let gateway = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: waypoint, namespace: shop}\n\
+         spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
+    let settings = Settings { discovery_address: "https://istiod.istio-system.svc:15012".into(), ..settings() };
+    let mesh = build(&objects(gateway), &Enrolled::new(), &settings);
+    let rendered = &mesh.rendered.values().next().expect("a Gateway").objects;
+    for object in rendered {
+        let (kind, by_hand) = (object["kind"].as_str().expect("a kind"), of(object["kind"].as_str().expect("a kind")));
+        assert_eq!(by_hand["metadata"]["name"], object["metadata"]["name"]);
+        let template = |o: &serde_json::Value| match kind {
+            "Deployment" => (o["spec"]["selector"].clone(), o["spec"]["template"]["spec"].clone()),
+            _ => (o["spec"].clone(), serde_json::Value::Null),
+        };
+        assert_eq!(template(by_hand), template(object), "{kind}");
+    }
+    // A name without dots is that of the Service beside the Gateway.
+    let yaml = by_hand.replace("metadata: {name: waypoint", "metadata: {namespace: shop, name: waypoint");
+    let service = service("web", "shop", ", labels: {istio.io/use-waypoint: waypoint}", "");
+    let waypoint = of_mesh(&build(&objects(&format!("{yaml}\n---\n{service}")), &Enrolled::new(), &settings), "shop/web.shop.svc.cluster.local");
+    assert!(waypoint.contains("waypoint.shop.svc.cluster.local"), "{waypoint}");
+}
+
+fn of_mesh(mesh: &Mesh, service: &str) -> String {
+    format!("{:?}", super::of(mesh, service).waypoint)
+}
