@@ -33,13 +33,11 @@ const TOGETHER: usize = 500;
 /// Responses under way to a client.
 const QUEUE: usize = 4;
 
-/// What a node has reported: node and the Kubernetes uids of its enrolled pods; the whole list or a difference.
+/// What a node has reported, with Kubernetes uids: first all of it, then what changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Node of the caller's token.
     pub node: String,
-    /// Replaces all that the node reported before.
-    pub whole: bool,
     /// Now enrolled.
     pub enrolled: Vec<String>,
     /// No longer.
@@ -266,8 +264,7 @@ impl Client {
     }
 
     async fn report(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
-        let whole = !self.wanted.contains_key(ENROLMENT);
-        if whole {
+        if !self.wanted.contains_key(ENROLMENT) {
             let wanted = Wanted {
                 names: Some(BTreeSet::new()),
                 sent: 0,
@@ -284,7 +281,7 @@ impl Client {
             Said::Enrolled(uid) => Some((uid.to_owned(), None)),
             Said::Trouble(uid, what) => Some((uid.to_owned(), Some(what.to_owned()))),
         };
-        let mut report = Report { node: self.node.clone(), whole, ..Report::default() };
+        let mut report = Report { node: self.node.clone(), ..Report::default() };
         for (uid, what) in request.resource_names_subscribe.iter().filter_map(said) {
             match what {
                 None => report.enrolled.push(uid),
