@@ -177,15 +177,16 @@ fn sections(spec: &api::TelemetrySpec, known: &dyn Fn(&str) -> bool) -> Result<S
         return invalid("spec.selector".into(), "", "targetRefs: waypoints are not chosen by labels of pods");
     }
     let mut of = Sections::default();
-    let provider = |path: &str, all: &[Provider], ours: &[&str]| {
-        match all.iter().enumerate().find(|(_, p)| !ours.contains(&&*p.name) && !known(&p.name)) {
-            Some((n, p)) => {
-                let expected =
-                    "one that the mesh configuration names; what is told goes where the installation sends it";
-                invalid(format!("{path}.providers[{n}].name"), &p.name, expected)
-            }
-            None => Ok(()),
+    let provider = |path: &str, all: &[Provider], ours: &[&str]| match all
+        .iter()
+        .enumerate()
+        .find(|(_, p)| !ours.contains(&&*p.name) && !known(&p.name))
+    {
+        Some((n, p)) => {
+            let expected = "one that the mesh configuration names; what is told goes where the installation sends it";
+            invalid(format!("{path}.providers[{n}].name"), &p.name, expected)
         }
+        None => Ok(()),
     };
     let server = |path: String, mode: &str| match mode {
         "" | "CLIENT_AND_SERVER" | "SERVER" => Ok(()),

@@ -120,7 +120,8 @@ fn address(world: &World<'_>, gateway: &Entry<'_, gateway::Gateway>) -> Option<G
         Some(a) => {
             let namespace = gateway.key.namespace.as_str();
             // A name without dots is that of a Service beside the Gateway.
-            let host = if a.value.contains('.') { a.value.as_str().into() } else { world.hostname(&a.value, namespace) };
+            let host =
+                if a.value.contains('.') { a.value.as_str().into() } else { world.hostname(&a.value, namespace) };
             GatewayDestination::Hostname(NamespacedHostname::new(namespace, host))
         }
         None => {

@@ -125,10 +125,8 @@ fn a_policy_holds_where_a_route_leads_and_the_nearest_wins() {
 #[test]
 fn a_waypoint_by_hand_is_what_the_controller_would_run() {
     let by_hand = include_str!("../../../../manifests/static-waypoint/waypoint.yaml");
-    let documents: Vec<serde_json::Value> = ambit_runtime::yaml::split(by_hand)
-        .iter()
-        .map(|d| serde_yaml::from_str(d.text).expect("YAML"))
-        .collect();
+    let documents: Vec<serde_json::Value> =
+        ambit_runtime::yaml::split(by_hand).iter().map(|d| serde_yaml::from_str(d.text).expect("YAML")).collect();
     let of = |kind: &str| documents.iter().find(|d| d["kind"] == kind).unwrap_or_else(|| panic!("no {kind}"));
     let gateway = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: waypoint, namespace: shop}\n\
          spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
@@ -147,7 +145,10 @@ fn a_waypoint_by_hand_is_what_the_controller_would_run() {
     // A name without dots is that of the Service beside the Gateway.
     let yaml = by_hand.replace("metadata: {name: waypoint", "metadata: {namespace: shop, name: waypoint");
     let service = service("web", "shop", ", labels: {istio.io/use-waypoint: waypoint}", "");
-    let waypoint = of_mesh(&build(&objects(&format!("{yaml}\n---\n{service}")), &Enrolled::new(), &settings), "shop/web.shop.svc.cluster.local");
+    let waypoint = of_mesh(
+        &build(&objects(&format!("{yaml}\n---\n{service}")), &Enrolled::new(), &settings),
+        "shop/web.shop.svc.cluster.local",
+    );
     assert!(waypoint.contains("waypoint.shop.svc.cluster.local"), "{waypoint}");
 }
 
