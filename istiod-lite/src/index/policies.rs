@@ -298,6 +298,9 @@ fn accounts(path: &str, list: &[String]) -> Result<Vec<(Str, Str)>, Invalid> {
     })
 }
 
+/// Labels that a policy selects by, and its name.
+type Selecting<'a> = (&'a BTreeMap<String, String>, Str);
+
 /// Peer authentication, by which every workload's mode is found.
 #[derive(Debug)]
 pub struct Authentication<'a> {
@@ -305,7 +308,7 @@ pub struct Authentication<'a> {
     all: Vec<Entry<'a, PeerAuthentication>>,
     root: String,
     /// Authorization policies in force that have a selector, by namespace: labels and name.
-    selecting: BTreeMap<&'a str, Vec<(&'a BTreeMap<String, String>, Str)>>,
+    selecting: BTreeMap<&'a str, Vec<Selecting<'a>>>,
 }
 
 /// Name of the policy that every STRICT workload lists.

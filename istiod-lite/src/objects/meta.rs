@@ -49,7 +49,8 @@ impl Meta {
         const READ: &[&str] =
             &["ambient.istio.io/dns-capture", "ambient.istio.io/redirection", "sidecar.istio.io/status"];
         // Made anew: an emptied map keeps its memory.
-        self.annotations = self.annotations.into_iter().filter(|(name, _)| READ.contains(&&**name)).collect();
+        let annotations = std::mem::take(&mut self.annotations).into_iter();
+        self.annotations = annotations.filter(|(name, _)| READ.contains(&&**name)).collect();
         self.owner_references = self.owner_references.into_iter().filter(|o| o.controller).collect();
         // They stand in its key.
         (self.name, self.namespace) = (Box::default(), Box::default());
