@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_benches::option;
+use ambit_model::l7::ServiceConfig;
+use ambit_model::l7::table::RouteTable;
 use istiod_lite::index::{Enrolled, Index, Settings};
 use istiod_lite::objects::known::Kind;
 use istiod_lite::objects::{Key, Loaded, Objects, Place, parse};
@@ -155,7 +157,9 @@ fn of_routes(routes: usize, rounds: usize) {
     controller.put("Namespace", &json!({ "metadata": { "name": "team-0", "labels": labels } }));
     let listeners = json!([{ "name": "mesh", "port": 15008, "protocol": "HBONE" }]);
     let spec = json!({ "gatewayClassName": "istio-waypoint", "listeners": listeners });
-    controller.put("Gateway", &json!({ "metadata": { "name": "waypoint", "namespace": "team-0" }, "spec": spec }));
+    let status = json!({ "addresses": [{ "type": "Hostname", "value": "waypoint.team-0.svc.cluster.local" }] });
+    let metadata = json!({ "name": "waypoint", "namespace": "team-0" });
+    controller.put("Gateway", &json!({ "metadata": metadata, "spec": spec, "status": status }));
     controller.put("Service", &service(0));
     for n in 0..routes {
         controller.put("HTTPRoute", &route(n, 0));
@@ -165,6 +169,28 @@ fn of_routes(routes: usize, rounds: usize) {
     controller.row(&format!("{routes} routes of one service: one changes"), rounds, |c, round| {
         c.put("HTTPRoute", &route(round * 7 % routes, round + 1));
     });
+    let mesh = controller.index.update(&controller.objects, &controller.enrolled);
+    let bound = mesh.bound.values().next().expect("the service is bound");
+    let text = serde_json::to_vec(&bound.config).expect("numbers and texts");
+    let (mut read, mut compiled) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        let start = Instant::now();
+        let config: ServiceConfig = serde_json::from_slice(&text).expect("what we write");
+        read.push(start.elapsed());
+        let start = Instant::now();
+        let table = RouteTable::new(&config.routes).expect("good routes");
+        compiled.push(start.elapsed());
+        drop(table);
+    }
+    for (what, mut times) in [("read by its waypoint", read), ("compiled by its waypoint", compiled)] {
+        times.sort();
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        let (median, worst) = (ms(times[rounds / 2]), ms(times[rounds - 1]));
+        println!(
+            "| {routes} routes of one service: {what}, {} KiB | {median:.2} ms | {worst:.2} ms |",
+            text.len() / 1024
+        );
+    }
 }
 
 fn place(n: usize) -> (String, String) {

@@ -101,6 +101,9 @@ fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mes
             }));
         }
         services.extend(one.config.policies.iter().filter_map(|p| Some(p.authorizer.as_ref()?.service.clone())));
+        // Most routes of a service lead to the same few.
+        services.sort();
+        services.dedup();
         for service in services {
             let mut of = rules.of(world, &service, &one.gateway.0);
             let fits = |(namespace, name, _): &&(String, String, _)| {
@@ -264,7 +267,8 @@ fn attach<'a>(
             && r.consumers == consumers
             && (r.port == parent.port || r.port.is_none() || parent.port.is_none())
     };
-    if let Some(winner) = bound.config.routes.iter().find(|r| other(r)) {
+    // They come sorted by kind: those of another kind are before all of this one.
+    if let Some(winner) = bound.config.routes.iter().take_while(|r| r.kind != kind).find(|r| other(r)) {
         return no("Conflicted", format!("{:?} {} is attached to the same port", winner.kind, winner.name));
     }
     bound.config.routes.push(Route {
