@@ -23,7 +23,7 @@ fn objects(yaml: &str) -> Objects {
     all
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         image: "ambit".into(),
         discovery_address: "https://istiod".into(),

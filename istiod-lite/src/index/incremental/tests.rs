@@ -3,20 +3,9 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::index::tests::settings;
 use crate::objects::{Place, parse};
 use crate::push::Resources;
-
-fn settings() -> Settings {
-    Settings {
-        image: "ambit".into(),
-        discovery_address: "https://istiod".into(),
-        tracing: None,
-        cluster_id: "Kubernetes".into(),
-        cluster_domain: "cluster.local".into(),
-        namespace: "istio-system".into(),
-        daemonset: None,
-    }
-}
 
 fn put(objects: &mut Objects, yaml: &str) {
     for document in ambit_runtime::yaml::split(yaml) {
