@@ -28,9 +28,9 @@ pub const WORKLOAD: &str = "type.googleapis.com/istio.workload.Workload";
 pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
 /// Type URL of the pods of a node, for its agent. Ours; only offered to clients that announce [`CAPABILITY`].
 pub const NODE_POD: &str = "type.googleapis.com/ambit.v1.NodePod";
-/// Type URL by which a node reports its verified enrolments: what it subscribes to is enrolled.
+/// Type URL of namespaces, and whether each is wholly outside the mesh.
 pub const NAMESPACE_MODE: &str = "type.googleapis.com/ambit.v1.NamespaceMode";
-/// Pods that a node has enrolled and verified; reported by names.
+/// Type URL by which a node reports its pods, by names: see [`enrolment`].
 pub const ENROLMENT: &str = "type.googleapis.com/ambit.v1.Enrolment";
 /// Type URL of what a waypoint is told of a service; see `ambit_model::l7::ServiceConfig`.
 pub const WAYPOINT_SERVICE: &str = "type.googleapis.com/ambit.v1.WaypointService";
