@@ -109,6 +109,9 @@ async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) {
 async fn pods_of<'a>(source: &watch::Receiver<Arc<SourceState>>, report: &'a Report) -> HashMap<&'a str, Known> {
     let named = report.enrolled.iter().chain(&report.left).chain(report.troubles.iter().map(|(uid, _)| uid));
     let uids: HashSet<&str> = named.map(String::as_str).take(MOST).collect();
+    // A pod that left is gone, mostly: nobody waits for it, or the reports of a busy node would pile up.
+    let awaited = report.enrolled.iter().chain(report.troubles.iter().map(|(uid, _)| uid));
+    let awaited: HashSet<&str> = awaited.map(String::as_str).filter(|uid| uids.contains(uid)).collect();
     let find = |state: &SourceState| -> HashMap<&'a str, Known> {
         let pods = state.objects.of("Pod").iter().filter_map(|(key, loaded)| {
             let uid = *uids.get(&*loaded.meta.uid)?;
@@ -119,11 +122,36 @@ async fn pods_of<'a>(source: &watch::Receiver<Arc<SourceState>>, report: &'a Rep
         pods.collect()
     };
     let mut source = source.clone();
-    let all = tokio::time::timeout(WAIT, source.wait_for(|state| find(state).len() == uids.len())).await;
+    let all = tokio::time::timeout(
+        WAIT,
+        source.wait_for(|state| {
+            let found = find(state);
+            awaited.iter().all(|uid| found.contains_key(uid))
+        }),
+    )
+    .await;
     drop(all);
     let found = find(&source.borrow());
     if found.len() < uids.len() {
         debug!(node = report.node, missing = uids.len() - found.len(), "a report of pods that are not known there");
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn pods_that_may_still_be_read_are_waited_for_and_those_that_left_are_not() {
+        let (_states, source) = watch::channel(Arc::new(SourceState::default()));
+        let waits = async |report: Report| {
+            let start = tokio::time::Instant::now();
+            assert!(pods_of(&source, &report).await.is_empty());
+            start.elapsed()
+        };
+        assert_eq!(waits(Report { left: vec!["gone".into()], ..Report::default() }).await, Duration::ZERO);
+        let new = Report { enrolled: vec!["new".into()], left: vec!["gone".into()], ..Report::default() };
+        assert!(waits(new).await >= WAIT);
+    }
 }
