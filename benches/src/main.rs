@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! cargo bench-mesh [--peer PROGRAM] [--rounds N] [--seconds S] [--columns direct,ours,peer] [--only PART-OF-A-ROW]
+//!                  [--quiet S]
 //! ```
 //! Each round starts each column anew, in namespaces of its own: `direct` (pods outside the mesh), `ours`, and `peer`
 //! where the program of another mesh's node tunnel is given. Printed are medians, ratios to the peer, and CPU seconds of
-//! the two tunnels. Compare ratios, not absolutes: everything shares the machine's cores.
+//! the two tunnels. Before each row the machine is quiet for `--quiet` seconds (4), for every column alike: what a bulk row
+//! leaves in the kernel's picture of who wakes whom would else be measured with the row after it. Compare ratios, not absolutes: everything shares the machine's cores.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,6 +20,7 @@ use serde_json::{Value, json};
 
 const PEER: &str = "AMBIT_BENCH_PEER";
 const SECONDS: &str = "AMBIT_BENCH_SECONDS";
+const QUIET: &str = "AMBIT_BENCH_QUIET";
 const ONLY: &str = "AMBIT_BENCH_ONLY";
 const CLIENT: &str = "bench/client";
 
@@ -57,7 +60,8 @@ fn outside() -> Result<(), Failure> {
         columns.retain(|c| wanted.split(',').any(|w| w == *c));
     }
     let only = option("--only").unwrap_or_default();
-    let mut env = vec![(SECONDS, seconds), (ONLY, only)];
+    let quiet = option("--quiet").unwrap_or_else(|| "4".into());
+    let mut env = vec![(SECONDS, seconds), (QUIET, quiet), (ONLY, only)];
     if let Some(peer) = &peer {
         env.push((PEER, std::fs::canonicalize(peer).doing("peer")?.display().to_string()));
     }
@@ -91,6 +95,8 @@ fn pods(mesh: bool) -> String {
 async fn column() -> Result<(), Failure> {
     let column = std::env::var(COLUMN).unwrap_or_default();
     let seconds: f64 = std::env::var(SECONDS).ok().and_then(|s| s.parse().ok()).unwrap_or(2.0);
+    let quiet: f64 = std::env::var(QUIET).ok().and_then(|s| s.parse().ok()).unwrap_or(4.0);
+    let quiet = Duration::try_from_secs_f64(quiet).unwrap_or_default();
     let peer = column == "peer";
     let start = Instant::now();
     let mesh = Mesh::start(Options {
@@ -113,6 +119,7 @@ async fn column() -> Result<(), Failure> {
     load(&mesh, "rr", &target, 1, 0.3).await?;
     let only = std::env::var(ONLY).unwrap_or_default();
     for (row, kind, conns) in ROWS.iter().filter(|(row, ..)| row.contains(&only)) {
+        tokio::time::sleep(quiet).await;
         let before = cpu(&mesh.ztunnel_pids());
         let result = load(&mesh, kind, &target, *conns, seconds).await?;
         let spent = cpu(&mesh.ztunnel_pids()) - before;
@@ -121,6 +128,7 @@ async fn column() -> Result<(), Failure> {
     if !BESIDE.contains(&only) {
         return Ok(());
     }
+    tokio::time::sleep(quiet).await;
     let words = ["ambit-load", "bulk", &target, "4", &format!("{}", seconds + 1.5)];
     let bulk = mesh.exec_start(CLIENT, &words)?;
     tokio::time::sleep(Duration::from_millis(700)).await;

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
+use crate::index::gateways::CONTROLLER;
 use crate::index::{Condition, Mesh};
 use crate::leader::leading;
 use crate::objects::Key;
@@ -23,8 +24,6 @@ use crate::objects::known::Kind;
 use crate::source::SourceState;
 
 const MANAGER: &str = "ambit-istiod-lite-status";
-/// Name of this controller in the status of routes.
-const CONTROLLER: &str = "ambit.dev/mesh-controller";
 /// What could not be written is tried again after this.
 const AGAIN: Duration = Duration::from_secs(5);
 /// Targets of a policy that its status may speak of (Gateway API).
@@ -134,13 +133,21 @@ async fn apply(client: &Client, key: &Key, said: &Said) -> Result<bool, kube::Er
     let Some(kind) = Kind::named(key.kind) else { unreachable!("only objects of known kinds are read") };
     let gvk = GroupVersionKind::gvk(kind.group, kind.version(), kind.kind);
     let resource = ApiResource::from_gvk(&gvk);
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
+    let api: Api<DynamicObject> = match kind.namespaced {
+        true => Api::namespaced_with(client.clone(), &key.namespace, &resource),
+        false => Api::all_with(client.clone(), &resource),
+    };
     let there = api.get(&key.name).await?;
     let Some(status) = render(key.kind, said, &there, &rfc3339(SystemTime::now())) else { return Ok(false) };
+    let mut metadata = json!({ "name": key.name });
+    if kind.namespaced {
+        metadata["namespace"] = json!(key.namespace);
+    }
+    // The version makes the server refuse what was made of an older state.
+    metadata["resourceVersion"] = json!(there.metadata.resource_version);
     let object = json!({
         "apiVersion": resource.api_version, "kind": kind.kind,
-        // The version makes the server refuse what was made of an older state.
-        "metadata": { "name": key.name, "namespace": key.namespace, "resourceVersion": there.metadata.resource_version },
+        "metadata": metadata,
         "status": status,
     });
     api.patch_status(&key.name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&object)).await?;

@@ -13,6 +13,7 @@ use ambit_net::{Netns, fdpass};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::pods::{Decision, PodInfo, Pods};
@@ -70,8 +71,14 @@ pub struct Answer {
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Serves the socket for ever. While another process answers there, it is taken over only when `ready`: in an update the tunnel
-/// that leaves answers until the one that comes can. Taken back should that one die.
-pub async fn serve(path: &Path, pods: Arc<Pods>, ready: impl Fn() -> bool) -> std::io::Result<()> {
+/// that leaves answers until the one that comes can. Taken back should that one die. `answers` is told whether this process is
+/// the one that does.
+pub async fn serve(
+    path: &Path,
+    pods: Arc<Pods>,
+    ready: impl Fn() -> bool,
+    answers: watch::Sender<bool>,
+) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
@@ -81,6 +88,7 @@ pub async fn serve(path: &Path, pods: Arc<Pods>, ready: impl Fn() -> bool) -> st
     let mut listener = bind(path)?;
     let mut inode = std::fs::metadata(path)?.ino();
     info!(path = %path.display(), "node agent listens");
+    answers.send_replace(true);
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
@@ -93,12 +101,14 @@ pub async fn serve(path: &Path, pods: Arc<Pods>, ready: impl Fn() -> bool) -> st
                 }
             },
             _ = look.tick() => {
-                let ours = std::fs::metadata(path).is_ok_and(|m| m.ino() == inode);
+                let mut ours = std::fs::metadata(path).is_ok_and(|m| m.ino() == inode);
                 if !ours && !is_answered(path).await {
                     listener = bind(path)?;
                     inode = std::fs::metadata(path)?.ino();
+                    ours = true;
                     info!(path = %path.display(), "node agent listens again: who had taken over is gone");
                 }
+                answers.send_if_modified(|old| std::mem::replace(old, ours) != ours);
             }
         }
     }

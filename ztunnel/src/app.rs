@@ -137,13 +137,14 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
                 let ending = drain.clone();
                 tokio::spawn(async move { ending.run_until_cancelled(found).await });
             }
+            let (answers, answering) = watch::channel(false);
             if let Some(places) = cni(&config) {
                 let ending = drain.clone();
-                tokio::spawn(async move { ending.run_until_cancelled(install::keep(places)).await });
+                tokio::spawn(async move { ending.run_until_cancelled(install::keep(places, answering)).await });
             }
             let (path, pods, ready) = (config.agent_socket.clone(), pods.clone(), readiness.clone());
             tokio::spawn(async move {
-                if let Err(error) = agent::serve(&path, pods, || ready.status().is_ok()).await {
+                if let Err(error) = agent::serve(&path, pods, || ready.status().is_ok(), answers).await {
                     tracing::error!(path = %path.display(), %error, "node agent socket");
                 }
             });

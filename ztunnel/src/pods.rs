@@ -20,6 +20,7 @@ use ambit_net::capture::Capture;
 use ambit_net::netns::NetnsId;
 use ambit_store::Store;
 use ambit_xds::proto::ambit::NodePod;
+use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,8 @@ use ambit_xds::certificates::{Certificates, Lease};
 
 /// How long an enrolment waits for the controller to name the pod, and for its certificate.
 const WAIT: Duration = Duration::from_secs(10);
+/// Pods that are let go of at a time when the mesh is removed from the node.
+const LEAVING: usize = 32;
 
 /// DNS settings of a pod, from its dnsPolicy and dnsConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -268,15 +271,18 @@ impl Pods {
     pub async fn uninstall(&self) {
         self.closed.store(true, Relaxed);
         let slots: Vec<Slot> = self.slots().drain().map(|(_, slot)| slot).collect();
-        for slot in slots {
-            let mut known = slot.lock().await;
-            self.leave(&mut known, true).await;
-            // Those that left earlier may still have a table.
-            if let (Some(netns), false) = (known.netns.take(), known.foreign_rules) {
-                let removed = tokio::task::spawn_blocking(move || Capture::detect(&netns, true)?.remove(&netns)).await;
-                if !matches!(removed, Ok(Ok(()))) {
-                    warn!(pod = known.info.name, ?removed, "rules not removed");
-                }
+        // Side by side: each may wait for the peers of its connections to be told.
+        futures::stream::iter(slots).for_each_concurrent(LEAVING, |slot| self.let_go(slot)).await;
+    }
+
+    async fn let_go(&self, slot: Slot) {
+        let mut known = slot.lock().await;
+        self.leave(&mut known, true).await;
+        // Those that left earlier may still have a table.
+        if let (Some(netns), false) = (known.netns.take(), known.foreign_rules) {
+            let removed = tokio::task::spawn_blocking(move || Capture::detect(&netns, true)?.remove(&netns)).await;
+            if !matches!(removed, Ok(Ok(()))) {
+                warn!(pod = known.info.name, ?removed, "rules not removed");
             }
         }
     }

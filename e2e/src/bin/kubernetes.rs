@@ -1,7 +1,7 @@
 //! Runs the checks on a real Kubernetes; see `e2e/kubernetes/run`.
 //!
 //! ```text
-//! KUBECTL=kubectl MANIFESTS=DIR APPS=FILE [RIG=DIR] [CHECK=PROGRAM] kubernetes [PART-OF-A-NAME,...]
+//! KUBECTL=kubectl MANIFESTS=DIR WITH_WAYPOINTS=DIR APPS=FILE [RIG=DIR] [CHECK=PROGRAM] kubernetes [PART-OF-A-NAME,...]
 //! ```
 
 use std::process::ExitCode;
@@ -14,7 +14,8 @@ fn main() -> ExitCode {
     let var = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let cluster = Cluster {
         kubectl: var("KUBECTL", "kubectl"),
-        manifests: var("MANIFESTS", "manifests"),
+        manifests: var("MANIFESTS", "e2e/kubernetes/overlays/layer4"),
+        with_waypoints: var("WITH_WAYPOINTS", "e2e/kubernetes/overlays/waypoints"),
         apps: var("APPS", "e2e/kubernetes/apps.yaml"),
         rig: std::env::var("RIG").ok(),
         check: std::env::var("CHECK").ok(),

@@ -2,7 +2,7 @@
 
 use ambit_testing::Failure;
 
-use super::{Cluster, has, now, outages, status, traffic, trouble, workloads};
+use super::{Cluster, has, now, outages, status, traffic, trouble, wire, workloads};
 
 /// A check: what it shows, and how.
 pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
@@ -11,7 +11,10 @@ pub type Check = (&'static str, fn(&Cluster) -> Result<String, Failure>);
 pub const CHECKS: &[Check] = &[
     ("kubectl apply -k installs the mesh", install),
     ("two namespaces without the label talk as before", before),
+    ("without it, requests can be read on the wire between the nodes", wire::plain),
     ("labelling brings running pods in, without a restart", label),
+    ("in it, the wire between the nodes holds only TLS to port 15008", wire::encrypted),
+    ("a service by IPv6", wire::other_family),
     ("both identities are named on both sides", identities),
     ("the server sees the client's own address", address),
     ("a client outside the mesh still reaches it", outside),
@@ -23,10 +26,14 @@ pub const CHECKS: &[Check] = &[
     ("a tunnel that is killed comes back, and nothing is plaintext meanwhile", killed),
     ("kubectl logs, exec and port-forward work inside the mesh", tools),
     ("a rolling update under load loses no request", rolling),
+    ("the CRDs of Gateway API appear, and waypoints can be had without a restart", gateway_api),
     ("what is said of objects is in their status", status::objects),
     ("check finds nothing wrong, and then what is", status::check),
     ("a pod that cannot be enrolled has an Event that says why, and holds up nobody", trouble::event),
+    ("a pod whose network namespace vanishes comes back into the mesh", trouble::vanished),
+    ("two agents on each node: one answers, nothing fails, and the first takes over again", trouble::two_agents),
     ("every kind of pod", workloads::kinds),
+    ("pods that start are known to every tunnel at once", workloads::acknowledgement),
     ("a hundred pods come and go under load", workloads::churn),
     ("controller and tunnels restarted under load", outages::restarts),
     ("the API server hangs and dies under load", outages::api_server),
@@ -69,6 +76,27 @@ fn before(c: &Cluster) -> Result<String, Failure> {
     match c.access_log(&start)?.len() {
         0 => Ok("plain, and no tunnel saw it".into()),
         n => Err(Failure(format!("{n} connections passed a tunnel"))),
+    }
+}
+
+/// Layer 4 is there without Gateway API; its watches start when the CRDs appear.
+fn gateway_api(c: &Cluster) -> Result<String, Failure> {
+    let controllers = || c.field(&["-n", "istio-system", "pods", "-l", "app=istiod-lite"], "{.items[*].metadata.uid}");
+    let before = controllers()?;
+    c.run_rig("gateway-api", &[])?;
+    c.kubectl(&["apply", "-k", &c.with_waypoints])?;
+    // A kind that is not there is asked for once a minute.
+    c.wait_for(std::time::Duration::from_secs(120), "the class to be accepted", || {
+        let path = "{.status.conditions[?(@.type==\"Accepted\")].status}";
+        match c.field(&["gatewayclass", "istio-waypoint"], path)?.as_str() {
+            "True" => Ok(()),
+            other => Err(Failure(format!("Accepted={other}"))),
+        }
+    })?;
+    if controllers()? == before {
+        Ok("the class is accepted by the controllers that ran before".into())
+    } else {
+        Err(Failure::new("a controller was restarted"))
     }
 }
 
@@ -175,15 +203,24 @@ fn strict(c: &Cluster) -> Result<String, Failure> {
     )?;
     refused(c, OUTSIDER)?;
     has(&c.get(CLIENT, URL)?, HELLO)?;
-    // Probes run every second and three failures would restart it.
+    // Probes run every second and three failures would restart it: HTTP and TCP to one port, gRPC to another, and exec.
     let restarts =
         || c.field(&["-n", "shop", "pods", "-l", "app=web"], "{.items[*].status.containerStatuses[*].restartCount}");
     let ready = || c.field(&["-n", "shop", "deployment", "web"], "{.status.readyReplicas}");
     let start = now();
     let before = restarts()?;
     c.wait("probes under STRICT", || {
-        let probes = c.access_log(&start)?.iter().filter(|l| l["policy"] == "kubelet probe").count();
-        if probes >= 6 { Ok(()) } else { Err(Failure(format!("{probes} probes"))) }
+        let lines = c.access_log(&start)?;
+        let to = |port: &str| {
+            let probe = |l: &&serde_json::Value| {
+                l["policy"] == "kubelet probe" && l["dst.addr"].as_str().is_some_and(|a| a.ends_with(port))
+            };
+            lines.iter().filter(probe).count()
+        };
+        match (to(":8080"), to(":9090")) {
+            (6.., 3..) => Ok(()),
+            (http, grpc) => Err(Failure(format!("{http} probes by HTTP and TCP, {grpc} by gRPC"))),
+        }
     })?;
     match (restarts()? == before, ready()?.as_str()) {
         (true, "1") => Ok("plaintext refused, mTLS goes on, probes pass".into()),
@@ -205,7 +242,7 @@ fn masqueraded(c: &Cluster) -> Result<String, Failure> {
 }
 
 /// A pod that sends one request as the first thing it does, and never again.
-fn once(name: &str, namespace: &str) -> String {
+pub(super) fn once(name: &str, namespace: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
          spec: {{restartPolicy: Never, nodeName: node-a, terminationGracePeriodSeconds: 1, containers: [{{name: c, \
@@ -213,7 +250,7 @@ fn once(name: &str, namespace: &str) -> String {
     )
 }
 
-fn phase(c: &Cluster, namespace: &str, name: &str) -> Result<String, Failure> {
+pub(super) fn phase(c: &Cluster, namespace: &str, name: &str) -> Result<String, Failure> {
     c.field(&["-n", namespace, "pod", name], "{.status.phase}")
 }
 
@@ -376,7 +413,7 @@ fn uninstall(c: &Cluster) -> Result<String, Failure> {
     tunnelled(c, CLIENT)?;
     let before = uids(c)?;
     c.kubectl(&["-n", "istio-system", "delete", "daemonset", "ztunnel", "--cascade=foreground"])?;
-    c.kubectl(&["delete", "-k", &c.manifests, "--ignore-not-found"])?;
+    c.kubectl(&["delete", "-k", &c.with_waypoints, "--ignore-not-found"])?;
     c.wait("plain requests", || has(&c.get(CLIENT, URL)?, HELLO))?;
     if uids(c)? != before {
         return Err(Failure::new("a pod was restarted"));

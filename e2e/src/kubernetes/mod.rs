@@ -8,6 +8,7 @@ mod outages;
 mod status;
 mod traffic;
 mod trouble;
+mod wire;
 mod workloads;
 
 use std::process::{Command, Output, Stdio};
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use ambit_testing::{Doing, Failure};
 
+/// What a check says that cannot be done here.
+pub const NO_RIG: &str = "not run: it needs the cluster of e2e/kubernetes";
 /// How long a condition may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -25,6 +28,8 @@ pub struct Cluster {
     pub kubectl: String,
     /// What is applied with `-k` to install the mesh.
     pub manifests: String,
+    /// The same with waypoints, for clusters that have the CRDs of Gateway API.
+    pub with_waypoints: String,
     /// The applications.
     pub apps: String,
     /// Where the scripts of the test cluster are, on that cluster.
@@ -109,6 +114,21 @@ impl Cluster {
         let text = self.kubectl(&args)?;
         let lines = text.lines().filter_map(|l| serde_json::from_str(l).ok());
         Ok(lines.filter(|l: &serde_json::Value| l["scope"] == "access").collect())
+    }
+
+    /// A script beside the test cluster that does something to it from below, to be run or spoken with; `None` elsewhere.
+    pub fn rig(&self, script: &str) -> Option<Command> {
+        Some(Command::new(format!("{}/{script}", self.rig.as_ref()?)))
+    }
+
+    /// Runs such a script; its output where it succeeds, and [`NO_RIG`] elsewhere than on the test cluster.
+    pub fn run_rig(&self, script: &str, words: &[&str]) -> Result<String, Failure> {
+        let Some(mut command) = self.rig(script) else { return Ok(NO_RIG.into()) };
+        let output = command.args(words).stdin(Stdio::null()).output().doing(script)?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        }
+        Err(Failure(format!("{script} {words:?}: {}", String::from_utf8_lossy(&output.stderr))))
     }
 
     /// One field of an object, by JSONPath.

@@ -1,11 +1,9 @@
 //! Checks in which something of the mesh or of the cluster goes away and comes back.
 
-use std::process::Command;
-
 use ambit_testing::Failure;
 
 use super::checks::{CLIENT, HELLO, URL, enrolled, tunnelled};
-use super::{Cluster, has, now};
+use super::{Cluster, NO_RIG, has, now};
 
 fn load(c: &Cluster, seconds: &str) -> Result<std::process::Child, Failure> {
     c.start(&["-n", "front", "exec", "client", "--", "ambit-app", "load", URL, seconds])
@@ -55,19 +53,6 @@ pub(super) fn restarts(c: &Cluster) -> Result<String, Failure> {
 /// A kubelet takes most of a minute before it starts pods again; the mesh is there a second or two after that.
 const REBOOT: std::time::Duration = std::time::Duration::from_secs(180);
 
-/// A script beside the cluster that does something to it from below.
-fn rig(c: &Cluster, script: &str, words: &[&str]) -> Result<Option<()>, Failure> {
-    let Some(directory) = &c.rig else { return Ok(None) };
-    let output = Command::new(format!("{directory}/{script}")).args(words).output();
-    let output = output.map_err(|e| Failure(format!("{script}: {e}")))?;
-    if output.status.success() {
-        return Ok(Some(()));
-    }
-    Err(Failure(format!("{script} {words:?}: {}", String::from_utf8_lossy(&output.stderr))))
-}
-
-const NO_RIG: &str = "not run: it needs the cluster of e2e/kubernetes";
-
 /// The API server hangs, then is killed; the mesh goes on and catches up.
 pub(super) fn api_server(c: &Cluster) -> Result<String, Failure> {
     if c.rig.is_none() {
@@ -76,10 +61,10 @@ pub(super) fn api_server(c: &Cluster) -> Result<String, Failure> {
     // kubectl exec needs the API server: the client asks in the background, and says afterwards how it went.
     let ask = "ambit-app load http://web.shop/ 20 > /tmp/load.txt 2>&1 &";
     c.kubectl(&["-n", "front", "exec", "client", "--", "/bin/sh", "-c", ask])?;
-    rig(c, "api-server", &["stop"])?;
+    c.run_rig("api-server", &["stop"])?;
     std::thread::sleep(std::time::Duration::from_secs(12));
-    rig(c, "api-server", &["go"])?;
-    rig(c, "api-server", &["kill"])?;
+    c.run_rig("api-server", &["go"])?;
+    c.run_rig("api-server", &["kill"])?;
     c.wait("the API server to be back", || c.kubectl(&["get", "--raw", "/readyz"]).map(drop))?;
     let said = c.wait("the load to end", || {
         let text = c.kubectl(&["-n", "front", "exec", "client", "--", "/bin/cat", "/tmp/load.txt"])?;
@@ -104,7 +89,7 @@ pub(super) fn reboot(c: &Cluster) -> Result<String, Failure> {
          spec: {mtls: {mode: STRICT}}\n",
     )?;
     let start = now();
-    rig(c, "reboot", &["b"])?;
+    c.run_rig("reboot", &["b"])?;
     c.wait("the node to be ready", || {
         match c.field(&["node", "node-b"], "{.status.conditions[?(@.type==\"Ready\")].status}")?.as_str() {
             "True" => Ok(()),
@@ -127,8 +112,8 @@ pub(super) fn all_dead(c: &Cluster) -> Result<String, Failure> {
         return Ok(NO_RIG.into());
     }
     let start = std::time::Instant::now();
-    rig(c, "api-server", &["kill"])?;
-    rig(c, "reboot", &["a", "b"])?;
+    c.run_rig("api-server", &["kill"])?;
+    c.run_rig("reboot", &["a", "b"])?;
     c.wait("the API server to be back", || c.kubectl(&["get", "--raw", "/readyz"]).map(drop))?;
     c.wait_for(REBOOT, "an answer", || has(&c.get(CLIENT, URL)?, HELLO))?;
     let by = c.wait("a request by HBONE", || tunnelled(c, CLIENT))?;

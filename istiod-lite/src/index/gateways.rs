@@ -22,7 +22,10 @@ pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
 pub const MANAGED: &str = "gateway.istio.io/managed";
 /// Annotation of a Gateway: pods of its waypoint.
 const REPLICAS: &str = "ambit.dev/replicas";
-const CONTROLLER: &str = "ambit.dev-mesh-controller";
+/// Name of this controller in classes of Gateways and in the status of routes.
+pub const CONTROLLER: &str = "ambit.dev/mesh-controller";
+/// The same as the value of a label.
+const MANAGER: &str = "ambit.dev-mesh-controller";
 
 /// What is to be applied for a Gateway.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -35,6 +38,13 @@ pub struct Rendered {
 
 /// Adds what is to be applied for each Gateway of a waypoint.
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
+    for class in world.classes.iter().filter(|c| c.object.spec.controller_name == CONTROLLER) {
+        let accepted = match &*class.key.name {
+            waypoints::CLASS => Condition::yes("Accepted", "Accepted", "its Gateways are waypoints"),
+            _ => Condition::no("Accepted", "Unsupported", format!("expected the name {}", waypoints::CLASS)),
+        };
+        mesh.statuses.entry(class.key.clone()).or_default().push(accepted);
+    }
     for gateway in world.gateways.values().filter(|g| g.object.spec.gateway_class_name == waypoints::CLASS) {
         let account = (gateway.key.namespace.clone(), gateway.key.name.clone());
         mesh.waypoints.insert(account);
@@ -115,7 +125,7 @@ fn objects(
 ) -> Vec<Value> {
     let (namespace, name) = (&gateway.key.namespace, &gateway.key.name);
     let labels =
-        json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: CONTROLLER });
+        json!({ NAME: name, "gateway.networking.k8s.io/gateway-class-name": waypoints::CLASS, MANAGED: MANAGER });
     let metadata = || {
         let mut metadata = json!({ "name": name, "namespace": namespace, "labels": labels });
         if !gateway.meta.uid.is_empty() {

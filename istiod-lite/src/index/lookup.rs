@@ -44,6 +44,7 @@ pub struct World<'a> {
     pub authentication: Vec<Entry<'a, istio::PeerAuthentication>>,
     pub tokens: Vec<Entry<'a, istio::RequestAuthentication>>,
     pub telemetry: Vec<Entry<'a, telemetry::Telemetry>>,
+    pub classes: Vec<Entry<'a, gateway::GatewayClass>>,
     pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
     pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
     pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
@@ -75,6 +76,7 @@ impl<'a> World<'a> {
             authentication: Vec::new(),
             tokens: Vec::new(),
             telemetry: Vec::new(),
+            classes: Vec::new(),
             gateways: BTreeMap::new(),
             http_routes: Vec::new(),
             grpc_routes: Vec::new(),
@@ -125,6 +127,7 @@ impl<'a> World<'a> {
             Object::PeerAuthentication(object) => self.authentication.push(Entry { key, meta, object }),
             Object::RequestAuthentication(object) => self.tokens.push(Entry { key, meta, object }),
             Object::Telemetry(object) => self.telemetry.push(Entry { key, meta, object }),
+            Object::GatewayClass(object) => self.classes.push(Entry { key, meta, object }),
             Object::Gateway(object) => {
                 self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
             }

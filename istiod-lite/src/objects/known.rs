@@ -76,7 +76,12 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "DaemonSet", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "ServiceAccount", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Secret", group: "", namespaced: true, unread: &["*"] },
-    Kind { kind: "GatewayClass", group: GATEWAY_API, namespaced: false, unread: &["*"] },
+    Kind {
+        kind: "GatewayClass",
+        group: GATEWAY_API,
+        namespaced: false,
+        unread: &["spec.description", "spec.parametersRef*", "status*"],
+    },
 ];
 
 const GATEWAY_API: &str = "gateway.networking.k8s.io";

@@ -57,6 +57,7 @@ pub enum Object {
     PeerAuthentication(istio::PeerAuthentication),
     RequestAuthentication(Box<istio::RequestAuthentication>),
     Telemetry(Box<telemetry::Telemetry>),
+    GatewayClass(Box<gateway::GatewayClass>),
     Gateway(Box<gateway::Gateway>),
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),

@@ -242,6 +242,7 @@ impl<I: Input> Reader<'_, I> {
             "PeerAuthentication" => Object::PeerAuthentication(self.read()?),
             "RequestAuthentication" => Object::RequestAuthentication(self.read()?),
             "Telemetry" => Object::Telemetry(self.read()?),
+            "GatewayClass" => Object::GatewayClass(self.read()?),
             "Gateway" => Object::Gateway(self.read()?),
             "HTTPRoute" => Object::HttpRoute(self.read()?),
             "GRPCRoute" => Object::GrpcRoute(self.read()?),

@@ -49,6 +49,7 @@ const WATCHED: &[Watched] = &[
     watched("PeerAuthentication", "peerauthentications"),
     watched("RequestAuthentication", "requestauthentications"),
     watched("Telemetry", "telemetries"),
+    watched("GatewayClass", "gatewayclasses"),
     watched("Gateway", "gateways"),
     watched("HTTPRoute", "httproutes"),
     watched("GRPCRoute", "grpcroutes"),

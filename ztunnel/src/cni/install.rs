@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::plugin::PluginConfig;
@@ -33,10 +34,11 @@ pub struct Places {
     pub plugin: PluginConfig,
 }
 
-/// Installs, and looks after it for ever.
-pub async fn keep(places: Places) {
+/// Installs, and looks after it while this process is the one that `answers` the plugin: in an update there are two, of two
+/// versions, and each would undo what the other wrote.
+pub async fn keep(places: Places, mut answers: watch::Receiver<bool>) {
     let mut told = None;
-    loop {
+    while answers.wait_for(|ours| *ours).await.is_ok() {
         let outcome = install(&places).map_err(|e| e.to_string());
         if told.as_ref() != Some(&outcome) {
             match &outcome {
@@ -159,5 +161,29 @@ mod tests {
         remove(&places).expect("remove again");
         assert!(!places.configs.join(CONFLIST).exists() && !places.programs.join(PROGRAM).exists());
         fs::remove_dir_all(&dir).expect("clean");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_the_one_that_answers_writes() {
+        let dir = std::env::temp_dir().join(format!("ambit-cni-two-{}", std::process::id()));
+        let places = places(&dir);
+        fs::write(places.configs.join("10-net.conflist"), r#"{"name":"n","plugins":[]}"#).expect("write");
+        let (answers, answering) = watch::channel(false);
+        let keeping = tokio::spawn(keep(places.clone(), answering));
+        let ours = places.configs.join(CONFLIST);
+        tokio::time::sleep(LOOK * 3).await;
+        assert!(!ours.exists(), "another one answers");
+        answers.send_replace(true);
+        tokio::time::sleep(LOOK * 3).await;
+        assert!(ours.exists());
+        answers.send_replace(false);
+        // It may have looked at it just now, and looks once more.
+        tokio::time::sleep(LOOK * 3).await;
+        fs::write(&ours, "the other's").expect("write");
+        tokio::time::sleep(LOOK * 3).await;
+        assert_eq!(fs::read_to_string(&ours).expect("read"), "the other's");
+        drop(answers);
+        keeping.await.expect("ends");
+        fs::remove_dir_all(&dir).expect("clean up");
     }
 }

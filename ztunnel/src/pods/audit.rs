@@ -3,13 +3,17 @@
 //! Owns following its word, trying again what failed, and the audit: what is enrolled is looked at from time to time and
 //! repaired. Runs each pod on its own.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_model::Identity;
+use ambit_xds::certificates::Lease;
 use ambit_xds::enrolment;
 use tracing::warn;
 
 use super::{Known, Pods, Slot, probe_ports_of};
+use crate::mesh::NodePods;
 
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -22,10 +26,12 @@ impl Pods {
     /// Follows the controller's word, retries what failed and audits what is enrolled; runs for ever.
     pub async fn run(self: Arc<Self>) {
         let mut node_pods = self.node_pods.clone();
+        let mut expected = HashMap::new();
         let mut retry = tokio::time::interval(RETRY);
         let mut audit = tokio::time::interval(self.config.audit_interval.max(Duration::from_millis(100)));
         loop {
             let mut audited = false;
+            expected = self.expect(&node_pods.borrow_and_update().clone(), expected);
             tokio::select! {
                 changed = node_pods.changed() => if changed.is_err() { return },
                 _ = retry.tick() => {}
@@ -42,6 +48,20 @@ impl Pods {
                 });
             }
         }
+    }
+
+    /// Certificates of all pods that are to be in the mesh here: a pod is told when it is bound to the node, long before it
+    /// is started, and then need not wait.
+    fn expect(&self, told: &NodePods, mut before: HashMap<Identity, Lease>) -> HashMap<Identity, Lease> {
+        // A controller that is away takes nothing back.
+        let Some(told) = told else { return before };
+        let mut now = HashMap::new();
+        for pod in told.values().filter(|p| p.enrol) {
+            let identity = self.identity(&pod.namespace, &pod.service_account, Some(pod));
+            let lease = before.remove(&identity);
+            now.entry(identity).or_insert_with_key(|id| lease.unwrap_or_else(|| self.certificates.lease(id)));
+        }
+        now
     }
 
     async fn reconcile(&self, uid: &str, known: &mut Known, audit: bool) {

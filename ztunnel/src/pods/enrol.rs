@@ -10,6 +10,7 @@ use ambit_model::{Identity, Str};
 use ambit_net::capture::Capture;
 use ambit_store::Store;
 use ambit_xds::enrolment;
+use ambit_xds::proto::ambit::NodePod;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -55,11 +56,7 @@ impl Pods {
         let info = known.info.clone();
         let netns = known.netns.clone().ok_or("no network namespace")?;
         let told = self.node_pods.borrow().as_ref().and_then(|p| p.get(&info.uid).cloned());
-        let trust_domain = match &told {
-            Some(pod) if !pod.trust_domain.is_empty() => pod.trust_domain.as_str().into(),
-            _ => self.config.trust_domain.clone(),
-        };
-        let identity = Identity::new(trust_domain, info.namespace.as_str(), info.service_account.as_str());
+        let identity = self.identity(&info.namespace, &info.service_account, told.as_ref());
         let certificate = self.certificates.lease(&identity);
         if !known.foreign_rules {
             certificate.wait(WAIT).await?;
@@ -113,6 +110,15 @@ impl Pods {
         guard.disarm();
         gone_guard.disarm();
         Ok((pod, probes))
+    }
+
+    /// Who a pod is.
+    pub(super) fn identity(&self, namespace: &str, account: &str, told: Option<&NodePod>) -> Identity {
+        let trust_domain = match told {
+            Some(pod) if !pod.trust_domain.is_empty() => pod.trust_domain.as_str().into(),
+            _ => self.config.trust_domain.clone(),
+        };
+        Identity::new(trust_domain, namespace, account)
     }
 
     /// The uid that a pod's workload has.

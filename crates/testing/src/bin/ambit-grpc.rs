@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ambit-grpc serve PORT NAME                          `x-from: NAME`, the body back, `grpc-status: 0` in the trailers;
-//!                                                     5 for methods whose name ends in `Fail`
+//!                                                     5 for methods whose name ends in `Fail`; healthy to a kubelet
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
 //! ambit-grpc authorize PORT                           an authorizer (Envoy's API): who has `x-word: please` may pass and is called
@@ -21,6 +21,11 @@ use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
+
+/// What a kubelet asks whose probe is `grpc`.
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+/// `HealthCheckResponse{status: SERVING}` as one message.
+const SERVING: Bytes = Bytes::from_static(b"\0\0\0\0\x02\x08\x01");
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -96,7 +101,11 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
                 let name = name.clone();
                 tokio::spawn(async move {
                     let code = if request.uri().path().ends_with("Fail") { "5" } else { "0" };
-                    let body = read(request.into_body()).await.unwrap_or_default();
+                    let health = request.uri().path() == HEALTH;
+                    let mut body = read(request.into_body()).await.unwrap_or_default();
+                    if health {
+                        body = SERVING;
+                    }
                     let head = Response::builder().header("content-type", "application/grpc").header("x-from", name);
                     let mut trailers = HeaderMap::new();
                     trailers.insert("grpc-status", http::HeaderValue::from_static(code));

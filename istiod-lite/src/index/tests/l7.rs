@@ -31,6 +31,25 @@ pub(super) fn told<'a>(mesh: &'a Mesh, service: &str) -> &'a ambit_model::l7::Se
     &mesh.bound.get(&key).unwrap_or_else(|| panic!("{service} is bound: {:?}", mesh.bound.keys())).config
 }
 
+#[test]
+fn a_class_of_ours_is_accepted_and_others_are_left_alone() {
+    let class = |name: &str, of: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: GatewayClass\nmetadata: {{name: {name}}}\n\
+             spec: {{controllerName: {of}}}\n---\n"
+        )
+    };
+    let ours = "ambit.dev/mesh-controller";
+    let mesh = mesh(&[class("istio-waypoint", ours), class("edge", ours), class("else", "else.where/x")].concat());
+    let said = |name: &str| {
+        let key = Key { kind: "GatewayClass", namespace: "".into(), name: name.into() };
+        mesh.statuses.get(&key).map(|all| all.iter().map(|c| (c.r#type, c.status)).collect::<Vec<_>>())
+    };
+    assert_eq!(said("istio-waypoint"), Some(vec![("Accepted", true)]));
+    assert_eq!(said("edge"), Some(vec![("Accepted", false)]));
+    assert_eq!(said("else"), None);
+}
+
 fn own_traffic<'a>(mesh: &'a Mesh, service: &str) -> Option<&'a ambit_model::l7::traffic::ServiceTraffic> {
     let key = NamespacedHostname::new("shop", format!("{service}.shop.svc.cluster.local"));
     told(mesh, service).traffic.get(&key)
