@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use ambit_hbone::ConnectHeaders;
 use ambit_hbone::headers::{Authority, Baggage, TraceParent};
+use ambit_model::l7::log_format::{LogFormat, Operator, Values};
 use ambit_model::l7::policy::PolicyTable;
 use ambit_model::l7::table::{RequestView, RouteTable};
 use ambit_model::l7::token::TokenRule;
@@ -27,6 +28,15 @@ use waypoint::keys::{self, Keys};
 use waypoint::observe::Telling;
 use waypoint::session;
 use waypoint::token::TokenTable;
+
+/// A request of which nothing is known.
+struct Nothing;
+
+impl Values for Nothing {
+    fn get(&self, _: &Operator) -> Option<std::borrow::Cow<'_, str>> {
+        None
+    }
+}
 
 /// Inputs of one parser in a short run.
 const SHORT: usize = 10_000;
@@ -197,6 +207,15 @@ fn paths_names_and_expressions() {
         &[b"response.code >= 500 && !request.headers['x'].matches('^a+$') || has(response.grpc_status)"],
         |input| {
             let _ = expression::parse(&text(input));
+        },
+    );
+    feed(
+        "log format",
+        &[b"[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-A?:PATH):9%\" %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% %%"],
+        |input| {
+            if let Ok(format) = LogFormat::parse(&text(input)) {
+                assert!(!format.line(&Nothing).contains('\n'), "one line");
+            }
         },
     );
 }

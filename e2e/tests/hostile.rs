@@ -74,9 +74,10 @@ fn memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte() {
         mesh.in_mesh(&["shop/big"]).await?;
         until(&mesh, &["GET", "http://big.shop/"], "ok").await?;
         let before = memory();
-        let mut slow = mesh.exec_start(CLIENT, &["ambit-http", "slow", "big.shop:80", "100", "6"])?;
+        let mut slow = mesh.exec_start(CLIENT, &["ambit-http", "slow", "big.shop:80", "100", "11"])?;
         served(&mesh, "slow readers").await?;
-        // Full buffers are reached within a second or so; after that nothing grows, however much there is to read.
+        // Full buffers are reached within seconds, also on a machine that does other things; after that nothing grows, however
+        // much there is to read.
         let start = std::time::Instant::now();
         let mut seen: Vec<(f64, f64)> = Vec::new();
         while slow.ended().is_none() && start.elapsed() < ambit_testing::mesh::PATIENCE {
@@ -86,7 +87,7 @@ fn memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte() {
         let most = |from: f64, to: f64| {
             seen.iter().filter(|(at, _)| (from..to).contains(at)).map(|(_, m)| *m).fold(0.0, f64::max)
         };
-        let (early, late) = (most(0.0, 3.0), most(3.0, 60.0));
+        let (early, late) = (most(0.0, 7.0), most(7.0, 60.0));
         if !slow.text().contains("\"failed\":0") || late > early * 1.1 || late > before + 300.0 {
             return Err(Failure(format!("{before:.0} MiB before, {early:.0} and then {late:.0} MiB; {}", slow.text())));
         }

@@ -118,3 +118,46 @@ fn what_is_told_is_what_telemetry_asks_for() {
         Err(Failure::new("sampling is never in force"))
     });
 }
+
+const FORM: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    accessLogFormat: 'LINE "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%" %RESPONSE_CODE% %RESPONSE_FLAGS% "%REQ(X-USER)%" %DOWNSTREAM_PEER_URI_SAN% %UPSTREAM_CLUSTER% %REQUESTED_SERVER_NAME%'
+"#;
+
+#[test]
+fn a_line_of_the_log_has_the_form_that_the_mesh_asks_for() {
+    sandbox::test("a_line_of_the_log_has_the_form_that_the_mesh_asks_for", || async {
+        let mesh = shop(Options::default()).await?;
+        layer7(&mesh).await?;
+        mesh.apply("mesh.yaml", FORM)?;
+        let lines = |m: &Mesh| {
+            let log = waypoint(m).map(|pod| pod.logs.join("waypoint.log"));
+            let text = log.ok().and_then(|log| std::fs::read_to_string(log).ok()).unwrap_or_default();
+            text.lines().filter(|l| l.starts_with("LINE ")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let start = std::time::Instant::now();
+        while lines(&mesh).is_empty() {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("the form is never in force"));
+            }
+            request(&mesh, &["GET", "http://web.shop/before"]).await?;
+        }
+        // A header that would forge a line, and a request that is refused: no pod is asked.
+        request(&mesh, &["GET", "http://web.shop/a?b=c", "--header", "X-User: me\" 200 \"x"]).await?;
+        let expected = "LINE \"GET /a?b=c HTTP/1.1\" 200 - \"me\\\" 200 \\\"x\" spiffe://cluster.local/ns/front/sa/client \
+                        web.shop.svc.cluster.local -";
+        mesh.wait("the line of a request", |m| lines(m).iter().any(|l| l == expected)).await?;
+        // A mistake is told with its place, and changes nothing.
+        mesh.apply("mesh.yaml", &FORM.replace("%PROTOCOL%", "%PROTOCOLS%"))?;
+        mesh.wait("the mistake to be told", |m| {
+            m.debug("/debug/objects").is_ok_and(|all| all.to_string().contains("PROTOCOLS"))
+        })
+        .await?;
+        request(&mesh, &["GET", "http://web.shop/after"]).await?;
+        mesh.wait("the last good form", |m| lines(m).iter().any(|l| l.contains("GET /after HTTP/1.1"))).await
+    });
+}

@@ -109,7 +109,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
             tokio::spawn(crate::status::write(client.clone(), lead, source_seen.clone(), mesh_seen.clone()));
             lease = Some(replica);
             let (sender, receiver) = mpsc::channel(256);
-            tokio::spawn(crate::reports::write(client.clone(), source_seen.clone(), receiver));
+            tokio::spawn(crate::reports::write(client.clone(), source_seen.clone(), mesh_seen.clone(), receiver));
             written = Some(sender);
         }
     }

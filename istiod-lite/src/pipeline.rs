@@ -93,7 +93,9 @@ impl Pipeline {
             warn!(node = report.node, "a report is not written to its pods: too many wait");
             self.unwritten.of(&[]).inc();
         }
-        self.enrolments.apply(report);
+        if !report.ended {
+            self.enrolments.apply(report);
+        }
     }
 
     /// Keeps addresses that were given to hosts, as status of their entries in the overlay.

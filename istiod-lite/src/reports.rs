@@ -3,9 +3,11 @@
 //! Owns the annotation of enrolled pods and the Events about those with whom something is wrong. A node speaks for its own
 //! pods only. Nodes have no rights at the API server; what they say comes over their stream.
 
+mod pending;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_xds::enrolment;
 use futures::StreamExt;
@@ -15,14 +17,17 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
+use self::pending::Pending;
+use crate::index::Mesh;
 use crate::objects::Object;
 use crate::push::ads::Report;
 use crate::source::SourceState;
 
 /// Says that a pod is in the mesh (the annotation that Istio's agent writes).
 const REDIRECTION: &str = "ambient.istio.io/redirection";
+const ENABLED: &str = "enabled";
 
 /// Pods of one report about which something is written.
 const MOST: usize = 10_000;
@@ -37,27 +42,108 @@ const DEADLINE: Duration = Duration::from_secs(5);
 struct Known {
     namespace: String,
     name: String,
+    node: String,
     annotated: bool,
 }
 
+/// What could not be written is tried again after this, and what stands there wrongly is looked for.
+const AGAIN: Duration = Duration::from_secs(5);
+
 /// Writes what is reported; for ever.
-pub async fn write(client: Client, source: watch::Receiver<Arc<SourceState>>, mut reports: mpsc::Receiver<Report>) {
+pub async fn write(
+    client: Client,
+    source: watch::Receiver<Arc<SourceState>>,
+    mesh: watch::Receiver<Arc<Mesh>>,
+    mut reports: mpsc::Receiver<Report>,
+) {
     let recorder = Recorder::new(client.clone(), Reporter::from("ambit-istiod-lite"));
-    while let Some(report) = reports.recv().await {
-        let pods = pods_of(&source, &report).await;
-        let changes = report.enrolled.iter().map(|u| (u, true)).chain(report.left.iter().map(|u| (u, false)));
-        // What stands there already is not written again: most of what a node says when it comes back.
-        let differ = changes.filter_map(|(uid, enrolled)| {
-            Some((uid, enrolled, pods.get(&**uid).filter(|pod| pod.annotated != enrolled)?))
-        });
-        let annotated = futures::stream::iter(differ)
-            .for_each_concurrent(TOGETHER, |(uid, enrolled, pod)| annotate(&client, uid, pod, enrolled));
-        annotated.await;
-        let troubles = report.troubles.iter().filter_map(|(uid, what)| Some((uid, what, pods.get(&**uid)?)));
-        let told = futures::stream::iter(troubles)
+    let mut pending = Pending::default();
+    let mut stale = HashSet::new();
+    let mut again = tokio::time::interval(AGAIN);
+    again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let (report, waits) = tokio::select! {
+            report = reports.recv() => match report {
+                Some(report) => (report, true),
+                None => return,
+            },
+            _ = again.tick() => {
+                let (now, made) = (source.borrow().clone(), mesh.borrow().clone());
+                stale = remove_stale(&client, &now, &made, &stale).await;
+                (Report::default(), false)
+            }
+        };
+        if waits {
+            wait_for(&source, &report).await;
+        }
+        let now = source.borrow().clone();
+        let named: Vec<&str> = report.enrolled.iter().chain(&report.left).map(String::as_str).collect();
+        let shown = pods(&now, &named);
+        let lost = pending.take(&report, |uid| shown.get(uid).map(|pod| pod.annotated));
+        if lost > 0 {
+            warn!(node = report.node, lost, "enrolments not written: too many wait");
+        }
+        annotate_all(&client, &now, &mut pending).await;
+        let troubled: Vec<&str> = report.troubles.iter().map(|(uid, _)| uid.as_str()).collect();
+        let known = pods(&now, &troubled);
+        let here = report.troubles.iter().filter_map(|(uid, what)| Some((uid, what, known.get(&**uid)?)));
+        let told = futures::stream::iter(here.filter(|(.., pod)| pod.node == report.node))
             .for_each_concurrent(TOGETHER, |(uid, what, pod)| tell(&recorder, uid, what, pod));
         told.await;
     }
+}
+
+/// Writes all that is due of pods that are known where their node says they are.
+async fn annotate_all(client: &Client, now: &SourceState, pending: &mut Pending) {
+    let due = pending.due();
+    let uids: Vec<&str> = due.iter().map(|(uid, ..)| uid.as_str()).collect();
+    let mut known = pods(now, &uids);
+    let here: Vec<(String, Known, bool)> = due
+        .iter()
+        .filter_map(|(uid, node, enrolled)| {
+            let pod = known.remove(&**uid).filter(|pod| pod.node == *node)?;
+            Some((uid.clone(), pod, *enrolled))
+        })
+        .collect();
+    let write = async |(uid, pod, enrolled): (String, Known, bool)| {
+        let outcome = annotate(client, &uid, &pod, enrolled).await;
+        (uid, outcome)
+    };
+    let outcomes: Vec<_> = futures::stream::iter(here).map(write).buffer_unordered(TOGETHER).collect().await;
+    for (uid, outcome) in outcomes {
+        match outcome {
+            Written::Yes => pending.written(&uid, Instant::now()),
+            Written::Gone => pending.gone(&uid),
+            Written::No => {}
+        }
+    }
+    pending.forget(Instant::now());
+}
+
+/// Takes the word off pods that are not to be in the mesh and still have it, as they had it the last time: their node's
+/// report was lost, or came to a replica that went. Which ones have it now.
+async fn remove_stale(
+    client: &Client,
+    now: &SourceState,
+    mesh: &Mesh,
+    before: &HashSet<Box<str>>,
+) -> HashSet<Box<str>> {
+    if !now.ready {
+        return HashSet::new();
+    }
+    let outside = |uid: &str| mesh.node_pods.get(uid).is_some_and(|p| !p.pod.enrol);
+    let all = now.objects.of("Pod").iter();
+    let stale = all.filter(|(_, l)| l.meta.annotation(REDIRECTION) == Some(ENABLED) && outside(&l.meta.uid));
+    let stale: HashSet<Box<str>> = stale.map(|(_, loaded)| loaded.meta.uid.clone()).collect();
+    let again: Vec<&str> = stale.intersection(before).map(|uid| &**uid).take(MOST).collect();
+    let known = pods(now, &again);
+    futures::stream::iter(&known)
+        .for_each_concurrent(TOGETHER, |(uid, pod)| async move {
+            info!(namespace = pod.namespace, name = pod.name, "said to be in the mesh, and is not");
+            annotate(client, uid, pod, false).await;
+        })
+        .await;
+    stale
 }
 
 async fn tell(recorder: &Recorder, uid: &str, what: &str, pod: &Known) {
@@ -87,55 +173,61 @@ fn event(what: &str) -> Event {
     Event { type_, reason: reason.into(), note, action: action.into(), secondary: None }
 }
 
-async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) {
+/// What came of writing.
+enum Written {
+    Yes,
+    /// There is no such pod any more.
+    Gone,
+    No,
+}
+
+async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) -> Written {
     let Known { namespace, name, .. } = pod;
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let value = if enrolled { json!("enabled") } else { json!(null) };
+    let value = if enrolled { json!(ENABLED) } else { json!(null) };
     // The uid makes the server refuse it for a later pod of the same name.
     let patch = Patch::Merge(json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } }));
-    let params = PatchParams::default();
-    for pause in [100, 400, 1600, 0] {
-        match tokio::time::timeout(DEADLINE, api.patch(name, &params, &patch)).await {
-            Ok(Ok(_)) => break,
-            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => break,
-            Ok(Err(error)) => warn!(namespace, name, %error, "enrolment not written"),
-            Err(_) => warn!(namespace, name, "enrolment not written within 5 s"),
+    match tokio::time::timeout(DEADLINE, api.patch(name, &PatchParams::default(), &patch)).await {
+        Ok(Ok(_)) => Written::Yes,
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Written::Gone,
+        Ok(Err(error)) => {
+            warn!(namespace, name, %error, "enrolment not written; tried again");
+            Written::No
         }
-        tokio::time::sleep(Duration::from_millis(pause)).await;
+        Err(_) => {
+            warn!(namespace, name, "enrolment not written within 5 s; tried again");
+            Written::No
+        }
     }
 }
 
-/// The pods of a report that are on the node that reports, by uid.
-async fn pods_of<'a>(source: &watch::Receiver<Arc<SourceState>>, report: &'a Report) -> HashMap<&'a str, Known> {
-    let named = report.enrolled.iter().chain(&report.left).chain(report.troubles.iter().map(|(uid, _)| uid));
-    let uids: HashSet<&str> = named.map(String::as_str).take(MOST).collect();
-    // A pod that left is gone, mostly: nobody waits for it, or the reports of a busy node would pile up.
-    let awaited = report.enrolled.iter().chain(report.troubles.iter().map(|(uid, _)| uid));
-    let awaited: HashSet<&str> = awaited.map(String::as_str).filter(|uid| uids.contains(uid)).collect();
-    let find = |state: &SourceState| -> HashMap<&'a str, Known> {
-        let pods = state.objects.of("Pod").iter().filter_map(|(key, loaded)| {
-            let uid = *uids.get(&*loaded.meta.uid)?;
-            let here = matches!(&loaded.object, Object::Pod(pod) if *pod.node_name == *report.node);
-            let annotated = loaded.meta.annotation(REDIRECTION) == Some("enabled");
-            here.then(|| (uid, Known { namespace: key.namespace.clone(), name: key.name.clone(), annotated }))
-        });
-        pods.collect()
-    };
-    let mut source = source.clone();
-    let all = tokio::time::timeout(
-        WAIT,
-        source.wait_for(|state| {
-            let found = find(state);
-            awaited.iter().all(|uid| found.contains_key(uid))
-        }),
-    )
-    .await;
-    drop(all);
-    let found = find(&source.borrow());
-    if found.len() < uids.len() {
-        debug!(node = report.node, missing = uids.len() - found.len(), "a report of pods that are not known there");
+/// Those of these pods that are known.
+fn pods<'a>(state: &SourceState, uids: &[&'a str]) -> HashMap<&'a str, Known> {
+    if uids.is_empty() {
+        return HashMap::new();
     }
-    found
+    let uids: HashSet<&str> = uids.iter().copied().collect();
+    let pods = state.objects.of("Pod").iter().filter_map(|(key, loaded)| {
+        let uid = *uids.get(&*loaded.meta.uid)?;
+        let Object::Pod(pod) = &loaded.object else { return None };
+        let annotated = loaded.meta.annotation(REDIRECTION) == Some(ENABLED);
+        let (namespace, name) = (key.namespace.clone(), key.name.clone());
+        Some((uid, Known { namespace, name, node: pod.node_name.to_string(), annotated }))
+    });
+    pods.collect()
+}
+
+/// Waits a little for pods that a report may have come before. One that left is gone, mostly: nobody waits for it, or the
+/// reports of a busy node would pile up.
+async fn wait_for(source: &watch::Receiver<Arc<SourceState>>, report: &Report) {
+    let awaited = report.enrolled.iter().chain(report.troubles.iter().map(|(uid, _)| uid));
+    let awaited: Vec<&str> = awaited.map(String::as_str).take(MOST).collect();
+    let awaited_uids: HashSet<&str> = awaited.iter().copied().collect();
+    let mut source = source.clone();
+    let all = source.wait_for(|state| pods(state, &awaited).len() == awaited_uids.len());
+    if tokio::time::timeout(WAIT, all).await.is_err() {
+        debug!(node = report.node, "a report of pods that are not known");
+    }
 }
 
 #[cfg(test)]
@@ -147,7 +239,7 @@ mod tests {
         let (_states, source) = watch::channel(Arc::new(SourceState::default()));
         let waits = async |report: Report| {
             let start = tokio::time::Instant::now();
-            assert!(pods_of(&source, &report).await.is_empty());
+            wait_for(&source, &report).await;
             start.elapsed()
         };
         assert_eq!(waits(Report { left: vec!["gone".into()], ..Report::default() }).await, Duration::ZERO);

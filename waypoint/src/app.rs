@@ -32,6 +32,7 @@ use crate::keys::Keys;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
 use crate::rebalance::{self, Moves};
+use crate::spread::Spread;
 use crate::upstream::names::Names;
 use crate::upstream::origination::Originations;
 use crate::worker::{self, Shared};
@@ -86,11 +87,17 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let (store, services) = (Arc::new(Store::default()), Arc::new(ArcSwap::default()));
     let control_plane = control_plane(&config);
     let certificates = Certificates::new(CaClient::new(control_plane.clone(), config.secret_ttl)?);
+    let count = |name, help| registry.gauge(name, help, &["worker"]);
+    let (spread, inboxes) = Spread::new(
+        workers.count(),
+        &count("ambit_waypoint_tunnels", "Tunnels of a worker."),
+        &count("ambit_waypoint_streams", "Streams of tunnels that a worker serves."),
+    );
     let shared = Arc::new(Shared {
         certificate: certificates.lease(&config.identity),
         store: store.clone(),
         services: services.clone(),
-        observer: Observer::new(&registry, log, spans(&config)?),
+        observer: Observer::new(&registry, log, spans(&config)?, config.pod_name.as_str().into()),
         drain: CancellationToken::new(),
         connections: TaskTracker::new(),
         outside: outside::connector(config.outside_roots.as_deref()).map_err(|e| RunError::Io("OUTSIDE_ROOTS", e))?,
@@ -98,6 +105,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         names: Arc::new(Names::new(tokio::runtime::Handle::current())),
         originations: Originations::default(),
         moves: Moves::default(),
+        spread,
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;
@@ -114,9 +122,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     tokio::spawn(rebalance::watch(shared.clone()));
     let netns = Netns::own().map_err(|e| RunError::Io("own network namespace", e))?;
     let ipv6 = std::path::Path::new("/proc/net/if_inet6").exists();
-    for one in workers.iter() {
+    for (one, inbox) in workers.iter().zip(inboxes) {
         let listener = listen::tcp_any(&netns, HBONE_PORT, ipv6).map_err(|e| RunError::Io("port 15008", e))?;
-        worker::start(one, shared.clone(), listener, sources.take());
+        worker::start(one, shared.clone(), listener, inbox, sources.take());
     }
     tokio::spawn(expire(registry));
     info!(gateway = config.gateway, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");

@@ -7,6 +7,7 @@ use std::cell::{Cell, OnceCell};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
@@ -50,7 +51,7 @@ const MAX_HEADERS: usize = 128;
 /// A stream that has been accepted.
 pub struct Connection {
     /// Who is at the other end.
-    pub downstream: Rc<Downstream>,
+    pub downstream: Arc<Downstream>,
     /// What was asked for.
     pub target: Target,
     /// What is known of both sides.
@@ -85,7 +86,7 @@ impl Connection {
 }
 
 /// Handles one CONNECT.
-pub async fn handle(context: Rc<Context>, downstream: Rc<Downstream>, incoming: Incoming) {
+pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming: Incoming) {
     let shared = &context.shared;
     let snapshot = shared.store.load();
     let source: IpAddr = downstream.source.ip();

@@ -29,6 +29,7 @@ pub mod rebalance;
 pub mod request;
 pub mod retry;
 pub mod session;
+pub mod spread;
 pub mod target;
 pub mod token;
 pub mod treatment;

@@ -15,7 +15,7 @@ pub use telling::Telling;
 
 use ambit_model::{Identity, Service, Str, Workload};
 use ambit_telemetry::Registry;
-use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
+use ambit_telemetry::access_log::{AccessLog, Form, Level, Line, Value};
 use ambit_telemetry::histogram::{BYTES, HistogramVec, MILLISECONDS};
 use ambit_telemetry::metrics::{CounterVec, Labels};
 use ambit_telemetry::peers::{HTTP, TCP, service, side};
@@ -95,13 +95,15 @@ pub struct Observer {
     log: AccessLog,
     /// Requests and connections under way.
     load: Arc<AtomicU32>,
+    /// Name of this process' pod.
+    pod: Str,
     /// Where spans go.
     pub spans: Spans,
 }
 
 impl Observer {
     /// Registers the metrics.
-    pub fn new(registry: &Registry, log: AccessLog, spans: Spans) -> Self {
+    pub fn new(registry: &Registry, log: AccessLog, spans: Spans, pod: Str) -> Self {
         let tcp = |name, help| registry.counter(name, help, TCP);
         Self {
             requests: registry.counter("istio_requests_total", "Requests.", HTTP),
@@ -125,6 +127,7 @@ impl Observer {
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from clients."),
             log,
             load: Arc::default(),
+            pod,
             spans,
         }
     }
@@ -150,7 +153,13 @@ impl Observer {
         let mut fields = Vec::new();
         facts.fields(&mut fields);
         fields.push(("error", Value::Text(reason)));
-        let line = Line { time: SystemTime::now(), level: Level::Warn, message: "connection refused", fields };
+        let line = Line {
+            time: SystemTime::now(),
+            level: Level::Warn,
+            message: "connection refused",
+            fields,
+            form: Form::AsOthers,
+        };
         self.log.write(line);
     }
 
@@ -168,6 +177,12 @@ impl Observer {
         fields.push(("duration", Value::Text(format!("{}ms", start.elapsed().as_millis()))));
         let level = if error.is_some() { Level::Error } else { Level::Info };
         fields.extend(error.map(|e| ("error", Value::Text(e))));
-        self.log.write(Line { time: SystemTime::now(), level, message: "connection complete", fields });
+        self.log.write(Line {
+            time: SystemTime::now(),
+            level,
+            message: "connection complete",
+            fields,
+            form: Form::AsOthers,
+        });
     }
 }

@@ -1,6 +1,6 @@
 //! Accepting on a worker: TLS, the tunnel, and a task for each stream in it.
 //!
-//! Owns nothing after the CONNECT has been read. A tunnel and its streams stay on the worker that accepted it.
+//! Owns nothing after the CONNECT has been read. Which worker that is, is in [`crate::spread`].
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use ambit_hbone::server::serve;
+use ambit_hbone::server::{Incoming, serve};
 use ambit_net::{listen, orig_dst};
 use ambit_runtime::Worker;
 use ambit_store::Store;
@@ -29,6 +29,7 @@ use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
 use crate::rebalance::Moves;
+use crate::spread::{Held, Inbox, Spread, Work};
 use crate::upstream::Upstream;
 use crate::upstream::names::Names;
 use crate::upstream::origination::Originations;
@@ -48,10 +49,13 @@ pub struct Shared {
     pub names: Arc<Names>,
     pub originations: Originations,
     pub moves: Moves,
+    pub spread: Spread,
 }
 
 /// What a worker has.
 pub struct Context {
+    /// Its number.
+    pub worker: usize,
     /// What all share.
     pub shared: Arc<Shared>,
     /// Its connections to pods.
@@ -72,15 +76,18 @@ pub fn start(
     worker: &Worker,
     shared: Arc<Shared>,
     listener: std::net::TcpListener,
+    inbox: Inbox,
     sources: Option<mpsc::UnboundedReceiver<Weak<Source>>>,
 ) {
+    let number = worker.index;
     worker.spawn(move || async move {
         let listener = match TcpListener::from_std(listener) {
             Ok(listener) => listener,
             Err(error) => return warn!(%error, "the listener cannot be served"),
         };
         let upstream = Rc::new(Upstream::new(shared.clone()));
-        let context = Rc::new(Context { shared, upstream });
+        let context = Rc::new(Context { worker: number, shared, upstream });
+        tokio::task::spawn_local(handed(context.clone(), inbox));
         let sweeping = context.clone();
         tokio::task::spawn_local(async move { sweeping.upstream.sweep().await });
         if let Some(sources) = sources {
@@ -95,10 +102,10 @@ pub fn start(
                 Ok((stream, source)) => {
                     // Without these options the connection still works.
                     let _ = listen::prepare_stream(&stream);
-                    // The whole tunnel is waited for at the end, not only its streams: what they wrote last may not have
-                    // been sent.
-                    let served = tunnel(context.clone(), stream, orig_dst::canonical(source));
-                    tokio::task::spawn_local(context.shared.connections.track_future(served));
+                    let source = orig_dst::canonical(source);
+                    if let Some((stream, held)) = context.shared.spread.tunnel(context.worker, stream, source) {
+                        spawn_tunnel(&context, stream, source, held);
+                    }
                 }
                 Err(error) => {
                     // Out of descriptors, mostly: wait for some connection to end.
@@ -110,7 +117,34 @@ pub fn start(
     });
 }
 
-async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr) {
+/// Does what other workers hand over, until they are gone.
+async fn handed(context: Rc<Context>, mut inbox: Inbox) {
+    while let Some(work) = inbox.recv().await {
+        match work {
+            Work::Tunnel(stream, source, held) => match TcpStream::from_std(stream) {
+                Ok(stream) => spawn_tunnel(&context, stream, source, held),
+                Err(error) => warn!(%source, %error, "tunnel lost"),
+            },
+            Work::Stream(incoming, downstream, held) => spawn_stream(&context, *incoming, downstream, held),
+        }
+    }
+}
+
+fn spawn_tunnel(context: &Rc<Context>, stream: TcpStream, source: SocketAddr, held: Held) {
+    let served = tunnel(context.clone(), stream, source, held);
+    // The whole tunnel is waited for at the end, not only its streams: what they wrote last may not have been sent.
+    tokio::task::spawn_local(context.shared.connections.track_future(served));
+}
+
+fn spawn_stream(context: &Rc<Context>, incoming: Incoming, downstream: Arc<Downstream>, held: Held) {
+    let handled = connection::handle(context.clone(), downstream, incoming);
+    tokio::task::spawn_local(async move {
+        let _held = held;
+        handled.await;
+    });
+}
+
+async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr, _held: Held) {
     let settings = &context.shared.config.hbone;
     let Some(own) = context.shared.certificate.current() else {
         return warn!(%source, "tunnel refused: no certificate yet");
@@ -120,9 +154,11 @@ async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr) {
         Err(error) => return warn!(%source, %error, "tunnel refused"),
     };
     let end = peer.not_after.min(own.facts.not_after);
-    let downstream = Rc::new(Downstream { peer, source });
+    let downstream = Arc::new(Downstream { peer, source });
     let served = serve(tls, settings, until(&context, end), |incoming| {
-        tokio::task::spawn_local(connection::handle(context.clone(), downstream.clone(), incoming));
+        if let Some((incoming, held)) = context.shared.spread.stream(context.worker, incoming, &downstream) {
+            spawn_stream(&context, incoming, downstream.clone(), held);
+        }
     });
     if let Err(error) = served.await {
         debug!(%source, %error, "tunnel");

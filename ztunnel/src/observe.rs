@@ -10,7 +10,7 @@ use std::time::{Instant, SystemTime};
 use ambit_model::{Identity, Service, Str, Workload};
 use ambit_net::relay::Moved;
 use ambit_telemetry::Registry;
-use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
+use ambit_telemetry::access_log::{AccessLog, Form, Level, Line, Value};
 use ambit_telemetry::metrics::{Counter, CounterVec, Labels};
 use ambit_telemetry::peers::{TUNNEL, place, service, side};
 use ambit_telemetry::spans::{Begun, Side, Spans};
@@ -210,7 +210,7 @@ impl Observer {
         self.span(facts, Some(failure));
         let mut fields = facts.fields();
         fields.push(("error", Value::Text(failure.reason.clone())));
-        self.log.write(Line { time: SystemTime::now(), level: Level::Warn, message, fields });
+        self.log.write(Line { time: SystemTime::now(), level: Level::Warn, message, fields, form: Form::AsOthers });
     }
 
     /// A connection is open. Its span is the way there: a connection may last for days.
@@ -276,7 +276,8 @@ impl Open {
         if let Some(failure) = failure {
             fields.push(("error", Value::Text(failure.reason)));
         }
-        let line = Line { time: SystemTime::now(), level, message: "connection complete", fields };
+        let line =
+            Line { time: SystemTime::now(), level, message: "connection complete", fields, form: Form::AsOthers };
         self.observer.log.write(line);
     }
 }

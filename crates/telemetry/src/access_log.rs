@@ -48,6 +48,22 @@ pub struct Line {
     pub message: &'static str,
     /// Fields; text unless a number.
     pub fields: Vec<(&'static str, Value)>,
+    /// How it is written.
+    pub form: Form,
+}
+
+/// How a line is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// As the process writes all.
+    #[default]
+    AsOthers,
+    /// As text.
+    Plain,
+    /// As JSON.
+    Json,
+    /// As this, whatever its fields.
+    Text(String),
 }
 
 /// Value of a field.
@@ -93,7 +109,7 @@ impl AccessLog {
             while let Ok(first) = receiver.recv() {
                 text.clear();
                 for line in std::iter::once(first).chain(receiver.try_iter().take(BATCH)) {
-                    if json { line.json(&mut text) } else { line.plain(&mut text) }
+                    line.write(json, &mut text);
                 }
                 // A log that cannot be written must not stop traffic.
                 let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
@@ -113,6 +129,17 @@ impl AccessLog {
 }
 
 impl Line {
+    fn write(&self, json: bool, out: &mut String) {
+        match (&self.form, json) {
+            (Form::Json, _) | (Form::AsOthers, true) => self.json(out),
+            (Form::Plain, _) | (Form::AsOthers, false) => self.plain(out),
+            (Form::Text(text), _) => {
+                out.push_str(text);
+                out.push('\n');
+            }
+        }
+    }
+
     fn plain(&self, out: &mut String) {
         // Writing to a String cannot fail, here and below.
         let _ = write!(out, "{}\t{}\taccess\t{}\t", rfc3339(self.time), self.level.text(), self.message);
@@ -200,6 +227,7 @@ mod tests {
             level: Level::Error,
             message: "connection complete",
             fields: vec![("src.addr", Value::Text("1.2.3.4:5".into())), ("bytes_sent", Value::Number(7))],
+            form: Form::AsOthers,
         };
         let mut text = String::new();
         line.plain(&mut text);
@@ -220,6 +248,19 @@ mod tests {
     }
 
     #[test]
+    fn a_form_of_its_own_comes_before_that_of_the_process() {
+        let line = |form| Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![], form };
+        let written = |form, json| {
+            let mut text = String::new();
+            line(form).write(json, &mut text);
+            text
+        };
+        assert_eq!(written(Form::Text("GET /".into()), true), "GET /\n");
+        assert!(written(Form::Json, false).starts_with('{') && written(Form::AsOthers, true).starts_with('{'));
+        assert!(written(Form::Plain, true).starts_with("1970") && written(Form::AsOthers, false).starts_with("1970"));
+    }
+
+    #[test]
     fn a_writer_that_hangs_costs_lines_not_time() {
         struct Stuck(std::sync::mpsc::Receiver<()>);
         impl Write for Stuck {
@@ -234,7 +275,7 @@ mod tests {
         let (release, stuck) = std::sync::mpsc::channel();
         let dropped = Arc::new(Counter::default());
         let log = AccessLog::start(false, Stuck(stuck), dropped.clone()).expect("start");
-        let line = Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![] };
+        let line = Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![], form: Form::AsOthers };
         // It has taken one batch at most before it hangs.
         for _ in 0..QUEUE + BATCH + 1000 {
             log.write(line.clone());

@@ -80,7 +80,7 @@ pub(super) fn other_family(c: &Cluster) -> Result<String, Failure> {
         return Ok("not run: this cluster has no IPv6".into());
     };
     enrolled(c, &["shop", "front"], "enabled")?;
-    let url = format!("http://[{service}]/");
+    let url = format!("http://[{service}]:80/");
     c.wait("a request over IPv6 by HBONE", || {
         let start = now();
         let answer = c.get(CLIENT, &url)?;

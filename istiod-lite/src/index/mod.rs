@@ -182,6 +182,7 @@ pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
             Ok(())
         }
         Object::Telemetry(telemetry) => telemetry::validate(&telemetry.spec),
+        Object::MeshConfig(config) => telemetry::log_form(config).map(drop),
         Object::WorkloadEntry(entry) if entry.spec.address.is_empty() => {
             invalid("spec.address".into(), "", "an IP address or host name")
         }

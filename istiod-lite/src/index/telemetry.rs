@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use ambit_model::Str;
 use ambit_model::l7::expression;
-use ambit_model::l7::telemetry::{Metric, MetricRule, Tag, Telemetry};
+use ambit_model::l7::log_format::LogFormat;
+use ambit_model::l7::telemetry::{LogForm, Metric, MetricRule, Tag, Telemetry};
 use ambit_telemetry::peers::HTTP;
 
 use super::l7::{Bound, Owner, attach_to};
@@ -16,6 +17,7 @@ use super::policies::Invalid;
 use super::{Condition, Mesh};
 use crate::objects::Key;
 use crate::objects::istio::PolicyTarget;
+use crate::objects::mesh::MeshConfig;
 use crate::objects::telemetry::{self as api, Provider};
 
 /// Sections of an object; each is taken whole from the object that counts for it.
@@ -77,6 +79,11 @@ struct Holder<'w, 'a> {
 
 /// Gives each service what the objects that reach it ask for.
 pub(super) fn attach(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
+    // Objects that say something wrong are not let in; see [`super::validate`].
+    let form = log_form(&world.config).ok().flatten();
+    for one in bound.values_mut() {
+        one.config.telemetry.log_form.clone_from(&form);
+    }
     let mut holders: Vec<Holder<'_, '_>> = Vec::new();
     let mut entries: Vec<_> = world.telemetry.iter().collect();
     entries.sort_by_key(|e| e.meta.age());
@@ -152,6 +159,30 @@ fn give(world: &World<'_>, holder: &Holder<'_, '_>, bound: &mut BTreeMap<Owner<'
     }
     let text = format!("in force for {count} services of waypoints, where nothing nearer is");
     Condition::yes("Accepted", "Accepted", text)
+}
+
+/// How waypoints write the access log, where that is said; or the field that is wrong.
+pub(super) fn log_form(config: &MeshConfig) -> Result<Option<LogForm>, Invalid> {
+    let wrong = |field: &str, value: &str, expected| invalid(format!("data.mesh.{field}"), value, expected);
+    if !matches!(config.access_log_file.as_str(), "" | "/dev/stdout") {
+        return wrong("accessLogFile", &config.access_log_file, "/dev/stdout");
+    }
+    let format = config.access_log_format.as_str();
+    match config.access_log_encoding.as_str() {
+        "JSON" if format.is_empty() => Ok(Some(LogForm::Json)),
+        "JSON" => wrong("accessLogFormat", format, "none: JSON has the fields that README names"),
+        "" if format.is_empty() => Ok(None),
+        "TEXT" if format.is_empty() => Ok(Some(LogForm::Plain)),
+        "" | "TEXT" => match LogFormat::parse(format) {
+            Ok(_) => Ok(Some(LogForm::Text(format.into()))),
+            Err(error) => Err(Invalid {
+                path: format!("data.mesh.accessLogFormat: {error}"),
+                value: format.to_owned(),
+                expected: "text with operators of Istio's default format",
+            }),
+        },
+        other => wrong("accessLogEncoding", other, "TEXT or JSON"),
+    }
 }
 
 /// Checks what needs no other object.

@@ -16,6 +16,12 @@ pub struct MeshConfig {
     pub discovery_selectors: Vec<super::istio::Selector>,
     /// External services that policies may name.
     pub extension_providers: Vec<ExtensionProvider>,
+    /// `/dev/stdout`: waypoints write nowhere else.
+    pub access_log_file: String,
+    /// `TEXT` or `JSON`; as each process is set where empty.
+    pub access_log_encoding: String,
+    /// Form of a line of text; see [`ambit_model::l7::log_format`].
+    pub access_log_format: String,
 }
 
 /// An external service.
@@ -81,6 +87,9 @@ impl Default for MeshConfig {
             root_namespace: "istio-system".into(),
             discovery_selectors: Vec::new(),
             extension_providers: Vec::new(),
+            access_log_file: String::new(),
+            access_log_encoding: String::new(),
+            access_log_format: String::new(),
         }
     }
 }

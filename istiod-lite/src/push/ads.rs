@@ -44,6 +44,8 @@ pub struct Report {
     pub left: Vec<String>,
     /// What is wrong with others: uid and words.
     pub troubles: Vec<(String, String)>,
+    /// It speaks here no more; to whom it speaks next, it says all of it.
+    pub ended: bool,
 }
 
 /// What node tunnels may ask for.
@@ -191,6 +193,11 @@ impl Client {
                 break reason;
             }
         };
+        if self.wanted.contains_key(ENROLMENT) {
+            let ended = Report { node: self.node.clone(), ended: true, ..Report::default() };
+            // Nobody listens where the controller ends too.
+            let _ = self.service.reports.send(ended).await;
+        }
         info!(caller = %self.caller, node = self.node, reason = end, "stream ended");
     }
 

@@ -11,16 +11,17 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
 
 use ambit_model::l7::expression::{Attribute, Attributes, Value as Of};
+use ambit_model::l7::log_format::{Operator, Values};
 use ambit_model::l7::telemetry::Metric;
 use ambit_model::{Str, Workload};
-use ambit_telemetry::access_log::{Level, Line, Value};
+use ambit_telemetry::access_log::{Level, Line, Value, rfc3339};
 use ambit_telemetry::histogram::{Histogram, HistogramVec};
 use ambit_telemetry::metrics::{Counter, Labels};
 use ambit_telemetry::peers::HTTP;
 use ambit_telemetry::spans::{Begun, Side};
 use http::HeaderMap;
 
-use super::telling::{Kept, Telling};
+use super::telling::{Kept, PATH, PROTOCOL, Telling};
 use super::{Facts, Observer, UnderWay};
 
 /// Series that a connection keeps at hand.
@@ -101,7 +102,7 @@ impl Meter {
             span: None,
             request_bytes: Arc::default(),
             response_bytes: Arc::default(),
-            headers: telling.keep(request.headers()),
+            headers: telling.keep(request),
             telling,
         }
     }
@@ -203,9 +204,11 @@ impl Exchange {
         if let Some(span) = self.span.take().filter(|_| self.telling.spans()) {
             self.tell(span);
         }
-        if !self.telling.logs(&Over { exchange: &self, elapsed }) {
+        let over = Over { exchange: &self, elapsed };
+        if !self.telling.logs(&over) {
             return;
         }
+        let form = self.telling.form(&over);
         let mut fields = Vec::with_capacity(series.fields.len() + 14);
         fields.push(("request", Value::Text(self.request)));
         fields.push(("host", Value::Text(self.host)));
@@ -227,7 +230,13 @@ impl Exchange {
         fields.push(("upstream", Value::Micros(self.waited.as_micros() as u64)));
         let level = if self.error.is_some() { Level::Warn } else { Level::Info };
         fields.extend(self.error.map(|e| ("error", Value::Text(e))));
-        self.meter.observer.log.write(Line { time: SystemTime::now(), level, message: "request complete", fields });
+        self.meter.observer.log.write(Line {
+            time: SystemTime::now(),
+            level,
+            message: "request complete",
+            fields,
+            form,
+        });
     }
 
     /// Ends its span.
@@ -255,6 +264,47 @@ struct Over<'a> {
     elapsed: Duration,
 }
 
+impl Over<'_> {
+    fn kept(&self, name: &str) -> Option<&str> {
+        self.exchange.headers.iter().find(|(n, _)| **n == *name).map(|(_, value)| &**value)
+    }
+}
+
+impl Values for Over<'_> {
+    fn get(&self, operator: &Operator) -> Option<Cow<'_, str>> {
+        let of = self.exchange;
+        let facts = &of.meter.facts;
+        let text = |n: &dyn ToString| Some(Cow::Owned(n.to_string()));
+        match operator {
+            Operator::StartTime => Some(rfc3339(SystemTime::now() - self.elapsed).into()),
+            Operator::Protocol => {
+                self.kept(PROTOCOL).map(|v| v.strip_suffix(".0").filter(|v| *v != "HTTP/1").unwrap_or(v).into())
+            }
+            Operator::Method => of.request.split_once(' ').map(|(method, _)| method.into()),
+            Operator::Path => self.kept(PATH).map(Cow::from),
+            Operator::Authority => Some((&*of.host).into()),
+            Operator::Header(name) => self.kept(name).map(Cow::from),
+            Operator::ResponseCode => text(&of.status),
+            Operator::Details => Some(of.error.as_deref().unwrap_or("via_upstream").into()),
+            Operator::Flags => Some(of.flag.into()),
+            Operator::GrpcStatus => of.grpc_status.as_deref().filter(|_| of.grpc).map(Cow::from),
+            Operator::Received => text(&of.request_bytes.load(Relaxed)),
+            Operator::Sent => text(&of.response_bytes.load(Relaxed)),
+            Operator::Duration => text(&self.elapsed.as_millis()),
+            Operator::Waited => of.dst.and_then(|_| text(&of.waited.as_millis())),
+            Operator::Pod => of.dst.and_then(|dst| text(&dst)),
+            Operator::Service => facts.service.as_ref().map(|s| (&*s.hostname).into()),
+            Operator::Route => of.route.as_deref().map(Cow::from),
+            Operator::Client(true) => text(&facts.src),
+            Operator::Client(false) => text(&facts.src.ip()),
+            Operator::Identity => Some((&*of.meter.principal).into()),
+            Operator::Trace => of.trace.as_deref().map(Cow::from),
+            Operator::Hostname => text(&of.meter.observer.pod),
+            Operator::Absent => None,
+        }
+    }
+}
+
 impl Attributes for Over<'_> {
     fn get(&self, attribute: &Attribute) -> Option<Of<'_>> {
         let of = self.exchange;
@@ -267,7 +317,7 @@ impl Attributes for Over<'_> {
             Attribute::Path => Of::Text(path),
             Attribute::Host => Of::Text(&of.host),
             Attribute::Duration => Of::Number(self.elapsed.as_millis() as i64),
-            Attribute::Header(name) => Of::Text(&of.headers.iter().find(|(n, _)| **n == **name)?.1),
+            Attribute::Header(name) => Of::Text(self.kept(name)?),
             Attribute::Mtls => Of::Truth(true),
             Attribute::Principal => Of::Text(&of.meter.principal),
         })

@@ -5,41 +5,70 @@
 
 use ambit_model::Str;
 use ambit_model::l7::expression::{self, Expression};
-use ambit_model::l7::telemetry::{Metric, Tag, Telemetry};
+use ambit_model::l7::log_format::{LogFormat, Values};
+use ambit_model::l7::telemetry::{LogForm, Metric, Tag, Telemetry};
+use ambit_telemetry::access_log::Form;
 use ambit_telemetry::metrics::Labels;
-use http::HeaderMap;
+use http::Request;
 
 /// What is told.
 #[derive(Debug, Default)]
 pub struct Telling {
     asked: Telemetry,
     filter: Option<Expression>,
+    format: Option<LogFormat>,
     /// Headers of requests that are looked at when they are over.
     headers: Vec<Str>,
 }
 
-/// Headers of a request, kept until it is over.
+/// Headers of a request, kept until it is over; and, where lines have a form of their own, [`PATH`] and [`PROTOCOL`].
 pub type Kept = Vec<(Str, String)>;
+/// Path with query.
+pub const PATH: &str = ":path";
+/// Version of HTTP.
+pub const PROTOCOL: &str = ":protocol";
 
 impl Telling {
     /// Compiles; or the reason why it cannot be used.
     pub fn new(asked: &Telemetry) -> Result<Self, String> {
         let filter = asked.log_filter.as_deref().map(expression::parse).transpose();
         let filter = filter.map_err(|e| format!("filter of the access log: {e}"))?;
+        let format = match &asked.log_form {
+            Some(LogForm::Text(text)) => Some(LogFormat::parse(text).map_err(|e| format!("access log: {e}"))?),
+            _ => None,
+        };
         let mut headers: Vec<Str> = filter.iter().flat_map(Expression::headers).map(Str::from).collect();
         headers.extend(asked.tags.values().filter_map(|tag| match tag {
             Tag::Header(name, _) => Some(name.clone()),
             Tag::Literal(_) => None,
         }));
+        headers.extend(format.iter().flat_map(LogFormat::headers).cloned());
         headers.sort();
         headers.dedup();
-        Ok(Self { asked: asked.clone(), filter, headers })
+        Ok(Self { asked: asked.clone(), filter, format, headers })
     }
 
-    /// What of a request's headers is needed later.
-    pub fn keep(&self, headers: &HeaderMap) -> Kept {
+    /// What of a request's head is needed later.
+    pub fn keep<B>(&self, request: &Request<B>) -> Kept {
+        let headers = request.headers();
         let value = |name: &Str| Some((name.clone(), headers.get(&**name)?.to_str().ok()?.to_owned()));
-        self.headers.iter().filter_map(value).collect()
+        let mut kept: Kept = self.headers.iter().filter_map(value).collect();
+        if self.format.is_some() {
+            let path = request.uri().path_and_query().map_or("/", |p| p.as_str());
+            kept.push((PATH.into(), path.to_owned()));
+            kept.push((PROTOCOL.into(), format!("{:?}", request.version())));
+        }
+        kept
+    }
+
+    /// How the line of a request is written.
+    pub fn form(&self, request: &impl Values) -> Form {
+        match (&self.format, &self.asked.log_form) {
+            (Some(format), _) => Form::Text(format.line(request)),
+            (None, Some(LogForm::Json)) => Form::Json,
+            (None, Some(LogForm::Plain)) => Form::Plain,
+            (None, _) => Form::AsOthers,
+        }
     }
 
     /// Whether a request has a line in the access log.
@@ -113,13 +142,13 @@ mod tests {
             ("none".into(), Tag::Header("x-none".into(), "".into())),
         ]);
         let telling = Telling::new(&Telemetry { tags, ..Telemetry::default() }).expect("compiles");
-        let mut headers = HeaderMap::new();
-        let told = |headers: &HeaderMap| {
-            telling.attributes(&telling.keep(headers)).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
+        let mut request = Request::new(());
+        let told = |request: &Request<()>| {
+            telling.attributes(&telling.keep(request)).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
         };
-        assert_eq!(told(&headers), ["team=shop", "user=nobody"]);
-        headers.insert("x-user", "me".parse().expect("a value"));
-        assert_eq!(told(&headers), ["team=shop", "user=me"]);
+        assert_eq!(told(&request), ["team=shop", "user=nobody"]);
+        request.headers_mut().insert("x-user", "me".parse().expect("a value"));
+        assert_eq!(told(&request), ["team=shop", "user=me"]);
         let wrong = Telemetry { log_filter: Some("response.code".into()), ..Telemetry::default() };
         assert!(Telling::new(&wrong).is_err_and(|e| e.contains("a comparison")));
     }

@@ -5,6 +5,7 @@
 //! [`RouteTable`](table::RouteTable) and a [`PolicyTable`](policy::PolicyTable) once a change. Never sees a connection.
 
 pub mod expression;
+pub mod log_format;
 pub mod path;
 pub mod policy;
 pub mod table;

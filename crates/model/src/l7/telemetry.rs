@@ -16,6 +16,9 @@ pub struct Telemetry {
     /// Only requests for which this holds are in the access log; see [`super::expression`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_filter: Option<Str>,
+    /// How requests are written there; as the process has it where `None`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_form: Option<LogForm>,
     /// No spans are told.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub no_spans: bool,
@@ -28,6 +31,18 @@ pub struct Telemetry {
     /// Changes of metrics, in their order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub metrics: Vec<MetricRule>,
+}
+
+/// How the access log is written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LogForm {
+    /// As text that is for people and machines alike.
+    Plain,
+    /// As JSON.
+    Json,
+    /// As text of a form of its own; see [`super::log_format`].
+    Text(Str),
 }
 
 /// Value of an attribute.

@@ -1,6 +1,6 @@
 //! Which Telemetry counts for a service, and what is said of it.
 
-use ambit_model::l7::telemetry::{Metric, Tag};
+use ambit_model::l7::telemetry::{LogForm, Metric, Tag};
 
 use super::l7::{bound_shop, told};
 use super::*;
@@ -130,4 +130,31 @@ fn one_that_is_not_in_force_takes_nothing_from_others() {
     assert!(!said(&mesh, "theirs")[0].0 && said(&mesh, "ours")[0].0, "{:?}", said(&mesh, "ours"));
     assert!(said(&mesh, "twice")[0].0, "{:?}", said(&mesh, "twice"));
     assert!(!told(&mesh, "web").telemetry.no_log);
+}
+
+#[test]
+fn the_mesh_says_how_waypoints_write_their_log() {
+    let config = |mesh: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    {}\n---\n",
+            mesh.replace('\n', "\n    ")
+        )
+    };
+    let form = |text: &str| told(&mesh(&[config(text), bound_shop("shop")].concat()), "web").telemetry.log_form.clone();
+    assert_eq!(form("accessLogFile: /dev/stdout"), None);
+    assert_eq!(form("accessLogEncoding: JSON"), Some(LogForm::Json));
+    assert_eq!(form("accessLogEncoding: TEXT"), Some(LogForm::Plain));
+    let own = "accessLogFormat: \"%REQ(:METHOD)% %RESPONSE_CODE%\\n\"";
+    assert_eq!(form(own), Some(LogForm::Text("%REQ(:METHOD)% %RESPONSE_CODE%\n".into())));
+    let refused = |text: &str| {
+        let parsed = parse::parse(config(text).trim_end_matches("---\n")).expect("YAML");
+        let wrong = validate(&parsed.object).expect_err("wrong");
+        format!("{}: {:?}, expected {}", wrong.path, wrong.value, wrong.expected)
+    };
+    assert!(
+        refused("accessLogFile: /var/log/x").contains("data.mesh.accessLogFile: \"/var/log/x\", expected /dev/stdout")
+    );
+    assert!(refused("accessLogEncoding: XML").contains("TEXT or JSON"));
+    assert!(refused("accessLogEncoding: JSON\naccessLogFormat: '%DURATION%'").contains("none: JSON has"));
+    assert!(refused("accessLogFormat: '%WHAT%'").contains("at character 1: \"WHAT\""));
 }
