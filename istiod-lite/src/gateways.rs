@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ambit_telemetry::access_log::rfc3339;
-use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::{Api, Client};
 use serde_json::{Value, json};
@@ -17,6 +17,7 @@ use tracing::{info, warn};
 
 use crate::index::Mesh;
 use crate::index::gateways::{MANAGED, Rendered};
+use crate::index::parameters::OPTIONAL;
 use crate::leader::leading;
 use crate::objects::Key;
 
@@ -42,6 +43,12 @@ pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: w
             if old.is_none_or(|o| o.objects != rendered.objects) {
                 for object in &rendered.objects {
                     good &= write(&client, key, object.clone(), false).await;
+                }
+                for (version, kind) in OPTIONAL {
+                    let asked = rendered.objects.iter().any(|o| o["kind"] == kind);
+                    if !asked && !rendered.objects.is_empty() {
+                        good &= remove(&client, key, version, kind).await;
+                    }
                 }
             }
             if old.is_none_or(|o| o.status != rendered.status) {
@@ -77,15 +84,41 @@ fn status(key: &Key, rendered: &Rendered, times: &mut BTreeMap<(Key, String), (V
     })
 }
 
+/// An object of a kind.
+fn api(client: &Client, key: &Key, version: &str, kind: &str) -> Api<DynamicObject> {
+    let (group, version) = version.rsplit_once('/').unwrap_or(("", version));
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+    Api::namespaced_with(client.clone(), &key.namespace, &resource)
+}
+
+fn is_ours(object: &DynamicObject) -> bool {
+    object.metadata.labels.as_ref().is_some_and(|l| l.contains_key(MANAGED))
+}
+
+/// Removes what parameters asked for once, and do no more.
+async fn remove(client: &Client, key: &Key, version: &str, kind: &str) -> bool {
+    let api = api(client, key, version, kind);
+    let removed = match api.get_opt(&key.name).await {
+        Ok(Some(there)) if is_ours(&there) => api.delete(&key.name, &DeleteParams::default()).await.map(drop),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Ok(()) => true,
+        Err(error) => {
+            warn!(%key, kind, %error, "not removed; trying again");
+            false
+        }
+    }
+}
+
 async fn write(client: &Client, key: &Key, object: Value, status: bool) -> bool {
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
     let (version, kind) = (text(&object["apiVersion"]), text(&object["kind"]));
-    let (group, version) = version.rsplit_once('/').unwrap_or(("", &version));
-    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, &kind));
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
+    let api = api(client, key, &version, &kind);
     if !status {
         match api.get_opt(&key.name).await {
-            Ok(Some(there)) if !there.metadata.labels.as_ref().is_some_and(|l| l.contains_key(MANAGED)) => {
+            Ok(Some(there)) if !is_ours(&there) => {
                 warn!(%key, kind, "there is one of this name that is not ours; give the Gateway another name");
                 return false;
             }

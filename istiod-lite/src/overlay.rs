@@ -44,7 +44,13 @@ impl Rendered {
             });
             let objects = documents.map(|d| (overlay.join("objects/rendered").join(&name), d.join("---\n")));
             let patch = serde_yaml::to_string(&status).map(|text| (overlay.join("patches").join(&name), text));
-            for file in [objects, patch] {
+            // What is there stays where nothing better can be made.
+            let kept = overlay.join("objects/rendered").join(&name);
+            let objects = Some(objects).filter(|_| !rendered.objects.is_empty());
+            if objects.is_none() && kept.exists() {
+                files.insert(kept);
+            }
+            for file in objects.into_iter().chain([patch]) {
                 match file.map_err(std::io::Error::other).and_then(|(path, text)| {
                     std::fs::create_dir_all(path.parent().unwrap_or(overlay))?;
                     write_atomically(&path, &text).map(|()| path)

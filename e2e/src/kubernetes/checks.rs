@@ -41,6 +41,7 @@ pub const CHECKS: &[Check] = &[
     ("everything dies at once and comes back", outages::all_dead),
     ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
     ("a Gateway gives a namespace a waypoint, which routes and protects", waypoint),
+    ("a waypoint is run as its parameters say", traffic::parameters),
     ("policies of traffic are validated, in force, and told of", traffic::policies),
     ("the label off takes pods out, without a restart", unlabel),
     ("uninstall leaves pods running and nothing of ours", uninstall),
@@ -413,7 +414,9 @@ fn uninstall(c: &Cluster) -> Result<String, Failure> {
     tunnelled(c, CLIENT)?;
     let before = uids(c)?;
     c.kubectl(&["-n", "istio-system", "delete", "daemonset", "ztunnel", "--cascade=foreground"])?;
-    c.kubectl(&["delete", "-k", &c.with_waypoints, "--ignore-not-found"])?;
+    let waypoints = c.try_kubectl(&["get", "gatewayclass", "istio-waypoint"])?.status.success();
+    let applied = if waypoints { &c.with_waypoints } else { &c.manifests };
+    c.kubectl(&["delete", "-k", applied, "--ignore-not-found"])?;
     c.wait("plain requests", || has(&c.get(CLIENT, URL)?, HELLO))?;
     if uids(c)? != before {
         return Err(Failure::new("a pod was restarted"));

@@ -25,6 +25,58 @@ metadata: {name: web, namespace: shop}
 spec: {host: web, trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN}}, subsets: [{name: v1}]}
 ";
 
+/// The Gateway's waypoint as these say, and then without them.
+const PARAMETERS: &str = "\
+apiVersion: ambit.dev/v1alpha1
+kind: WaypointParameters
+metadata: {name: busy, namespace: shop}
+spec:
+  resources: {requests: {memory: 40Mi}}
+  autoscaling: {minReplicas: 2, maxReplicas: 3}
+  disruptionBudget: {maxUnavailable: 1}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: run, namespace: shop}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+  infrastructure:
+    labels: {team: shop}
+    parametersRef: {group: ambit.dev, kind: WaypointParameters, name: busy}
+";
+
+/// Parameters are validated, and in force in the objects of a waypoint; what they asked for goes with them.
+pub(super) fn parameters(c: &Cluster) -> Result<String, Failure> {
+    match c.apply(&PARAMETERS.replace("minReplicas: 2", "minReplicas: 9")) {
+        Ok(()) => return Err(Failure::new("more at least than at most was taken")),
+        Err(refused) => has(&refused.0, "maxReplicas is at least minReplicas")?,
+    }
+    c.apply(PARAMETERS)?;
+    let field = |what: &[&str], path: &str| c.field(&[&["-n", "shop"], what].concat(), path);
+    let deployment = ["deployment", "run"];
+    c.wait("the deployment as its parameters say", || {
+        let path = "{.spec.template.spec.containers[0].resources.requests.memory} {.metadata.labels.team}";
+        has(&field(&deployment, path)?, "40Mi shop")
+    })?;
+    c.wait("two replicas by the autoscaler", || has(&field(&deployment, "{.spec.replicas}")?, "2"))?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/run", "--timeout=60s"])?;
+    c.wait("the budget to count them", || has(&field(&["pdb", "run"], "{.status.expectedPods}")?, "2"))?;
+    c.kubectl(&["-n", "shop", "patch", "gateway", "run", "--type=json", "-p", REMOVE])?;
+    c.wait("autoscaler and budget to go", || match field(&["hpa,pdb"], "{.items[*].metadata.name}")?.as_str() {
+        "" => Ok(()),
+        left => Err(Failure(left.to_owned())),
+    })?;
+    c.kubectl(&["-n", "shop", "patch", "gateway", "run", "--type=merge", "-p", UNKNOWN])?;
+    let path = "{.status.conditions[?(@.type==\"Accepted\")].message}";
+    c.wait("a name that is not there to be told", || has(&field(&["gateway", "run"], path)?, "no WaypointParameters"))?;
+    c.kubectl(&["-n", "shop", "delete", "gateway/run", "waypointparameters/busy"])?;
+    Ok("an autoscaler and a budget, gone with what asked for them; a missing name in status".into())
+}
+
+const REMOVE: &str = r#"[{"op": "remove", "path": "/spec/infrastructure/parametersRef"}]"#;
+const UNKNOWN: &str = r#"{"spec":{"infrastructure":{"parametersRef":{"group":"ambit.dev","kind":"WaypointParameters","name":"nobody"}}}}"#;
+
 /// What the schema and its rules refuse: a field, and what is said.
 const WRONG: &[(&str, &str)] = &[
     ("faults: [{abort: {httpStatus: 503, grpcStatus: 14}}]", "one of httpStatus and grpcStatus is needed"),

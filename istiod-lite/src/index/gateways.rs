@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::lookup::{Entry, World};
 use super::traffic::{AUTHORITIES, CREDENTIALS};
-use super::{Condition, Mesh, l7, pods, waypoints};
+use super::{Condition, Mesh, l7, parameters, pods, waypoints};
 use crate::objects::core;
 use crate::objects::gateway::Gateway;
 
@@ -21,7 +21,7 @@ pub const NAME: &str = "gateway.networking.k8s.io/gateway-name";
 /// Label of objects that we have made for a Gateway.
 pub const MANAGED: &str = "gateway.istio.io/managed";
 /// Annotation of a Gateway: pods of its waypoint.
-const REPLICAS: &str = "ambit.dev/replicas";
+pub const REPLICAS: &str = "ambit.dev/replicas";
 /// Name of this controller in classes of Gateways and in the status of routes.
 pub const CONTROLLER: &str = "ambit.dev/mesh-controller";
 /// The same as the value of a label.
@@ -30,7 +30,7 @@ const MANAGER: &str = "ambit.dev-mesh-controller";
 /// What is to be applied for a Gateway.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rendered {
-    /// Whole objects.
+    /// Whole objects; none where what is there is to be left as it is.
     pub objects: Vec<Value>,
     /// Status of the Gateway.
     pub status: Value,
@@ -56,8 +56,8 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             statuses.push(Condition::no("Accepted", "UnsupportedProtocol", text));
             continue;
         }
-        statuses.push(Condition::yes("Accepted", "Accepted", "a waypoint"));
         if !spec.addresses.is_empty() {
+            statuses.push(Condition::yes("Accepted", "Accepted", "a waypoint"));
             statuses.push(Condition::yes("Programmed", "Programmed", "run by whoever gave it its address"));
             continue;
         }
@@ -67,16 +67,24 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             true => Condition::yes("Programmed", "Programmed", "a waypoint serves"),
             false => Condition::no("Programmed", "AddressNotAssigned", "no pod of it is ready yet"),
         };
-        let accepted = Condition::yes("Accepted", "Accepted", "a waypoint");
+        let parameters = parameters::of(world, gateway);
+        let accepted = match &parameters {
+            Ok(_) => Condition::yes("Accepted", "Accepted", "a waypoint"),
+            Err(why) => Condition::no("Accepted", "InvalidParameters", format!("{why}; what runs is left as it is")),
+        };
         let mut status = json!({ "conditions": [condition(&accepted), condition(&programmed)] });
         // Given once a pod is ready and never taken back: without a waypoint its services are closed, not opened.
         if ready || was {
             let host = world.hostname(&gateway.key.name, &gateway.key.namespace);
             status["addresses"] = json!([{ "type": "Hostname", "value": *host }]);
         }
-        mesh.statuses.entry(gateway.key.clone()).or_default().push(programmed);
-        let files = mounted(gateway, mesh);
-        let rendered = Rendered { objects: objects(world, gateway, &files), status };
+        mesh.statuses.entry(gateway.key.clone()).or_default().extend([accepted, programmed]);
+        let mut made = Vec::new();
+        if let Ok(parameters) = parameters {
+            made = objects(world, gateway, &mounted(gateway, mesh));
+            parameters::apply(gateway, parameters, &mut made);
+        }
+        let rendered = Rendered { objects: made, status };
         mesh.rendered.insert(gateway.key.clone(), rendered);
     }
 }
@@ -137,17 +145,13 @@ fn objects(
     };
     let selector = json!({ NAME: name });
     let port = |name: &str, port: u16| json!({ "name": name, "port": port, "protocol": "TCP" });
-    let mut deployment = json!({
+    let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(),
         "spec": {
             "selector": { "matchLabels": selector },
             "template": { "metadata": { "labels": pod_labels(&labels) }, "spec": pod(world, name, files) },
         },
     });
-    // Where nothing is said the number is whose it is: kubectl's, an autoscaler's.
-    if let Some(replicas) = gateway.meta.annotation(REPLICAS).and_then(|n| n.parse::<u32>().ok()) {
-        deployment["spec"]["replicas"] = json!(replicas);
-    }
     vec![
         json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata() }),
         json!({

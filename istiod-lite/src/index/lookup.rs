@@ -45,6 +45,8 @@ pub struct World<'a> {
     pub tokens: Vec<Entry<'a, istio::RequestAuthentication>>,
     pub telemetry: Vec<Entry<'a, telemetry::Telemetry>>,
     pub classes: Vec<Entry<'a, gateway::GatewayClass>>,
+    /// By namespace and name.
+    pub parameters: HashMap<(&'a str, &'a str), Entry<'a, gateway::WaypointParameters>>,
     pub gateways: BTreeMap<(&'a str, &'a str), Entry<'a, gateway::Gateway>>,
     pub http_routes: Vec<Entry<'a, route::HttpRoute>>,
     pub grpc_routes: Vec<Entry<'a, route::GrpcRoute>>,
@@ -77,6 +79,7 @@ impl<'a> World<'a> {
             tokens: Vec::new(),
             telemetry: Vec::new(),
             classes: Vec::new(),
+            parameters: HashMap::new(),
             gateways: BTreeMap::new(),
             http_routes: Vec::new(),
             grpc_routes: Vec::new(),
@@ -130,6 +133,9 @@ impl<'a> World<'a> {
             Object::GatewayClass(object) => self.classes.push(Entry { key, meta, object }),
             Object::Gateway(object) => {
                 self.gateways.insert((&key.namespace, &key.name), Entry { key, meta, object });
+            }
+            Object::WaypointParameters(object) => {
+                self.parameters.insert((&key.namespace, &key.name), Entry { key, meta, object });
             }
             Object::HttpRoute(object) => self.http_routes.push(Entry { key, meta, object }),
             Object::GrpcRoute(object) => self.grpc_routes.push(Entry { key, meta, object }),

@@ -10,6 +10,7 @@ pub mod gateways;
 pub mod incremental;
 pub mod l7;
 pub mod lookup;
+pub mod parameters;
 pub mod pods;
 pub mod policies;
 pub mod routes;
@@ -182,6 +183,7 @@ pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
             Ok(())
         }
         Object::Telemetry(telemetry) => telemetry::validate(&telemetry.spec),
+        Object::WaypointParameters(parameters) => parameters::validate(&parameters.spec),
         Object::MeshConfig(config) => telemetry::log_form(config).map(drop),
         Object::WorkloadEntry(entry) if entry.spec.address.is_empty() => {
             invalid("spec.address".into(), "", "an IP address or host name")

@@ -10,6 +10,7 @@ use super::*;
 use crate::objects::{Loaded, Place, parse};
 
 mod l7;
+mod parameters;
 mod telemetry;
 
 fn objects(yaml: &str) -> Objects {

@@ -50,7 +50,6 @@ pub const KINDS: &[Kind] = &[
         group: GATEWAY_API,
         namespaced: true,
         unread: &[
-            "spec.infrastructure*",
             "spec.listeners.hostname",
             "spec.listeners.tls*",
             "spec.listeners.allowedRoutes.kinds*",
@@ -64,6 +63,7 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "ReferenceGrant", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
     Kind { kind: "DestinationRule", group: "networking.istio.io", namespaced: true, unread: &["status*"] },
     Kind { kind: "TrafficPolicy", group: "ambit.dev", namespaced: true, unread: &["status*"] },
+    Kind { kind: "WaypointParameters", group: "ambit.dev", namespaced: true, unread: &["status*"] },
     Kind { kind: "BackendTLSPolicy", group: GATEWAY_API, namespaced: true, unread: &["status*"] },
     Kind {
         kind: "XBackendTrafficPolicy",
@@ -74,14 +74,11 @@ pub const KINDS: &[Kind] = &[
     Kind { kind: "ConfigMap", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Deployment", group: "apps", namespaced: true, unread: &["*"] },
     Kind { kind: "DaemonSet", group: "apps", namespaced: true, unread: &["*"] },
+    Kind { kind: "HorizontalPodAutoscaler", group: "autoscaling", namespaced: true, unread: &["*"] },
+    Kind { kind: "PodDisruptionBudget", group: "policy", namespaced: true, unread: &["*"] },
     Kind { kind: "ServiceAccount", group: "", namespaced: true, unread: &["*"] },
     Kind { kind: "Secret", group: "", namespaced: true, unread: &["*"] },
-    Kind {
-        kind: "GatewayClass",
-        group: GATEWAY_API,
-        namespaced: false,
-        unread: &["spec.description", "spec.parametersRef*", "status*"],
-    },
+    Kind { kind: "GatewayClass", group: GATEWAY_API, namespaced: false, unread: &["spec.description", "status*"] },
 ];
 
 const GATEWAY_API: &str = "gateway.networking.k8s.io";
@@ -213,7 +210,7 @@ impl Kind {
             (GATEWAY_API, _) => {
                 "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute, ReferenceGrant or BackendTLSPolicy"
             }
-            ("ambit.dev", _) => "expected TrafficPolicy",
+            ("ambit.dev", _) => "expected TrafficPolicy or WaypointParameters",
             _ => "expected one that the mesh knows, such as Pod, Service or AuthorizationPolicy",
         };
         Err(format!("kind {kind} of {api_version:?} is not supported: {instead}"))
@@ -222,7 +219,7 @@ impl Kind {
     /// The version of its API that is read.
     pub fn version(&self) -> &'static str {
         match self.kind {
-            "TrafficPolicy" | "XBackendTrafficPolicy" => "v1alpha1",
+            "TrafficPolicy" | "WaypointParameters" | "XBackendTrafficPolicy" => "v1alpha1",
             "ReferenceGrant" => "v1beta1",
             _ => "v1",
         }

@@ -59,6 +59,7 @@ pub enum Object {
     Telemetry(Box<telemetry::Telemetry>),
     GatewayClass(Box<gateway::GatewayClass>),
     Gateway(Box<gateway::Gateway>),
+    WaypointParameters(Box<gateway::WaypointParameters>),
     HttpRoute(Box<route::HttpRoute>),
     GrpcRoute(Box<route::GrpcRoute>),
     ReferenceGrant(route::ReferenceGrant),

@@ -244,6 +244,7 @@ impl<I: Input> Reader<'_, I> {
             "Telemetry" => Object::Telemetry(self.read()?),
             "GatewayClass" => Object::GatewayClass(self.read()?),
             "Gateway" => Object::Gateway(self.read()?),
+            "WaypointParameters" => Object::WaypointParameters(self.read()?),
             "HTTPRoute" => Object::HttpRoute(self.read()?),
             "GRPCRoute" => Object::GrpcRoute(self.read()?),
             "ReferenceGrant" => Object::ReferenceGrant(self.read()?),

@@ -51,6 +51,7 @@ const WATCHED: &[Watched] = &[
     watched("Telemetry", "telemetries"),
     watched("GatewayClass", "gatewayclasses"),
     watched("Gateway", "gateways"),
+    watched("WaypointParameters", "waypointparameters"),
     watched("HTTPRoute", "httproutes"),
     watched("GRPCRoute", "grpcroutes"),
     watched("ReferenceGrant", "referencegrants"),
