@@ -4,6 +4,8 @@ use ambit_e2e::{CLIENT, OUTSIDER, WEB, expect, shop};
 use ambit_net::nft::{self, Chain, ChainKind, Hook, Step};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Doing, Failure, sandbox};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
 const STRICT: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
                       metadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n";
@@ -122,5 +124,49 @@ fn strict_refuses_plaintext_but_not_the_nodes_probes() {
         expect(&mesh.exec(OUTSIDER, &["ambit-app", "get", &url]).await?, false, "reset")?;
         mesh.wait("the refusal of a client with the node's address", |m| from_node(m) == 1).await?;
         mesh.ready(&[WEB]).await
+    });
+}
+
+/// A pod with two ports that are probed.
+const PROBED: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: probed, namespace: shop}\nspec:\n  nodeName: node2\n  containers:\n  \
+    - {name: one, command: [ambit-app, serve, --port, '8081'], readinessProbe: {httpGet: {path: /, port: 8081}}}\n  \
+    - {name: two, command: [ambit-app, serve, --port, '8082'], readinessProbe: {httpGet: {path: /, port: 8082}}}\n";
+
+#[test]
+fn a_probe_from_a_port_that_another_probe_has_too_is_let_in() {
+    sandbox::test("a_probe_from_a_port_that_another_probe_has_too_is_let_in", || async {
+        let mesh = shop(Options::default()).await?;
+        mesh.apply("probed.yaml", PROBED)?;
+        mesh.ready(&["shop/probed"]).await?;
+        mesh.in_mesh(&["shop/probed"]).await?;
+        mesh.apply("strict.yaml", STRICT)?;
+        // Nobody but its node's kubelet is let in as plain.
+        let pod = mesh.kubelet.pod("shop", "probed").ok_or_else(|| Failure::new("no pod"))?.net.ips[0];
+        let start = std::time::Instant::now();
+        while mesh.exec(OUTSIDER, &["ambit-app", "get", &format!("http://{pod}:8081/")]).await?.success {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("STRICT is never in force"));
+            }
+        }
+        let node = mesh.nodes[1].host.netns.clone();
+        // From one port to both: a kernel gives it to sockets whose other ends differ.
+        let connect = async |port: u16| -> Result<TcpStream, Failure> {
+            let socket = node.run(TcpSocket::new_v4).doing("enter")?.doing("socket")?;
+            socket.set_reuseaddr(true).doing("option")?;
+            socket.bind("0.0.0.0:23456".parse().doing("address")?).doing("bind")?;
+            let connected =
+                tokio::time::timeout(std::time::Duration::from_secs(5), socket.connect((pod, port).into())).await;
+            connected.map_err(|_| Failure(format!("no connection to {port} within 5 s")))?.doing("connect")
+        };
+        let mut both = [connect(8081).await?, connect(8082).await?];
+        for stream in &mut both {
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.doing("ask")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.doing("the answer")?;
+            if !answer.starts_with("HTTP/1.1 200") {
+                return Err(Failure(format!("{answer:?}")));
+            }
+        }
+        Ok(())
     });
 }

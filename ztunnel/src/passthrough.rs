@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use ambit_model::policy::Connection;
-use ambit_net::{connect, orig_dst, relay, sockdiag, unless};
+use ambit_net::{connect, conntrack, orig_dst, relay, sockdiag, unless};
 use tokio::net::TcpStream;
 
 use crate::authorize;
@@ -23,7 +23,8 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
     let observer = &context.shared.observer;
     let connection =
         Connection { source: None, source_ip: source.ip(), destination_ip: to.ip(), destination_port: to.port() };
-    let probe = is_probe(&context, &pod, source, to);
+    let local = stream.local_addr().map_or(to, orig_dst::canonical);
+    let probe = is_probe(&context, &pod, local, source, to);
     match open(&context, &pod, &connection, probe, &mut facts).await {
         Ok(app) => {
             let open = observer.open(facts);
@@ -77,15 +78,24 @@ async fn open(
 }
 
 /// Whether a connection is a probe of this node's kubelet: to a declared probe port, and the node's own namespace has
-/// a socket with this very 4-tuple.
-fn is_probe(context: &Context, pod: &Pod, source: SocketAddr, to: SocketAddr) -> bool {
+/// a socket with this very 4-tuple. `local` is the address at which it was accepted.
+fn is_probe(context: &Context, pod: &Pod, local: SocketAddr, source: SocketAddr, to: SocketAddr) -> bool {
     if !pod.probe_ports.borrow().contains(&to.port()) {
         return false;
     }
-    match sockdiag::has_connected_socket(&context.shared.node, source, to) {
+    let known = |source| sockdiag::has_connected_socket(&context.shared.node, source, to);
+    let found = known(source).and_then(|found| match found {
+        true => Ok(true),
+        // Its port may have been taken by the redirection; then conntrack knows the one that its socket has.
+        false => match conntrack::original_source(&pod.netns, local, source)? {
+            Some(original) if original != source => known(original),
+            _ => Ok(false),
+        },
+    });
+    match found {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!(pod = pod.info.name, %error, "the node's socket table cannot be read; not taken for a probe");
+            tracing::warn!(pod = pod.info.name, %error, "the kernel cannot be asked whose a connection is; not taken for a probe");
             false
         }
     }

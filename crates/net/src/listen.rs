@@ -1,8 +1,7 @@
 //! Listening sockets inside a namespace.
 //!
-//! Owns options: reuse by several workers and by an overlapping process, both families on one socket, transparency.
-//! Never accepts. What it returns is non-blocking and belongs to
-//! no runtime yet, so that it can be made on one thread and served on another.
+//! Owns options: reuse by several workers and by an overlapping process, both families on one socket. Never accepts. What
+//! it returns is non-blocking and belongs to no runtime yet, so that it can be made on one thread and served on another.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -33,8 +32,8 @@ pub fn tcp(netns: &Netns, addr: SocketAddr) -> io::Result<TcpListener> {
         if addr.is_ipv6() {
             socket.set_only_v6(!addr.ip().is_unspecified())?;
         }
-        // Without it accepted connections work all the same; with it answers keep a spoofed source.
-        let _ = socket.set_ip_transparent_v4(true);
+        // Not transparent: for such a socket the kernel leaves a packet with the wrong connection where two clients' sockets of
+        // one port are redirected to one port here, and the second of them is never answered.
         socket.bind(&addr.into())?;
         socket.listen(BACKLOG)?;
         Ok(socket)
