@@ -1,6 +1,6 @@
-//! A waypoint uses all its cores, whatever the number of its clients.
+//! How work is spread: over the cores of a waypoint, and over a waypoint and its canary.
 
-use ambit_e2e::{CLIENT, layer7, shop, waypoint};
+use ambit_e2e::{CLIENT, layer7, layer7_shop, shop, until, waypoint};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Failure, sandbox};
 
@@ -39,5 +39,81 @@ fn streams_of_one_tunnel_are_served_by_all_workers() {
             .await?;
         drop(clients);
         mesh.wait("none to be left", |m| held(m, "ambit_waypoint_streams{").iter().sum::<u64>() == 0).await
+    });
+}
+
+/// A second waypoint beside the example's.
+fn next(weight: u32) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata:\n  name: next\n  namespace: shop\n  annotations: \
+         {{ambit.dev/canary-of: waypoint, ambit.dev/canary-weight: '{weight}'}}\nspec:\n  gatewayClassName: istio-waypoint\n  \
+         listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]\n"
+    )
+}
+
+/// Requests that the pods of a waypoint have counted.
+fn counted(mesh: &Mesh, of: &str) -> f64 {
+    let pods = mesh.kubelet.pods().into_iter();
+    let pods = pods.filter(|((ns, name), _)| ns == "shop" && name.starts_with(&format!("{of}-")));
+    let page = |pod: ambit_testing::kubelet::Pod| mesh.http_get(&pod.net.netns, 15020, "/metrics").unwrap_or_default();
+    let sum = |page: String| -> f64 {
+        let lines = page.lines().filter(|l| l.starts_with("istio_requests_total{")).map(str::to_owned);
+        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    };
+    pods.map(|(_, pod)| sum(page(pod))).sum()
+}
+
+#[test]
+fn a_waypoint_is_replaced_by_weight_and_no_request_fails() {
+    sandbox::test("a_waypoint_is_replaced_by_weight_and_no_request_fails", || async {
+        let mesh = layer7_shop().await?;
+        mesh.apply(
+            "http.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: plain, namespace: shop}\n\
+             spec: {selector: {app: plain}, ports: [{name: http, port: 80, targetPort: 8080}]}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {name: plain, namespace: shop, labels: {app: plain}}\n\
+             spec: {nodeName: node2, serviceAccountName: web, containers: [{name: c, command: [ambit-http, serve, '8080'], \
+             readinessProbe: {tcpSocket: {port: 8080}}}]}\n",
+        )?;
+        mesh.ready(&["shop/plain"]).await?;
+        mesh.in_mesh(&["shop/plain"]).await?;
+        until(&mesh, &["GET", "http://plain.shop/"], "ok").await?;
+        let mut load =
+            mesh.exec_start(CLIENT, &["ambit-http", "load", "plain.shop:80", "25", "--conns", "4", "--close"])?;
+        mesh.wait("requests", |m| counted(m, "waypoint") > 50.0).await?;
+        mesh.apply("next.yaml", &next(0))?;
+        mesh.wait("the canary to be ready", |m| {
+            let pods = m.kubelet.pods();
+            pods.iter().any(|((ns, name), pod)| ns == "shop" && name.starts_with("next-") && pod.ready)
+        })
+        .await?;
+        // Shares of the requests of a while, once a weight is known everywhere.
+        let share = async || {
+            let before = (counted(&mesh, "waypoint"), counted(&mesh, "next"));
+            mesh.wait("a few hundred requests", |m| {
+                counted(m, "waypoint") + counted(m, "next") > before.0 + before.1 + 400.0
+            })
+            .await?;
+            let (old, new) = (counted(&mesh, "waypoint") - before.0, counted(&mesh, "next") - before.1);
+            Ok::<f64, Failure>(new / (old + new))
+        };
+        for (weight, range) in [(20, 0.08..0.35), (100, 0.99..1.01)] {
+            mesh.apply("next.yaml", &next(weight))?;
+            let start = std::time::Instant::now();
+            loop {
+                let share = share().await?;
+                if range.contains(&share) {
+                    break;
+                }
+                if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                    return Err(Failure(format!("{share} of the requests at a weight of {weight}")));
+                }
+            }
+        }
+        let start = std::time::Instant::now();
+        while load.ended().is_none() && start.elapsed() < ambit_testing::mesh::PATIENCE * 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        if load.text().contains("\"failed\":0,") { Ok(()) } else { Err(Failure(load.text())) }
     });
 }

@@ -35,10 +35,11 @@ impl Loads {
         }
     }
 
-    /// Whether one replica has less to do than another. Nothing is known of one of them: no.
-    pub fn is_lighter(&self, one: &Str, other: &Str, now: Instant) -> bool {
-        match (self.load(one, now), self.load(other, now)) {
-            (Some(one), Some(other)) => one < other,
+    /// Whether one replica has less to do than another, for what each is to do (uid and capacity). Nothing is known of one
+    /// of them: no.
+    pub fn is_lighter(&self, one: (&Str, u32), other: (&Str, u32), now: Instant) -> bool {
+        match (self.load(one.0, now), self.load(other.0, now)) {
+            (Some(load), Some(others)) => load * f64::from(other.1) < others * f64::from(one.1),
             _ => false,
         }
     }
@@ -59,12 +60,17 @@ mod tests {
         let (mut loads, now) = (Loads::default(), Instant::now());
         let (a, b): (Str, Str) = ("a".into(), "b".into());
         loads.told(&a, 10, now);
-        assert!(!loads.is_lighter(&a, &b, now) && !loads.is_lighter(&b, &a, now), "b has told nothing");
+        assert!(
+            !loads.is_lighter((&a, 1), (&b, 1), now) && !loads.is_lighter((&b, 1), (&a, 1), now),
+            "b has told nothing"
+        );
         loads.told(&b, 3, now);
-        assert!(loads.is_lighter(&b, &a, now) && !loads.is_lighter(&a, &b, now));
+        assert!(loads.is_lighter((&b, 1), (&a, 1), now) && !loads.is_lighter((&a, 1), (&b, 1), now));
+        // Ten times the work is little for one that is to do a hundred times as much.
+        assert!(loads.is_lighter((&a, 100), (&b, 1), now));
         // Those that go there before it tells anything count as well.
         (0..8).for_each(|_| loads.sent(&b, now));
-        assert!(loads.is_lighter(&a, &b, now));
+        assert!(loads.is_lighter((&a, 1), (&b, 1), now));
         let later = now + Duration::from_secs(60);
         assert!(loads.load(&b, later).is_some_and(|l| l < 0.1), "forgotten");
     }
@@ -76,7 +82,7 @@ mod tests {
         let mut under_way = [40u32, 0];
         for n in 0..100 {
             let (first, second) = (n % 2, 1 - n % 2);
-            let chosen = if loads.is_lighter(&uids[second], &uids[first], now) { second } else { first };
+            let chosen = if loads.is_lighter((&uids[second], 1), (&uids[first], 1), now) { second } else { first };
             loads.sent(&uids[chosen], now);
             under_way[chosen] += 1;
             loads.told(&uids[chosen], under_way[chosen], now);

@@ -183,7 +183,11 @@ fn lighter(context: &Context, client: &Workload, to: SocketAddr, avoid: &[Str]) 
         Route::Hbone(other)
             if other.waypoint
                 && other.workload.locality == hop.workload.locality
-                && loads.is_lighter(&other.workload.uid, &hop.workload.uid, now) =>
+                && loads.is_lighter(
+                    (&other.workload.uid, other.workload.capacity),
+                    (&hop.workload.uid, hop.workload.capacity),
+                    now,
+                ) =>
         {
             Route::Hbone(other)
         }

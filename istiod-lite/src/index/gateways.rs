@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::lookup::{Entry, World};
 use super::traffic::{AUTHORITIES, CREDENTIALS};
-use super::{Condition, Mesh, l7, parameters, pods, waypoints};
+use super::{Condition, Mesh, canary, l7, parameters, pods, waypoints};
 use crate::objects::core;
 use crate::objects::gateway::Gateway;
 
@@ -68,9 +68,12 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             false => Condition::no("Programmed", "AddressNotAssigned", "no pod of it is ready yet"),
         };
         let parameters = parameters::of(world, gateway);
-        let accepted = match &parameters {
-            Ok(_) => Condition::yes("Accepted", "Accepted", "a waypoint"),
-            Err(why) => Condition::no("Accepted", "InvalidParameters", format!("{why}; what runs is left as it is")),
+        let accepted = match (&parameters, canary::said(world, gateway)) {
+            (Ok(_), Ok(what)) => Condition::yes("Accepted", "Accepted", what),
+            (Ok(_), Err(wrong)) => wrong,
+            (Err(why), _) => {
+                Condition::no("Accepted", "InvalidParameters", format!("{why}; what runs is left as it is"))
+            }
         };
         let mut status = json!({ "conditions": [condition(&accepted), condition(&programmed)] });
         // Given once a pod is ready and never taken back: without a waypoint its services are closed, not opened.

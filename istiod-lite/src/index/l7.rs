@@ -17,7 +17,7 @@ use ambit_model::{Identity, NamespacedHostname, Service, Str};
 
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
-use super::{Condition, Mesh, Rows, backends, routes, services, telemetry, traffic, treatment, waypoints};
+use super::{Condition, Mesh, Rows, backends, canary, routes, services, telemetry, traffic, treatment, waypoints};
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
 use crate::objects::mesh::ExtAuthzHttp;
 use crate::objects::route::ParentRef;
@@ -31,6 +31,8 @@ pub type Owner<'a> = (&'static str, &'a str, &'a str);
 pub struct Bound {
     /// Namespace and name of the Gateway.
     pub gateway: (String, String),
+    /// Name of another one beside it that takes a share of its connections.
+    pub canary: Option<String>,
     /// What the waypoint is told.
     pub config: ServiceConfig,
     /// The service; an entry has one for each of its hosts.
@@ -41,8 +43,12 @@ pub struct Bound {
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     let mut bound: BTreeMap<Owner<'_>, Bound> = BTreeMap::new();
     let bind = |gateway: (&str, &str), own| {
+        let canary = match canary::part(world, gateway.0, gateway.1) {
+            Some(canary::Part::With(name, _)) => Some(name.to_owned()),
+            _ => None,
+        };
         let gateway = (gateway.0.to_owned(), gateway.1.to_owned());
-        Bound { gateway, config: ServiceConfig::default(), own }
+        Bound { gateway, canary, config: ServiceConfig::default(), own }
     };
     for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
@@ -143,7 +149,11 @@ fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh)
             continue;
         }
         let (of, account) = &guarded.gateway;
-        let waypoint = Identity::new(&*world.config.trust_domain, &**of, &**account).principal();
+        let principal = |account: &String| {
+            let identity = Identity::new(&*world.config.trust_domain, &**of, &**account);
+            StringMatch::Exact(identity.principal().into())
+        };
+        let waypoints = std::iter::once(account).chain(&guarded.canary).map(principal).collect();
         let policy = Policy {
             name: format!("waypoint-{account}-only-{name}").into(),
             namespace: namespace.into(),
@@ -152,11 +162,7 @@ fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh)
             dry_run: false,
             rules: vec![Rule {
                 clauses: vec![Clause {
-                    matches: vec![Match {
-                        destination_ports: ports,
-                        not_principals: vec![StringMatch::Exact(waypoint.into())],
-                        ..Match::default()
-                    }],
+                    matches: vec![Match { destination_ports: ports, not_principals: waypoints, ..Match::default() }],
                 }],
             }],
         };

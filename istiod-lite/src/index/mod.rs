@@ -5,6 +5,7 @@
 
 pub mod allocate;
 pub mod backends;
+mod canary;
 pub mod entries;
 pub mod gateways;
 pub mod incremental;

@@ -9,7 +9,7 @@ use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
 use super::lookup::{Entry, World};
 use super::policies::Authentication;
-use super::{Account, Enrolled, Mesh, OnNode, services, waypoints};
+use super::{Account, Enrolled, Mesh, OnNode, canary, services, waypoints};
 use crate::objects::core::{self, Pod};
 use crate::objects::{Key, Meta};
 
@@ -157,8 +157,8 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
     // A node speaks for its own pods, and only of those that are to be in the mesh: one that opts out is plain before
     // its node has let go of it.
     let reported = context.enrolled.get(&*spec.node_name).is_some_and(|uids| uids.contains(&*meta.uid));
-    let verified =
-        (reported && wanted(world, pod)) || meta.annotation("ambient.istio.io/redirection") == Some("enabled");
+    let annotated = meta.annotation("ambient.istio.io/redirection") == Some("enabled");
+    let verified = (reported || annotated) && wanted(world, pod);
     let hbone = native || (verified && !spec.host_network);
     let namespace: &str = &pod.key.namespace;
     let mut ports = BTreeMap::new();
@@ -170,6 +170,11 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
         }
     }
     super::entries::select(world, namespace, meta, Some(pod.object), &mut ports);
+    let (capacity, primary) = canary::pod(world, namespace, meta);
+    if let Some(service) = primary.and_then(|name| world.service(namespace, name)) {
+        let key = NamespacedHostname::new(namespace, world.hostname(&service.key.name, namespace));
+        ports.insert(key, services::pod_ports(service.object, pod.object));
+    }
     let mut policies = context.authentication.policies_of(namespace, meta);
     let closed = mesh.closed.get(namespace).into_iter().flatten().filter(|(labels, _)| meta.has_labels(labels));
     policies.extend(closed.map(|(_, policy)| policy.clone()));
@@ -195,7 +200,7 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
         cluster_id: world.settings.cluster_id.clone(),
         locality: world.locality(&spec.node_name),
         services: ports,
-        capacity: 1,
+        capacity,
         workload_ips: spec.ips.to_vec(),
         hostname: "".into(),
     })

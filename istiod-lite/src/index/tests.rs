@@ -9,6 +9,7 @@ use ambit_model::workload::{Health, Protocol};
 use super::*;
 use crate::objects::{Loaded, Place, parse};
 
+mod canary;
 mod l7;
 mod parameters;
 mod telemetry;
@@ -109,7 +110,9 @@ fn hbone_only_after_the_node_has_verified() {
         build(&objects(&yaml), &[("n2".to_owned(), Arc::new(["uid-a".to_owned()].into()))].into(), &settings());
     assert_eq!(workload(&elsewhere, "ns", "a").protocol, Protocol::Tcp, "another node has no say");
     let foreign = pod("a", "ns", ", annotations: {ambient.istio.io/redirection: enabled}", "", "");
-    assert_eq!(workload(&mesh(&foreign), "ns", "a").protocol, Protocol::Hbone);
+    let labelled = [namespace("ns", "istio.io/dataplane-mode: ambient"), foreign.clone()].concat();
+    assert_eq!(workload(&mesh(&labelled), "ns", "a").protocol, Protocol::Hbone, "another mesh's agent has it");
+    assert_eq!(workload(&mesh(&foreign), "ns", "a").protocol, Protocol::Tcp, "a word that was left behind");
     let native =
         workload(&mesh(&pod("a", "ns", ", labels: {networking.istio.io/tunnel: http}", "", "")), "ns", "a").clone();
     assert!(native.native_tunnel && native.protocol == Protocol::Hbone);

@@ -391,7 +391,7 @@ impl Client {
         };
         let Some(wanted) = self.wanted.get_mut(type_url) else { return Ok(()) };
         let asked: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let mine = |e: &Encoded| e.audience.as_ref().is_none_or(|n| **n == *self.node);
+        let mine = |e: &Encoded| e.is_for(&self.node);
         let (mut added, mut found) = (Vec::new(), BTreeSet::new());
         let mut services: BTreeSet<&str> = BTreeSet::new();
         for (name, encoded) in kind.iter().filter(|(_, e)| mine(e)) {
@@ -455,7 +455,7 @@ fn difference(
     node: &str,
 ) -> Result<(Vec<Resource>, BTreeSet<String>), Status> {
     let visible = |encoded: &Encoded, name: &str, names: Option<&BTreeSet<String>>| {
-        encoded.audience.as_ref().is_none_or(|n| **n == *node)
+        encoded.is_for(node)
             && names.is_none_or(|names| {
                 names.contains(name)
                     || encoded.aliases.iter().any(|a| names.contains(&**a))

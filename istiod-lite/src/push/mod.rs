@@ -43,8 +43,8 @@ pub struct Encoded {
     version: u64,
     /// Other names by which it is found.
     pub aliases: Box<[Box<str>]>,
-    /// Who alone may see it: a node, or a waypoint as [`waypoint`] names it; all where `None`.
-    pub audience: Option<Str>,
+    /// Who alone may see it: nodes, or waypoints as [`waypoint`] names them; all where it is empty.
+    pub audience: Box<[Str]>,
     /// Services that a workload is an endpoint of.
     pub services: Box<[Str]>,
     /// Whom it concerns how urgently.
@@ -78,13 +78,18 @@ impl Encoded {
     fn new(message: &impl Message) -> Self {
         let value = message.encode_to_vec();
         let version = xxh64(&value, 0);
-        let (aliases, services) = Default::default();
-        Self { value: value.into(), version, aliases, audience: None, services, lane: Lane::Usual }
+        let (aliases, services, audience) = Default::default();
+        Self { value: value.into(), version, aliases, audience, services, lane: Lane::Usual }
     }
 
     /// Version as it is sent.
     pub fn version(&self) -> String {
         format!("{:016x}", self.version)
+    }
+
+    /// Whether a node or waypoint may see it.
+    pub fn is_for(&self, whom: &str) -> bool {
+        self.audience.is_empty() || self.audience.iter().any(|one| **one == *whom)
     }
 
     /// As it is sent.
@@ -201,7 +206,7 @@ impl Resources {
         let namespaces = namespaces.map(|(name, mode)| (name.as_str().into(), mode.map(|mode| Encoded::new(&**mode))));
         self.namespaces.take(generation, namespaces);
         let pods = mesh.node_pods.changes(&old.node_pods).into_iter().map(|(uid, on)| {
-            let encode = |on: &Arc<OnNode>| Encoded { audience: Some(on.node.clone()), ..Encoded::new(&on.pod) };
+            let encode = |on: &Arc<OnNode>| Encoded { audience: [on.node.clone()].into(), ..Encoded::new(&on.pod) };
             (uid.clone(), on.map(encode))
         });
         self.node_pods.take(generation, pods);
@@ -265,7 +270,8 @@ fn of_bound(name: &str, bound: &Bound) -> Option<Encoded> {
     let config = serde_json::to_vec(&bound.config).ok()?.into();
     let message = WaypointService { service: name.to_owned(), config };
     let (namespace, account) = &bound.gateway;
-    Some(Encoded { audience: Some(waypoint(namespace, account).into()), ..Encoded::new(&message) })
+    let audience = std::iter::once(account).chain(&bound.canary).map(|a| waypoint(namespace, a).into()).collect();
+    Some(Encoded { audience, ..Encoded::new(&message) })
 }
 
 #[cfg(test)]
