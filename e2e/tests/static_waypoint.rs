@@ -1,8 +1,11 @@
-//! A waypoint that is applied as plain YAML, where the controller may not make Deployments.
+//! A waypoint that is applied as plain YAML, where the controller may not make Deployments; and what its environment bounds.
 
-use ambit_e2e::{SHOP, request, shop, told};
-use ambit_testing::mesh::Options;
-use ambit_testing::{Failure, sandbox};
+use std::path::Path;
+
+use ambit_e2e::{CLIENT, SHOP, expect, request, shop, told, until, waypoint};
+use ambit_testing::mesh::{Mesh, Options};
+use ambit_testing::{Doing, Failure, sandbox};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 const BY_HAND: &str = include_str!("../../manifests/static-waypoint/waypoint.yaml");
 
@@ -10,21 +13,139 @@ const BY_HAND: &str = include_str!("../../manifests/static-waypoint/waypoint.yam
 fn a_waypoint_by_hand_serves() {
     sandbox::test("a_waypoint_by_hand_serves", || async {
         let mesh = shop(Options::default()).await?;
-        const MODE: &str = "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient";
-        // What kustomize and a cluster's DNS do: the namespace, and where the controller is.
-        let yaml = BY_HAND
-            .replace("metadata: {name: waypoint", "metadata: {namespace: shop, name: waypoint")
-            .replace("https://istiod.istio-system.svc:15012", &format!("https://{}:15012", mesh.control.ip));
-        mesh.apply("waypoint.yaml", &yaml)?;
-        mesh.apply("shop.yaml", &SHOP.replace(MODE, &format!("{MODE}\n    istio.io/use-waypoint: waypoint")))?;
+        by_hand(&mesh, &[])?;
+        passes(&mesh).await
+    });
+}
+
+/// Applies it, with more in its environment.
+fn by_hand(mesh: &Mesh, env: &[(&str, &str)]) -> Result<(), Failure> {
+    const MODE: &str = "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient";
+    const ENV: &str = "          env:\n";
+    let env: Vec<String> =
+        env.iter().map(|(name, value)| format!("            - {{name: {name}, value: \"{value}\"}}\n")).collect();
+    // What kustomize and a cluster's DNS do: the namespace, and where the controller is.
+    let yaml = BY_HAND
+        .replace("metadata: {name: waypoint", "metadata: {namespace: shop, name: waypoint")
+        .replace("https://istiod.istio-system.svc:15012", &format!("https://{}:15012", mesh.control.ip))
+        .replacen(ENV, &format!("{ENV}{}", env.concat()), 1);
+    mesh.apply("waypoint.yaml", &yaml)?;
+    mesh.apply("shop.yaml", &SHOP.replace(MODE, &format!("{MODE}\n    istio.io/use-waypoint: waypoint")))
+}
+
+/// Waits until requests pass it.
+async fn passes(mesh: &Mesh) -> Result<(), Failure> {
+    let start = std::time::Instant::now();
+    while !told(mesh).iter().any(|l| l["status"] == 200 && l["dst.workload"] == "web") {
+        // Until its waypoint serves, a service is closed.
+        request(mesh, &["GET", "http://web.shop/"]).await?;
+        if start.elapsed() > ambit_testing::mesh::PATIENCE {
+            return Err(Failure(format!("no request passes it: {}", mesh.debug("/debug/objects")?)));
+        }
+    }
+    Ok(())
+}
+
+/// What the waypoint has refused to protect itself.
+fn shed(mesh: &Mesh) -> Result<u64, Failure> {
+    let page = mesh.http_get(&waypoint(mesh)?.net.netns, 15020, "/metrics")?;
+    let line = page.lines().find_map(|l| l.strip_prefix("ambit_waypoint_shed_total "));
+    line.and_then(|n| n.parse().ok()).ok_or_else(|| Failure(page.clone()))
+}
+
+#[test]
+fn more_than_it_can_do_is_refused_at_once() {
+    sandbox::test("more_than_it_can_do_is_refused_at_once", || async {
+        let mesh = shop(Options::default()).await?;
+        by_hand(&mesh, &[("MAX_REQUESTS", "3")])?;
+        passes(&mesh).await?;
+        let together = mesh.exec(CLIENT, &["ambit-app", "together", "9", "http://web.shop/delay/800"]).await?;
+        let of = |text: &str| -> u32 {
+            let lines = together.text.lines().filter(|l| l.contains(text));
+            lines.filter_map(|l| l.split(' ').next()?.parse::<u32>().ok()).sum()
+        };
+        let (served, refused) = (of("200 OK"), shed(&mesh)?);
+        if !(1..=3).contains(&served) || refused < 6 {
+            return Err(Failure(format!("{served} served, {refused} refused: {together:?}")));
+        }
+        // And afterwards it goes on.
+        expect(&request(&mesh, &["GET", "http://web.shop/"]).await?, true, "200 OK")
+    });
+}
+
+#[test]
+fn nothing_new_is_taken_while_memory_is_short() {
+    sandbox::test("nothing_new_is_taken_while_memory_is_short", || async {
+        let mesh = shop(Options::default()).await?;
+        by_hand(&mesh, &[("MEMORY_BUDGET", "1Mi")])?;
+        mesh.wait("the waypoint to be there", |m| waypoint(m).is_ok_and(|pod| pod.ready)).await?;
+        let refused = |m: &Mesh| {
+            told(m).iter().any(|l| l["error"].as_str().is_some_and(|e| e.contains("the waypoint is short of memory")))
+        };
         let start = std::time::Instant::now();
-        while !told(&mesh).iter().any(|l| l["status"] == 200 && l["dst.workload"] == "web") {
-            // Until its waypoint serves, a service is closed.
-            request(&mesh, &["GET", "http://web.shop/"]).await?;
+        while !refused(&mesh) {
+            let answer = request(&mesh, &["GET", "http://web.shop/"]).await?;
             if start.elapsed() > ambit_testing::mesh::PATIENCE {
-                return Err(Failure(format!("no request passes it: {}", mesh.debug("/debug/objects")?)));
+                return Err(Failure(format!("not refused: {answer:?}")));
             }
         }
-        Ok(())
+        if shed(&mesh)? == 0 { Err(Failure::new("not counted")) } else { Ok(()) }
+    });
+}
+
+/// An authority, and a certificate of it for any name of the tests' name server, as files.
+fn certificates(dir: &Path) -> Result<(), Failure> {
+    let write = |name: &str, text: String| std::fs::write(dir.join(name), text).doing(name);
+    let key = KeyPair::generate().doing("key")?;
+    let mut authority = CertificateParams::default();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    write("ca.crt", authority.self_signed(&key).doing("sign")?.pem())?;
+    let issuer = Issuer::new(authority, key);
+    let key = KeyPair::generate().doing("key")?;
+    let server = CertificateParams::new(vec!["*.names.test".to_owned()]).doing("names")?;
+    write("server.crt", server.signed_by(&key, &issuer).doing("sign")?.pem())?;
+    write("server.key", key.serialize_pem())
+}
+
+#[test]
+fn keys_are_fetched_by_https_from_whom_the_roots_vouch_for() {
+    sandbox::test("keys_are_fetched_by_https_from_whom_the_roots_vouch_for", || async {
+        let mesh = shop(Options::default()).await?;
+        let dir = Path::new(sandbox::FILES).join("ambit/keys");
+        std::fs::create_dir_all(&dir).doing("directory")?;
+        certificates(&dir)?;
+        let file = |name: &str| dir.join(name).display().to_string();
+        let tokens = ambit_testing::tokens::Issuer::new()?;
+        std::fs::write(dir.join("keys.json"), tokens.key_set().to_string()).doing("write keys")?;
+        mesh.apply(
+            "issuer.yaml",
+            &format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: issuer, namespace: outside}}\nspec: {{nodeName: node2, containers: \
+                 [{{name: c, command: [ambit-app, tls, --port, '8443', --cert, {}, --key, {}, --file, {}], \
+                 readinessProbe: {{tcpSocket: {{port: 8443}}}}}}]}}\n",
+                file("server.crt"),
+                file("server.key"),
+                file("keys.json")
+            ),
+        )?;
+        mesh.ready(&["outside/issuer"]).await?;
+        let ip = mesh.kubelet.pod("outside", "issuer").ok_or_else(|| Failure::new("no issuer"))?.net.ips[0];
+        by_hand(&mesh, &[("OUTSIDE_ROOTS", &file("ca.crt"))])?;
+        passes(&mesh).await?;
+        let rules = |host: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: ids, namespace: shop}}\nspec:\n  \
+                 targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  \
+                 jwtRules: [{{issuer: https://id.example, jwksUri: 'https://{host}:8443/jwks'}}]\n"
+            )
+        };
+        let claims = serde_json::json!({ "iss": "https://id.example", "sub": "anna", "exp": 4_000_000_000_u64 });
+        let token = format!("authorization: Bearer {}", tokens.sign(&claims)?);
+        let words = ["GET", "http://web.shop/", "--header", &token];
+        // By its address it has no certificate: nothing is believed, and no token is good.
+        mesh.apply("ids.yaml", &rules(&ip.to_string()))?;
+        until(&mesh, &words, "401 Unauthorized").await?;
+        mesh.apply("ids.yaml", &rules(&format!("{}.names.test", ip.to_string().replace('.', "-"))))?;
+        until(&mesh, &words, "200 OK").await.map(drop)
     });
 }

@@ -31,6 +31,7 @@ use crate::explain;
 use crate::keys::Keys;
 use crate::mesh::MeshHandler;
 use crate::observe::Observer;
+use crate::overload::{self, Overload};
 use crate::rebalance::{self, Moves};
 use crate::spread::Spread;
 use crate::upstream::names::Names;
@@ -87,6 +88,11 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let (store, services) = (Arc::new(Store::default()), Arc::new(ArcSwap::default()));
     let control_plane = control_plane(&config);
     let certificates = Certificates::new(CaClient::new(control_plane.clone(), config.secret_ttl)?);
+    let shed =
+        registry.counter("ambit_waypoint_shed_total", "Requests and connections refused to protect the process.", &[]);
+    let budget = config.memory_budget.or_else(overload::of_container);
+    let overload = Arc::new(Overload::new(config.max_requests, budget, shed.of(&[])));
+    tokio::spawn(overload.clone().watch());
     let count = |name, help| registry.gauge(name, help, &["worker"]);
     let (spread, inboxes) = Spread::new(
         workers.count(),
@@ -106,6 +112,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         originations: Originations::default(),
         moves: Moves::default(),
         spread,
+        overload,
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;

@@ -9,6 +9,8 @@ use ambit_runtime::config::{ConfigError, Source, duration};
 use ambit_runtime::logging::Format;
 use ambit_runtime::workers;
 
+use crate::overload;
+
 /// Shown by `waypoint help`.
 pub const HELP: &str = "\
 waypoint, configured by its environment:
@@ -26,6 +28,8 @@ waypoint, configured by its environment:
   ADMIN_PORT, STATS_PORT, READINESS_PORT   [15000 on localhost, 15020, 15021]
   DRAIN_DEADLINE       what is open may take so long when it ends [20s]
   CONNECT_TIMEOUT      [5s]
+  MAX_REQUESTS         requests and connections under way at once; more are answered 503 [10000]
+  MEMORY_BUDGET        memory, such as 256Mi, beyond which new requests are answered 503 [nine tenths of the container's limit]
   OTEL_EXPORTER_OTLP_ENDPOINT  where spans go (OTLP, gRPC), such as http://collector:4317 []
   OTEL_TRACES_SAMPLER_ARG      of the traces that begin here, how many are told, 0 to 1 [0.01]
   OUTSIDE_ROOTS        PEM file of authorities that are believed outside the mesh, beside those of the web []
@@ -55,6 +59,8 @@ pub struct Config {
     pub readiness_port: u16,
     pub drain_deadline: Duration,
     pub connect_timeout: Duration,
+    pub max_requests: u32,
+    pub memory_budget: Option<u64>,
     pub log_level: String,
     pub log_format: Format,
     pub otlp_endpoint: Option<String>,
@@ -108,6 +114,8 @@ impl Config {
             readiness_port: s.get("READINESS_PORT", &["READINESS_PORT"], "a port").unwrap_or(15021),
             drain_deadline: time(&mut s, "DRAIN_DEADLINE", 20),
             connect_timeout: time(&mut s, "CONNECT_TIMEOUT", 5),
+            max_requests: s.get("MAX_REQUESTS", &["MAX_REQUESTS"], "a number").unwrap_or(10_000),
+            memory_budget: s.get_with("MEMORY_BUDGET", &["MEMORY_BUDGET"], "an amount such as 256Mi", overload::bytes),
             log_level: text(&mut s, "RUST_LOG", "info"),
             log_format: s
                 .get_with("LOG_FORMAT", &["LOG_FORMAT"], "plain or json", |f| match f {
@@ -132,8 +140,12 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let error = Config::read(Source::from_vars(&[("LOG_FORMAT", "xml")])).expect_err("incomplete").to_string();
-        for expected in ["GATEWAY_NAME is not set", "POD_NAMESPACE is not set", "LOG_FORMAT: \"xml\""] {
+        let error = Config::read(Source::from_vars(&[("LOG_FORMAT", "xml"), ("MEMORY_BUDGET", "much")]))
+            .expect_err("incomplete")
+            .to_string();
+        for expected in
+            ["GATEWAY_NAME is not set", "POD_NAMESPACE is not set", "LOG_FORMAT: \"xml\"", "MEMORY_BUDGET: \"much\""]
+        {
             assert!(error.contains(expected), "{error}");
         }
     }

@@ -105,6 +105,9 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
     if !snapshot.addresses_synced {
         return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, "the controller has not answered yet".into());
     }
+    if let Err(why) = shared.overload.admit(shared.observer.load()) {
+        return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, why.to_owned());
+    }
     if let Authority::Address(addr) = &incoming.authority {
         facts.dst = Some(*addr);
     }

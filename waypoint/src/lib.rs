@@ -23,6 +23,7 @@ pub mod forward;
 pub mod keys;
 pub mod mesh;
 pub mod observe;
+pub mod overload;
 pub mod plan;
 pub mod rate;
 pub mod rebalance;

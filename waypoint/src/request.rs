@@ -90,7 +90,10 @@ pub async fn handle(
     exchange.span = span(&context, &connection, request.headers(), &bound);
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
-    let outcome = respond(&context, &connection, &bound, request, &host, exchange, upgrade).await;
+    let outcome = match context.shared.overload.admit(context.shared.observer.load()) {
+        Ok(()) => respond(&context, &connection, &bound, request, &host, exchange, upgrade).await,
+        Err(why) => Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "OM", "overloaded\n", why)),
+    };
     let response = match outcome {
         Ok(response) => response,
         Err(mut local) => {

@@ -28,6 +28,7 @@ use crate::connection;
 use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
+use crate::overload::Overload;
 use crate::rebalance::Moves;
 use crate::spread::{Held, Inbox, Spread, Work};
 use crate::upstream::Upstream;
@@ -50,6 +51,7 @@ pub struct Shared {
     pub originations: Originations,
     pub moves: Moves,
     pub spread: Spread,
+    pub overload: Arc<Overload>,
 }
 
 /// What a worker has.

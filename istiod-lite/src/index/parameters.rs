@@ -54,6 +54,10 @@ pub(super) fn validate(spec: &ParametersSpec) -> Result<(), Invalid> {
     {
         return invalid("disruptionBudget", String::new(), "one of minAvailable and maxUnavailable");
     }
+    // Whole bytes, as the waypoint reads them.
+    if let Some(wrong) = spec.memory_budget.as_ref().filter(|b| !is_quantity(b) || b.contains(['.', 'm', 'T'])) {
+        return invalid("memoryBudget", wrong.clone(), "an amount such as 256Mi");
+    }
     for (list, quantities) in [("requests", &spec.resources.requests), ("limits", &spec.resources.limits)] {
         if let Some((name, wrong)) = quantities.iter().find(|(_, q)| !is_quantity(q)) {
             return invalid(&format!("resources.{list}.{name}"), wrong.clone(), "a quantity such as 100m or 64Mi");
@@ -103,6 +107,11 @@ pub(super) fn apply(gateway: &Entry<'_, Gateway>, spec: Option<&ParametersSpec>,
         for (name, quantity) in quantities {
             resources[list][name] = json!(quantity);
         }
+    }
+    let bounds =
+        [("MAX_REQUESTS", spec.max_requests.map(|n| n.to_string())), ("MEMORY_BUDGET", spec.memory_budget.clone())];
+    if let Some(env) = pod["containers"][0]["env"].as_array_mut() {
+        env.extend(bounds.into_iter().filter_map(|(name, value)| Some(json!({ "name": name, "value": value? }))));
     }
     let scheduling: Map<String, Value> = [
         ("nodeSelector", json!(spec.node_selector)),

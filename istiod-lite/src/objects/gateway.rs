@@ -48,6 +48,10 @@ pub struct ParametersSpec {
     /// As Pods have them.
     pub topology_spread_constraints: Vec<serde_json::Value>,
     pub priority_class_name: Option<String>,
+    /// Requests and connections under way at once, of one replica.
+    pub max_requests: Option<u32>,
+    /// Memory beyond which a replica takes nothing new.
+    pub memory_budget: Option<String>,
 }
 
 /// Quantities by resource.

@@ -4,8 +4,8 @@
 //! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer | --status 503]
 //!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
 //!                                               200 to requests with `x-word: please` and 403 to others
-//! ambit-app tls --port 8443 --cert FILE --key FILE [--client-ca FILE] [--name NAME]   HTTP/1.1 over TLS: answers who it is
-//!                                               and whether the client has shown a certificate
+//! ambit-app tls --port 8443 --cert FILE --key FILE [--client-ca FILE] [--name NAME] [--file FILE]   HTTP/1.1 over TLS: answers
+//!                                               who it is and whether the client has shown a certificate, or a file's content
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
 //! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
@@ -184,11 +184,12 @@ fn tls(words: &[&str]) -> Outcome<()> {
     };
     let config = Arc::new(config.with_single_cert(chain, key).map_err(|e| e.to_string())?);
     let name = option(words, "--name").unwrap_or("tls").to_owned();
+    let content = option(words, "--file").map(str::to_owned);
     for stream in listen(words)?.incoming().flatten() {
-        let (config, name) = (config.clone(), name.clone());
+        let (config, name, content) = (config.clone(), name.clone(), content.clone());
         std::thread::spawn(move || {
             let connection = rustls::ServerConnection::new(config).map_err(std::io::Error::other)?;
-            secure(BufReader::new(rustls::StreamOwned::new(connection, stream)), &name)
+            secure(BufReader::new(rustls::StreamOwned::new(connection, stream)), &name, content.as_deref())
         });
     }
     Ok(())
@@ -197,6 +198,7 @@ fn tls(words: &[&str]) -> Outcome<()> {
 fn secure(
     mut reader: BufReader<rustls::StreamOwned<rustls::ServerConnection, TcpStream>>,
     name: &str,
+    content: Option<&str>,
 ) -> std::io::Result<()> {
     loop {
         let mut seen = String::new();
@@ -208,7 +210,10 @@ fn secure(
         let connection = &reader.get_ref().conn;
         let server = connection.server_name().unwrap_or_default().to_owned();
         let client = if connection.peer_certificates().is_some() { "a certificate" } else { "no certificate" };
-        let body = format!("hello from {name}; you asked for {server} with {client}\n");
+        let body = match content {
+            Some(file) => std::fs::read_to_string(file)?,
+            None => format!("hello from {name}; you asked for {server} with {client}\n"),
+        };
         println!("{}", seen.lines().next().unwrap_or_default());
         write!(reader.get_mut(), "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
     }

@@ -38,7 +38,7 @@ fn said(mesh: &Mesh) -> Value {
 fn a_gateway_is_run_as_its_parameters_say() {
     let spec = "{resources: {requests: {cpu: 250m}, limits: {memory: 1Gi}}, autoscaling: {minReplicas: 2, maxReplicas: 5}, \
                 disruptionBudget: {minAvailable: 50%}, nodeSelector: {pool: edge}, tolerations: [{operator: Exists}], \
-                priorityClassName: high}";
+                priorityClassName: high, maxRequests: 500, memoryBudget: 512Mi}";
     let mesh = mesh(&[own("big"), parameters("big", "shop", spec)].concat());
     let deployment = made(&mesh, "Deployment");
     let pod = &deployment["spec"]["template"]["spec"];
@@ -46,6 +46,11 @@ fn a_gateway_is_run_as_its_parameters_say() {
     assert_eq!(resources, &json!({ "requests": { "cpu": "250m", "memory": "32Mi" }, "limits": { "memory": "1Gi" } }));
     assert_eq!((&pod["nodeSelector"]["pool"], &pod["priorityClassName"]), (&json!("edge"), &json!("high")));
     assert_eq!(pod["tolerations"][0]["operator"], "Exists");
+    for bound in
+        [json!({ "name": "MAX_REQUESTS", "value": "500" }), json!({ "name": "MEMORY_BUDGET", "value": "512Mi" })]
+    {
+        assert!(pod["containers"][0]["env"].as_array().is_some_and(|env| env.contains(&bound)), "{bound}");
+    }
     assert!(deployment["spec"]["replicas"].is_null(), "it is the autoscaler's");
     let scaler = made(&mesh, "HorizontalPodAutoscaler");
     let (spec, owner) = (&scaler["spec"], &scaler["metadata"]["labels"]["gateway.networking.k8s.io/gateway-name"]);
@@ -107,6 +112,7 @@ fn what_cannot_be_used_is_said_and_leaves_what_runs() {
         ("{autoscaling: {maxReplicas: 2, cpuUtilization: 0}}", "spec.autoscaling.cpuUtilization"),
         ("{disruptionBudget: {}}", "one of minAvailable and maxUnavailable"),
         ("{disruptionBudget: {minAvailable: 1, maxUnavailable: 1}}", "one of minAvailable and maxUnavailable"),
+        ("{memoryBudget: 1.5Gi}", "spec.memoryBudget: \"1.5Gi\""),
         ("{resources: {limits: {memory: much}}}", "spec.resources.limits.memory: \"much\", expected a quantity"),
     ] {
         let parsed = parse::parse(parameters("p", "shop", spec).trim_end_matches("---\n")).expect("YAML");
