@@ -5,6 +5,7 @@
 pub mod demo;
 pub mod exec;
 pub mod kubernetes;
+pub mod many;
 pub mod trace;
 
 use ambit_testing::Failure;
@@ -218,4 +219,12 @@ mod hostile {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Arc::new(config).into()
     }
+}
+
+/// Fails where an output has a text.
+pub fn lacks(output: &Output, text: &str) -> Result<(), Failure> {
+    if output.text.contains(text) {
+        return Err(Failure(format!("did not expect {text:?}: {output:?}")));
+    }
+    Ok(())
 }

@@ -139,3 +139,67 @@ fn a_waypoint_makes_tls_to_what_is_declared() {
         expect(&request(&mesh, &["GET", "http://other.example/"]).await?, false, "")
     });
 }
+
+/// Files as a Secret and a ConfigMap of the waypoint's namespace.
+fn kept(dir: &Path) -> Result<String, Failure> {
+    let text = |name: &str| -> Result<String, Failure> {
+        let text = std::fs::read_to_string(dir.join(name)).doing(name)?;
+        Ok(text.replace('\n', "\n    "))
+    };
+    Ok(format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: partner, namespace: shop}}\nstringData:\n  \
+         ca.crt: |\n    {ca}\n  tls.crt: |\n    {}\n  tls.key: |\n    {}\n---\n\
+         apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: roots, namespace: shop}}\ndata:\n  ca.crt: |\n    {ca}\n",
+        text("client.crt")?,
+        text("client.key")?,
+        ca = text("ca.crt")?,
+    ))
+}
+
+#[test]
+fn keys_are_mounted_from_the_waypoints_own_namespace() {
+    sandbox::test("keys_are_mounted_from_the_waypoints_own_namespace", || async {
+        let mesh = layer7_shop().await?;
+        let dir = certificates()?;
+        let ip = server(&mesh, &dir).await?;
+        mesh.apply("kept.yaml", &kept(&dir)?)?;
+        mesh.apply(
+            "entry.yaml",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: api, namespace: shop}}\nspec:\n  \
+                 hosts: [api.example]\n  ports: [{{number: 80, name: http, protocol: HTTP, targetPort: 8443}}]\n  \
+                 resolution: STATIC\n  endpoints: [{{address: {ip}}}]\n"
+            ),
+        )?;
+        mesh.apply("rule.yaml", &rule("mode: MUTUAL, credentialName: partner"))?;
+        let words = ["GET", "http://api.example/"];
+        let first = until(&mesh, &words, "hello from api; you asked for api.example with a certificate").await;
+        first.map_err(|f| Failure(format!("{:?}: {f}", told(&mesh).last())))?;
+        // A Service of pods outside the mesh that speak TLS.
+        mesh.apply(
+            "secure.yaml",
+            &format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: secure, namespace: shop}}\nspec: {{ports: [{{name: http, port: 80, \
+                 targetPort: 8443}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: secure-1, namespace: shop, \
+                 labels: {{kubernetes.io/service-name: secure}}}}\naddressType: IPv4\nports: [{{name: http, port: 8443}}]\n\
+                 endpoints: [{{addresses: [{ip}], conditions: {{ready: true}}}}]\n---\n\
+                 apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: secure, namespace: shop}}\nspec:\n  \
+                 targetRefs: [{{group: '', kind: Service, name: secure}}]\n  validation: {{hostname: api.example, \
+                 caCertificateRefs: [{{group: '', kind: ConfigMap, name: roots}}]}}\n"
+            ),
+        )?;
+        // The server asks for a certificate, and a BackendTLSPolicy has none: it is the server that refuses, after it was believed.
+        let start = std::time::Instant::now();
+        loop {
+            request(&mesh, &["GET", "http://secure.shop/"]).await?;
+            let last = told(&mesh).last().map(|l| l["error"].as_str().unwrap_or_default().to_owned());
+            if last.as_deref().is_some_and(|e| e.contains("CertificateRequired")) {
+                break;
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(Failure(format!("{:?}", told(&mesh).last())));
+            }
+        }
+        Ok(())
+    });
+}

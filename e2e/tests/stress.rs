@@ -1,75 +1,10 @@
 //! A waypoint keeps a service going: retries, ejection, limits, balancing, faults, rates. Traffic is real; what depends on
 //! time in a finer way is simulated in `waypoint/src/cluster/sim.rs`.
 
+use ambit_e2e::many::{MANY, destination_rule, many, number, run, said, start, traffic_policy};
 use ambit_e2e::{CLIENT, expect, layer7_shop, request, route, told, until, waypoint};
 use ambit_testing::mesh::{Mesh, Output, PATIENCE};
 use ambit_testing::{Failure, sandbox};
-
-/// A service `many` of these pods: name, and more words for the server.
-fn many(pods: &[(&str, &str)]) -> String {
-    let mut yaml = "apiVersion: v1\nkind: Service\nmetadata: {name: many, namespace: shop}\n\
-                    spec: {selector: {app: many}, ports: [{name: http, port: 80, targetPort: 8080}]}\n"
-        .to_owned();
-    for (name, more) in pods {
-        yaml.push_str(&format!(
-            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: many}}}}\n\
-             spec:\n  nodeName: node1\n  serviceAccountName: web\n  containers: [{{name: c, \
-             command: [ambit-app, serve, --port, \"8080\", --name, {name}{more}], readinessProbe: {{tcpSocket: {{port: 8080}}}}}}]\n"
-        ));
-    }
-    yaml
-}
-
-async fn start(mesh: &Mesh, pods: &[(&str, &str)]) -> Result<(), Failure> {
-    mesh.apply("many.yaml", &many(pods))?;
-    let names: Vec<String> = pods.iter().map(|(name, _)| format!("shop/{name}")).collect();
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    mesh.ready(&names).await?;
-    mesh.in_mesh(&names).await?;
-    mesh.wait("clients to reach many by the waypoint", |m| {
-        let dump = m.dump(0).unwrap_or_default();
-        let services = dump["services"].as_array().cloned().unwrap_or_default();
-        services.iter().any(|s| s["hostname"] == "many.shop.svc.cluster.local" && !s["waypoint"].is_null())
-    })
-    .await
-}
-
-async fn run(mesh: &Mesh, words: &[&str]) -> Result<Output, Failure> {
-    mesh.exec(CLIENT, &[&["ambit-app"], words].concat()).await
-}
-
-/// How many answers of `count` or `together` have this text.
-fn number(output: &Output, text: &str) -> u32 {
-    let with = output.text.lines().filter(|l| l.contains(text));
-    with.filter_map(|l| l.split(' ').next()?.parse::<u32>().ok()).sum()
-}
-
-fn traffic_policy(name: &str, target: &str, spec: &str) -> String {
-    format!(
-        "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
-         spec:\n  targetRefs: [{{{target}}}]\n{spec}"
-    )
-}
-
-const MANY: &str = "group: \"\", kind: Service, name: many";
-
-fn destination_rule(policy: &str) -> String {
-    format!(
-        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: many, namespace: shop}}\n\
-         spec:\n  host: many\n  trafficPolicy:\n{policy}"
-    )
-}
-
-/// Waits until the controller says this of an object, which is in the same step told to waypoints.
-async fn said(mesh: &Mesh, object: &str, text: &str) -> Result<(), Failure> {
-    mesh.wait(&format!("{object}: {text}"), |m| {
-        let page = m.debug("/debug/objects").unwrap_or_default();
-        let all = page.as_array().cloned().unwrap_or_default();
-        let of = |o: &serde_json::Value| format!("{} {}/{}", o["kind"], o["namespace"], o["name"]).replace('"', "");
-        all.iter().any(|o| of(o) == object && o.to_string().contains(text))
-    })
-    .await
-}
 
 #[test]
 fn a_failing_pod_is_left_out() {

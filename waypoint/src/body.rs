@@ -4,8 +4,8 @@
 //! never waited for.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
@@ -28,11 +28,55 @@ pub struct Body {
     /// All of it has gone through.
     pub ended: Arc<AtomicBool>,
     copies: Vec<mpsc::Sender<Result<Frame<Bytes>, Cut>>>,
+    record: Option<Recording>,
     /// What is told when the body has ended, or when nobody wants it any more.
     exchange: Option<Box<Exchange>>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Given back when the body is done with.
     held: Kept,
+}
+
+/// What has gone through of a body, up to a size; read when it may have to be sent again.
+#[derive(Clone, Debug, Default)]
+pub struct Recording(Arc<Mutex<Recorded>>);
+
+#[derive(Debug, Default)]
+struct Recorded {
+    pieces: Vec<Bytes>,
+    size: usize,
+    most: usize,
+    ended: bool,
+    /// More than is kept, or something else than bytes.
+    lost: bool,
+}
+
+impl Recording {
+    fn new(most: usize) -> Self {
+        Self(Arc::new(Mutex::new(Recorded { most, ..Recorded::default() })))
+    }
+
+    fn see(&self, frame: Option<&Frame<Bytes>>, ended: bool) {
+        // Held for no longer than it takes to note a piece.
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.ended |= ended;
+        match frame.map(|f| f.data_ref()) {
+            None => {}
+            Some(Some(data)) if !all.lost && all.size + data.len() <= all.most => {
+                all.size += data.len();
+                all.pieces.push(data.clone());
+            }
+            Some(_) => {
+                all.lost = true;
+                all.pieces.clear();
+            }
+        }
+    }
+
+    /// The whole body, where all of it has gone through and was kept.
+    pub fn whole(&self) -> Option<Bytes> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (all.ended && !all.lost).then(|| all.pieces.concat().into())
+    }
 }
 
 enum Source {
@@ -69,6 +113,7 @@ impl Body {
             counted: Arc::default(),
             ended: Arc::default(),
             copies: Vec::new(),
+            record: None,
             exchange: None,
             deadline: None,
             held: Kept::default(),
@@ -91,6 +136,16 @@ impl Body {
     /// What comes from the other side.
     pub fn incoming(incoming: Incoming) -> Self {
         Self::of(Source::Incoming(incoming))
+    }
+
+    /// Keeps what goes through, up to so many bytes.
+    pub fn recorded(&mut self, most: usize) -> Recording {
+        let recording = Recording::new(most);
+        if self.is_end_stream() {
+            recording.see(None, true);
+        }
+        self.record = Some(recording.clone());
+        recording
     }
 
     /// A second body with the same frames.
@@ -143,6 +198,14 @@ impl HttpBody for Body {
             Source::Incoming(incoming) => ready!(Pin::new(incoming).poll_frame(cx)).map(|f| f.map_err(BoxError::from)),
             Source::Fed(frames) => ready!(frames.poll_recv(cx)).map(|f| f.map_err(BoxError::from)),
         };
+        // Whoever reads it may know from the last frame that it was the last, and not ask again.
+        let last = frame.is_none() || matches!(frame, Some(Ok(_))) && this.is_end_stream();
+        if let (Some(record), Some(Ok(_)) | None) = (&this.record, &frame) {
+            record.see(frame.as_ref().and_then(|f| f.as_ref().ok()), last);
+        }
+        if last {
+            this.ended.store(true, Relaxed);
+        }
         match &frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
@@ -166,10 +229,7 @@ impl HttpBody for Body {
                     exchange.error = Some(format!("the answer broke off: {error}"));
                 }
             }
-            None => {
-                this.ended.store(true, Relaxed);
-                this.copies.clear();
-            }
+            None => this.copies.clear(),
         }
         if matches!(&frame, None | Some(Err(_)))
             && let Some(exchange) = this.exchange.take()

@@ -15,7 +15,7 @@ use http::header::{self, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 
-use crate::body::Body;
+use crate::body::{Body, Recording};
 use crate::cluster::counts::Place;
 use crate::cluster::eject::Outcome;
 use crate::cluster::member::Busy;
@@ -89,16 +89,41 @@ impl Head {
 /// Bodies up to this size are kept for another try.
 const REPLAYED: usize = 64 * 1024;
 
-/// A body that may be sent again, where it is small and its size is known beforehand: its bytes, else as it was.
-async fn replayable(body: Body) -> Result<Bytes, Body> {
-    let size = http_body::Body::size_hint(&body).exact();
-    if size.is_none_or(|n| n > REPLAYED as u64) {
-        return Err(body);
+/// What is kept of a body to send it again.
+enum Replay {
+    /// Small and of known size: all of it, before the first try.
+    Whole(Bytes),
+    /// Of unknown size, as calls of gRPC have it: what went through with the first try. It must not be waited for, since the
+    /// other side may have to speak before it ends.
+    Sent(Recording),
+}
+
+impl Replay {
+    /// Takes a body; what is sent first, and what is kept of it.
+    async fn of(mut body: Body) -> (Body, Option<Self>) {
+        match http_body::Body::size_hint(&body).exact() {
+            Some(n) if n > REPLAYED as u64 => (body, None),
+            Some(_) => match http_body_util::BodyExt::collect(body).await {
+                Ok(all) => {
+                    let bytes = all.to_bytes();
+                    (Body::whole(bytes.clone()), Some(Self::Whole(bytes)))
+                }
+                // It broke off, and so does the request.
+                Err(_) => (Body::broken(), None),
+            },
+            None => {
+                let recording = body.recorded(REPLAYED);
+                (body, Some(Self::Sent(recording)))
+            }
+        }
     }
-    match http_body_util::BodyExt::collect(body).await {
-        Ok(all) => Ok(all.to_bytes()),
-        // It broke off, and so does the request.
-        Err(_) => Err(Body::broken()),
+
+    /// All of it, where it can be sent again now.
+    fn bytes(&self) -> Option<Bytes> {
+        match self {
+            Self::Whole(bytes) => Some(bytes.clone()),
+            Self::Sent(recording) => recording.whole(),
+        }
     }
 }
 
@@ -184,10 +209,8 @@ pub(crate) async fn forward(
         None => (head.request(version, body)?, None),
         Some(_) => {
             cluster.may_retry(&wish.traffic);
-            match Box::pin(replayable(body)).await {
-                Ok(bytes) => (head.request(version, Body::whole(bytes.clone()))?, Some(bytes)),
-                Err(body) => (head.request(version, body)?, None),
-            }
+            let (body, kept) = Box::pin(Replay::of(body)).await;
+            (head.request(version, body)?, kept)
         }
     };
     let mut avoid: Vec<u64> = Vec::new();
@@ -232,7 +255,9 @@ pub(crate) async fn forward(
             end,
             tag: endpoint.tag(),
         };
-        let again = match (retry, &kept) {
+        // Looked at only where it may be needed: most answers are good ones.
+        let good = matches!(&outcome, Try::Answered(response) if retry.is_none_or(|r| !is_named(r, response)));
+        let again = match (retry, kept.as_ref().filter(|_| !good).and_then(Replay::bytes)) {
             (Some(retry), Some(kept)) if exchange.retries < retry.attempts => Some((retry, kept)),
             _ => None,
         };
@@ -248,9 +273,6 @@ pub(crate) async fn forward(
                 before = Some(error);
                 request = *whole;
                 continue;
-            }
-            (Try::Answered(response), Some((retry, _))) if !is_named(retry, &response) => {
-                return Ok(answered(response, held));
             }
             (outcome, Some((retry, kept))) if may_repeat(&outcome, &head.method, retry) => {
                 match cluster.counts.retry(limits) {
@@ -291,7 +313,7 @@ pub(crate) async fn forward(
         let pause = retry::pause(Duration::from_millis(retry.backoff_ms), exchange.retries, fastrand::f64());
         exchange.retries += 1;
         tokio::time::sleep(pause).await;
-        request = head.request(version, Body::whole(kept.clone()))?;
+        request = head.request(version, Body::whole(kept))?;
     }
 }
 

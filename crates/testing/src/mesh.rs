@@ -158,7 +158,7 @@ impl Mesh {
     ) -> Result<Container, Failure> {
         let resolv_conf = self.files.join("resolv.conf");
         std::fs::write(&resolv_conf, format!("nameserver {}\n", self.control.ip)).doing("write resolv.conf")?;
-        let spec = Spec { command, env, programs: programs::directory()?, resolv_conf };
+        let spec = Spec { command, env, programs: programs::directory()?, resolv_conf, mounts: Vec::new() };
         let (out, err) = container::log(&self.files.join("logs"), log)?;
         container::spawn(netns, &spec, out, err)
     }
@@ -306,7 +306,7 @@ impl Mesh {
         let found = self.kubelet.pod(namespace, name).ok_or_else(|| Failure(format!("there is no pod {pod}")))?;
         let resolv_conf = self.files.join("kubelet/pods").join(&found.uid).join("resolv.conf");
         let command = command.iter().map(|w| (*w).to_owned()).collect();
-        let spec = Spec { command, env: Vec::new(), programs: programs::directory()?, resolv_conf };
+        let spec = Spec { command, env: Vec::new(), programs: programs::directory()?, resolv_conf, mounts: Vec::new() };
         Ok((found.net.netns, spec))
     }
 
@@ -463,6 +463,12 @@ pub fn start_in(
     out: Stdio,
     err: Stdio,
 ) -> Result<Running, Failure> {
-    let spec = Spec { command: command.to_vec(), env: Vec::new(), programs: programs::directory()?, resolv_conf };
+    let spec = Spec {
+        command: command.to_vec(),
+        env: Vec::new(),
+        programs: programs::directory()?,
+        resolv_conf,
+        mounts: Vec::new(),
+    };
     Ok(Running { container: container::spawn(netns, &spec, out, err)?, log: PathBuf::new() })
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! ambit-grpc serve PORT NAME                          `x-from: NAME`, the body back, `grpc-status: 0` in the trailers;
-//!                                                     5 for methods whose name ends in `Fail`; healthy to a kubelet
+//!                                                     5 for methods whose name ends in `Fail`, and at once, without a body, for
+//!                                                     `Refuse`; healthy to a kubelet
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
 //! ambit-grpc authorize PORT                           an authorizer (Envoy's API): who has `x-word: please` may pass and is called
@@ -101,12 +102,18 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
                 let name = name.clone();
                 tokio::spawn(async move {
                     let code = if request.uri().path().ends_with("Fail") { "5" } else { "0" };
+                    let refuse = request.uri().path().ends_with("Refuse");
                     let health = request.uri().path() == HEALTH;
                     let mut body = read(request.into_body()).await.unwrap_or_default();
                     if health {
                         body = SERVING;
                     }
                     let head = Response::builder().header("content-type", "application/grpc").header("x-from", name);
+                    if refuse {
+                        // A client that has gone needs no answer.
+                        let _ = head.header("grpc-status", "5").body(()).map(|head| respond.send_response(head, true));
+                        return;
+                    }
                     let mut trailers = HeaderMap::new();
                     trailers.insert("grpc-status", http::HeaderValue::from_static(code));
                     // A client that has gone needs no answer.

@@ -11,6 +11,9 @@
 //!                                          settings, continuation; prints how many frames, and whether it was thrown out
 //! ambit-http slow HOST:PORT CONNS SECONDS [--path P] [--header N:V]   asks for a gigabyte on each of many connections, and
 //!                                          reads it slowly; prints what was read, and how many were not answered 200
+//! ambit-http trickle HOST:PORT heads|bodies CONNS SECONDS   sends a piece every 250 ms on each of many connections: headers without
+//!                                          an end, or bodies that end in time; prints how many were ended by the other side before
+//!                                          that, after how long at most, and how many were answered 200
 //! ```
 
 use std::cell::RefCell;
@@ -49,7 +52,8 @@ fn main() -> ExitCode {
         }
         ["flood", target, kind, seconds] => flood(target, kind, seconds),
         ["slow", target, conns, seconds, ..] => runtime.block_on(slow(target, conns, seconds, &words)),
-        _ => Err("usage: ambit-http serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
+        ["trickle", target, kind, conns, seconds] => runtime.block_on(trickle(target, kind, conns, seconds)),
+        _ => Err("usage: ambit-http trickle HOST:PORT heads|bodies CONNS SECONDS | serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -446,5 +450,53 @@ async fn slow(target: &str, conns: &str, seconds: &str, words: &[&str]) -> Outco
         }
     }
     println!("{{\"read\":{read},\"failed\":{failed}}}");
+    Ok(())
+}
+
+async fn trickle(target: &str, kind: &str, conns: &str, seconds: &str) -> Outcome<()> {
+    const PAUSE: Duration = Duration::from_millis(250);
+    let conns: usize = conns.parse().map_err(|_| "expected a number")?;
+    let pieces = (seconds.parse::<f64>().map_err(|_| "expected seconds")? / PAUSE.as_secs_f64()) as usize;
+    let (head, piece) = match kind {
+        "heads" => (format!("GET / HTTP/1.1\r\nhost: {target}\r\n"), "x-more: of it\r\n"),
+        "bodies" => (format!("POST / HTTP/1.1\r\nhost: {target}\r\ncontent-length: {pieces}\r\n\r\n"), "x"),
+        _ => return Err("expected heads or bodies".into()),
+    };
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..conns {
+        let (target, head) = (target.to_owned(), head.clone());
+        tasks.spawn(async move {
+            let start = Instant::now();
+            let mut stream = TcpStream::connect(&target).await.map_err(|e| e.to_string())?;
+            stream.write_all(head.as_bytes()).await.map_err(|e| e.to_string())?;
+            let mut answer = vec![0; 64];
+            for _ in 0..pieces {
+                if stream.write_all(piece.as_bytes()).await.is_err() {
+                    return Ok((start.elapsed(), String::new()));
+                }
+                match tokio::time::timeout(PAUSE, stream.read(&mut answer)).await {
+                    // Nothing yet, as it should be.
+                    Err(_) => {}
+                    Ok(Ok(n)) if n > 0 => {
+                        return Ok((start.elapsed(), String::from_utf8_lossy(&answer[..n]).into_owned()));
+                    }
+                    Ok(_) => return Ok((start.elapsed(), String::new())),
+                }
+            }
+            let n = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut answer)).await;
+            let n = n.map_err(|_| "no answer")?.map_err(|e| e.to_string())?;
+            Ok::<_, String>((Duration::ZERO, String::from_utf8_lossy(&answer[..n]).into_owned()))
+        });
+    }
+    let (mut ended, mut longest, mut good) = (0, Duration::ZERO, 0);
+    while let Some(one) = tasks.join_next().await {
+        if let Ok((after, answer)) = one.map_err(|e| e.to_string())? {
+            let is_good = answer.starts_with("HTTP/1.1 200");
+            good += usize::from(is_good);
+            ended += usize::from(!is_good && !after.is_zero());
+            longest = longest.max(after);
+        }
+    }
+    println!("{{\"ended\":{ended},\"longest\":{},\"good\":{good}}}", longest.as_secs());
     Ok(())
 }

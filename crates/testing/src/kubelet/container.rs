@@ -22,6 +22,8 @@ pub(crate) struct Spec {
     pub(crate) programs: PathBuf,
     /// The pod's resolv.conf.
     pub(crate) resolv_conf: PathBuf,
+    /// Directories that it has at other places; below `/var/run` only, where every sandbox has a memory file system.
+    pub(crate) mounts: Vec<(String, PathBuf)>,
 }
 
 /// A running container; it is killed when dropped.
@@ -43,7 +45,7 @@ pub(crate) fn spawn(netns: &Netns, spec: &Spec, out: Stdio, err: Stdio) -> Resul
         .stdout(out)
         .stderr(err)
         .process_group(0);
-    let (netns, resolv_conf) = (netns.clone(), spec.resolv_conf.clone());
+    let (netns, resolv_conf, mounts) = (netns.clone(), spec.resolv_conf.clone(), spec.mounts.clone());
     // A thread of its own: what it enters, its child inherits, and nobody else.
     let spawned = std::thread::spawn(move || -> Result<Child, Failure> {
         netns.enter().doing("enter the pod's network namespace")?;
@@ -52,6 +54,12 @@ pub(crate) fn spawn(netns: &Netns, spec: &Spec, out: Stdio, err: Stdio) -> Resul
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).doing("make mounts private")?;
         mount(Some(&resolv_conf), Path::new("/etc/resolv.conf"), none, MsFlags::MS_BIND, none)
             .doing("put resolv.conf in place")?;
+        for (at, directory) in &mounts {
+            let Some(below) = at.strip_prefix("/var/run/") else { continue };
+            let at = Path::new(crate::sandbox::FILES).join(below);
+            std::fs::create_dir_all(&at).doing("make a place for a volume")?;
+            mount(Some(directory), &at, none, MsFlags::MS_BIND, none).doing("mount a volume")?;
+        }
         command.spawn().doing("start")
     });
     let child = spawned.join().map_err(|_| Failure::new("the thread that starts a container panicked"))?;

@@ -16,7 +16,11 @@ pub(super) struct Desired {
     pub(super) deployments: Vec<Deployment>,
     pub(super) services: BTreeMap<Name, Value>,
     pub(super) nodes: BTreeSet<String>,
+    pub(super) files: Files,
 }
+
+/// Files of ConfigMaps and Secrets, by kind and name.
+pub(super) type Files = BTreeMap<(&'static str, Name), BTreeMap<String, String>>;
 
 impl Desired {
     /// Adds what is not there yet.
@@ -31,6 +35,7 @@ impl Desired {
         let new: Vec<Deployment> = new.collect();
         self.deployments.extend(new);
         self.nodes.extend(other.nodes);
+        self.files.extend(other.files);
     }
 }
 
@@ -125,8 +130,16 @@ fn add(desired: &mut Desired, object: &Value) {
         }
         Some("Deployment") => desired.deployments.push(Deployment { name, object: object.clone() }),
         Some("Node") => drop(desired.nodes.insert(name.1)),
+        // Of a Secret what is written in clear: `data` would be base64.
+        Some("Secret") => drop(desired.files.insert(("Secret", name), texts(&object["stringData"]))),
+        Some("ConfigMap") => drop(desired.files.insert(("ConfigMap", name), texts(&object["data"]))),
         _ => {}
     }
+}
+
+fn texts(map: &Value) -> BTreeMap<String, String> {
+    let all = map.as_object().into_iter().flatten();
+    all.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
 }
 
 fn list(dir: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {

@@ -84,6 +84,7 @@ struct State {
     ending: BTreeSet<Name>,
     services: BTreeMap<Name, Vec<String>>,
     numbers: BTreeMap<String, BTreeSet<u8>>,
+    files: desired::Files,
 }
 
 /// The cluster.
@@ -151,6 +152,7 @@ impl Kubelet {
         }
         let keep = self.outdated(desired, &wanted);
         let mut state = self.state();
+        state.files.clone_from(&desired.files);
         let gone: Vec<Name> = state
             .running
             .iter()

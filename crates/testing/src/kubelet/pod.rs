@@ -270,8 +270,8 @@ impl Life {
                 let value = there.map(|(dir, rest)| format!("{}{rest}", dir.display())).unwrap_or(value);
                 env.push((name.to_owned(), value));
             }
-            let spec =
-                Spec { command, env, programs: self.kubelet.config.programs.clone(), resolv_conf: resolv_conf.clone() };
+            let programs = self.kubelet.config.programs.clone();
+            let spec = Spec { command, env, programs, resolv_conf: resolv_conf.clone(), mounts };
             let check = |kind: &str| {
                 Probe::read(c, kind).map(|probe| Check {
                     next: Instant::now() + probe.delay,
@@ -309,7 +309,7 @@ impl Life {
         self.object["spec"]["serviceAccountName"].as_str().unwrap_or("default")
     }
 
-    /// Volumes that a container mounts, filled: projected tokens, and the ConfigMap with the mesh's roots.
+    /// Volumes that a container mounts, filled: projected tokens, ConfigMaps, Secrets, and the mesh's roots.
     fn mounts(&self, container: &Value, dir: &std::path::Path) -> Result<Vec<(String, std::path::PathBuf)>, Failure> {
         let mut mounts = Vec::new();
         for mount in container["volumeMounts"].as_array().into_iter().flatten() {
@@ -334,6 +334,16 @@ impl Life {
             }
             if volume["configMap"]["name"] == "istio-ca-root-cert" {
                 std::fs::copy(&self.kubelet.config.roots, at.join("root-cert.pem")).doing("copy the roots")?;
+            }
+            let named = [("Secret", &volume["secret"]["secretName"]), ("ConfigMap", &volume["configMap"]["name"])];
+            for (kind, name) in named {
+                let Some(name) = name.as_str() else { continue };
+                let name = (self.name.0.clone(), name.to_owned());
+                // As they are when the pod starts.
+                let files = self.kubelet.state().files.get(&(kind, name)).cloned().unwrap_or_default();
+                for (file, text) in files {
+                    std::fs::write(at.join(file), text).doing("write a file of a volume")?;
+                }
             }
             mounts.push((mount["mountPath"].as_str().unwrap_or_default().to_owned(), at));
         }
