@@ -94,3 +94,38 @@ fn memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte() {
         request(&mesh, &["GET", "http://web.shop/"]).await.map(drop)
     });
 }
+
+#[test]
+fn slow_heads_are_ended_and_slow_bodies_are_not() {
+    sandbox::test("slow_heads_are_ended_and_slow_bodies_are_not", || async {
+        let mesh = layer7_shop().await?;
+        until(&mesh, &["GET", "http://web.shop/"], "200 OK").await?;
+        served(&mesh, "nothing").await?;
+        let before = memory();
+        let trickle =
+            |kind, seconds| mesh.exec_start(CLIENT, &["ambit-http", "trickle", "web.shop:80", kind, "60", seconds]);
+        // A head has half a minute; a body as long as its route says, which says nothing here.
+        let (mut heads, mut bodies) = (trickle("heads", "45")?, trickle("bodies", "8")?);
+        served(&mesh, "slow heads and bodies").await?;
+        mesh.wait("the bodies to end", |_| bodies.ended().is_some()).await?;
+        if !bodies.text().contains("\"good\":60") {
+            return Err(Failure(format!("bodies: {}", bodies.text())));
+        }
+        served(&mesh, "slow heads").await?;
+        let during = memory();
+        let start = std::time::Instant::now();
+        while heads.ended().is_none() && start.elapsed() < std::time::Duration::from_secs(60) {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        let text = heads.text();
+        let told: serde_json::Value = serde_json::from_str(text.trim()).map_err(|e| Failure(format!("{e}: {text}")))?;
+        let longest = told["longest"].as_u64().unwrap_or(u64::MAX);
+        if told["ended"] != 60 || told["good"] != 0 || longest > 40 {
+            return Err(Failure(format!("heads: {text}")));
+        }
+        if during > before + 48.0 {
+            return Err(Failure(format!("{before:.0} MiB before, {during:.0} MiB during")));
+        }
+        served(&mesh, "nothing any more").await
+    });
+}

@@ -10,6 +10,18 @@ use std::time::Instant;
 use ambit_e2e::kubernetes::Cluster;
 use ambit_e2e::kubernetes::checks::CHECKS;
 
+/// Where all lines of a log were looked at in vain, the last ones say enough.
+fn short(text: &str) -> String {
+    const START: usize = 600;
+    const END: usize = 2_000;
+    let chars: Vec<char> = text.chars().collect();
+    if chars.len() <= START + END {
+        return text.to_owned();
+    }
+    let part = |chars: &[char]| chars.iter().collect::<String>();
+    format!("{} ... {}", part(&chars[..START]), part(&chars[chars.len() - END..]))
+}
+
 fn main() -> ExitCode {
     let var = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let cluster = Cluster {
@@ -31,7 +43,7 @@ fn main() -> ExitCode {
             }
             Err(failure) => {
                 failed += 1;
-                println!("FAIL {:5.1}s {name}: {failure}", start.elapsed().as_secs_f64());
+                println!("FAIL {:5.1}s {name}: {}", start.elapsed().as_secs_f64(), short(&failure.to_string()));
             }
         }
     }
