@@ -22,39 +22,58 @@ use crate::leader::leading;
 use crate::objects::Key;
 
 const MANAGER: &str = "ambit-istiod-lite";
+/// Who owns a number of replicas that we have given up, until somebody changes it.
+const HANDED_OVER: &str = "ambit-istiod-lite-handed-over";
 /// What could not be written is tried again after this.
 const AGAIN: Duration = Duration::from_secs(5);
 
 /// Follows the mesh for ever.
 pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: watch::Receiver<Arc<Mesh>>) {
     let mut written: BTreeMap<Key, Rendered> = BTreeMap::new();
+    let mut told: BTreeMap<Key, Value> = BTreeMap::new();
     let mut times: BTreeMap<(Key, String), (Value, String)> = BTreeMap::new();
     let mut again = tokio::time::interval(AGAIN);
     loop {
-        if !leading(&mut leads, || written.clear()).await {
+        let forget = || {
+            written.clear();
+            told.clear();
+        };
+        if !leading(&mut leads, forget).await {
             return;
         }
         let now = mesh.borrow_and_update().clone();
         written.retain(|key, _| now.rendered.contains_key(key));
+        told.retain(|key, _| now.rendered.contains_key(key));
         times.retain(|(key, _), _| now.rendered.contains_key(key));
         for (key, rendered) in now.rendered.iter() {
             let old = written.get(key);
-            let mut good = true;
+            let mut wrong: Option<String> = None;
             if old.is_none_or(|o| o.objects != rendered.objects) {
                 for object in &rendered.objects {
-                    good &= write(&client, key, object.clone(), false).await;
+                    let outcome = write(&client, key, object.clone()).await;
+                    wrong = wrong.or(outcome.err());
                 }
                 for (version, kind) in OPTIONAL {
                     let asked = rendered.objects.iter().any(|o| o["kind"] == kind);
                     if !asked && !rendered.objects.is_empty() {
-                        good &= remove(&client, key, version, kind).await;
+                        let outcome = remove(&client, key, version, kind).await;
+                        wrong = wrong.or(outcome.err());
                     }
                 }
             }
-            if old.is_none_or(|o| o.status != rendered.status) {
-                good &= write(&client, key, status(key, rendered, &mut times), true).await;
+            // What the server has refused is said where users look.
+            let mut said = rendered.status.clone();
+            if let Some(wrong) = &wrong {
+                warn!(%key, wrong, "waypoint not applied; trying again");
+                not_programmed(&mut said, wrong);
             }
-            if good && old != Some(rendered) {
+            if told.get(key) != Some(&said) {
+                match tell(&client, key, status(key, &said, &mut times)).await {
+                    Ok(()) => drop(told.insert(key.clone(), said)),
+                    Err(error) => warn!(%key, error, "status not written; trying again"),
+                }
+            }
+            if wrong.is_none() && old != Some(rendered) {
                 info!(%key, "waypoint applied");
                 written.insert(key.clone(), rendered.clone());
             }
@@ -67,8 +86,8 @@ pub async fn apply(client: Client, mut leads: watch::Receiver<bool>, mut mesh: w
 }
 
 /// The Gateway's status as an object, with the times at which its conditions changed.
-fn status(key: &Key, rendered: &Rendered, times: &mut BTreeMap<(Key, String), (Value, String)>) -> Value {
-    let mut status = rendered.status.clone();
+fn status(key: &Key, said: &Value, times: &mut BTreeMap<(Key, String), (Value, String)>) -> Value {
+    let mut status = said.clone();
     for condition in status["conditions"].as_array_mut().into_iter().flatten() {
         let of = (key.clone(), condition["type"].to_string());
         let now = || (condition["status"].clone(), rfc3339(SystemTime::now()));
@@ -95,50 +114,65 @@ fn is_ours(object: &DynamicObject) -> bool {
     object.metadata.labels.as_ref().is_some_and(|l| l.contains_key(MANAGED))
 }
 
+fn not_programmed(status: &mut Value, why: &str) {
+    let conditions = status["conditions"].as_array_mut().into_iter().flatten();
+    for condition in conditions.filter(|c| c["type"] == "Programmed") {
+        condition["status"] = json!("False");
+        condition["reason"] = json!("Invalid");
+        condition["message"] = json!(why);
+    }
+}
+
 /// Removes what parameters asked for once, and do no more.
-async fn remove(client: &Client, key: &Key, version: &str, kind: &str) -> bool {
+async fn remove(client: &Client, key: &Key, version: &str, kind: &str) -> Result<(), String> {
     let api = api(client, key, version, kind);
     let removed = match api.get_opt(&key.name).await {
         Ok(Some(there)) if is_ours(&there) => api.delete(&key.name, &DeleteParams::default()).await.map(drop),
         Ok(_) => Ok(()),
         Err(error) => Err(error),
     };
-    match removed {
-        Ok(()) => true,
-        Err(error) => {
-            warn!(%key, kind, %error, "not removed; trying again");
-            false
-        }
-    }
+    removed.map_err(|e| format!("{kind}: {e}"))
 }
 
-async fn write(client: &Client, key: &Key, object: Value, status: bool) -> bool {
+/// Applies an object; the reason where it is not to be.
+async fn write(client: &Client, key: &Key, object: Value) -> Result<(), String> {
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
     let (version, kind) = (text(&object["apiVersion"]), text(&object["kind"]));
     let api = api(client, key, &version, &kind);
-    if !status {
-        match api.get_opt(&key.name).await {
-            Ok(Some(there)) if !is_ours(&there) => {
-                warn!(%key, kind, "there is one of this name that is not ours; give the Gateway another name");
-                return false;
-            }
-            Ok(_) => {}
-            Err(error) => {
-                warn!(%key, kind, %error, "not read; trying again");
-                return false;
-            }
+    let failed = |e: kube::Error| format!("{kind}: {e}");
+    let there = api.get_opt(&key.name).await.map_err(failed)?;
+    if let Some(there) = &there {
+        if !is_ours(there) {
+            return Err(format!("{kind}: there is one of this name that is not ours; give the Gateway another name"));
+        }
+        if object["spec"]["replicas"].is_null()
+            && let Some(replicas) = owned_replicas(there)
+        {
+            // Given up at once, the number would be one until somebody else says another.
+            let keep = json!({
+                "apiVersion": version, "kind": kind, "metadata": { "name": key.name, "namespace": key.namespace },
+                "spec": { "replicas": replicas },
+            });
+            let params = PatchParams::apply(HANDED_OVER).force();
+            api.patch(&key.name, &params, &Patch::Apply(&keep)).await.map_err(failed)?;
         }
     }
-    let (params, patch) = (PatchParams::apply(MANAGER).force(), Patch::Apply(&object));
-    let result = match status {
-        true => api.patch_status(&key.name, &params, &patch).await,
-        false => api.patch(&key.name, &params, &patch).await,
+    let params = PatchParams::apply(MANAGER).force();
+    api.patch(&key.name, &params, &Patch::Apply(&object)).await.map(drop).map_err(failed)
+}
+
+/// The number of replicas, where it is what we have applied.
+fn owned_replicas(there: &DynamicObject) -> Option<i64> {
+    let ours = |m: &&k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry| {
+        m.manager.as_deref() == Some(MANAGER)
+            && m.fields_v1.as_ref().is_some_and(|f| !f.0["f:spec"]["f:replicas"].is_null())
     };
-    match result {
-        Ok(_) => true,
-        Err(error) => {
-            warn!(%key, kind, status, %error, "not written; trying again");
-            false
-        }
-    }
+    there.metadata.managed_fields.iter().flatten().find(ours)?;
+    there.data["spec"]["replicas"].as_i64()
+}
+
+async fn tell(client: &Client, key: &Key, object: Value) -> Result<(), String> {
+    let api = api(client, key, "gateway.networking.k8s.io/v1", "Gateway");
+    let params = PatchParams::apply(MANAGER).force();
+    api.patch_status(&key.name, &params, &Patch::Apply(&object)).await.map(drop).map_err(|e| e.to_string())
 }

@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use self::pending::Pending;
+use self::pending::{Pending, Shown};
 use crate::index::Mesh;
 use crate::objects::Object;
 use crate::push::ads::Report;
@@ -43,7 +43,6 @@ struct Known {
     namespace: String,
     name: String,
     node: String,
-    annotated: bool,
 }
 
 /// What could not be written is tried again after this, and what stands there wrongly is looked for.
@@ -77,13 +76,11 @@ pub async fn write(
             wait_for(&source, &report).await;
         }
         let now = source.borrow().clone();
-        let named: Vec<&str> = report.enrolled.iter().chain(&report.left).map(String::as_str).collect();
-        let shown = pods(&now, &named);
-        let lost = pending.take(&report, |uid| shown.get(uid).map(|pod| pod.annotated));
+        let lost = pending.take(&report);
         if lost > 0 {
-            warn!(node = report.node, lost, "enrolments not written: too many wait");
+            warn!(node = report.node, lost, "enrolments not written: the node speaks of more pods than it can have");
         }
-        annotate_all(&client, &now, &mut pending).await;
+        annotate_due(&client, &now, &mut pending).await;
         let troubled: Vec<&str> = report.troubles.iter().map(|(uid, _)| uid.as_str()).collect();
         let known = pods(&now, &troubled);
         let here = report.troubles.iter().filter_map(|(uid, what)| Some((uid, what, known.get(&**uid)?)));
@@ -93,31 +90,36 @@ pub async fn write(
     }
 }
 
-/// Writes all that is due of pods that are known where their node says they are.
-async fn annotate_all(client: &Client, now: &SourceState, pending: &mut Pending) {
-    let due = pending.due();
-    let uids: Vec<&str> = due.iter().map(|(uid, ..)| uid.as_str()).collect();
+/// Writes all that is due.
+async fn annotate_due(client: &Client, now: &SourceState, pending: &mut Pending) {
+    if pending.is_empty() {
+        return;
+    }
+    let all = now.objects.of("Pod").values().filter_map(|loaded| {
+        let Object::Pod(pod) = &loaded.object else { return None };
+        let annotated = loaded.meta.annotation(REDIRECTION) == Some(ENABLED);
+        Some((&*loaded.meta.uid, Shown { node: &pod.node_name, annotated }))
+    });
+    let due = pending.due(&all.collect(), Instant::now());
+    let uids: Vec<&str> = due.iter().map(|(uid, _)| uid.as_str()).collect();
     let mut known = pods(now, &uids);
-    let here: Vec<(String, Known, bool)> = due
-        .iter()
-        .filter_map(|(uid, node, enrolled)| {
-            let pod = known.remove(&**uid).filter(|pod| pod.node == *node)?;
-            Some((uid.clone(), pod, *enrolled))
-        })
-        .collect();
+    let here: Vec<(String, Known, bool)> =
+        due.iter().filter_map(|(uid, enrolled)| Some((uid.clone(), known.remove(&**uid)?, *enrolled))).collect();
     let write = async |(uid, pod, enrolled): (String, Known, bool)| {
         let outcome = annotate(client, &uid, &pod, enrolled).await;
-        (uid, outcome)
+        (uid, pod, enrolled, outcome)
     };
     let outcomes: Vec<_> = futures::stream::iter(here).map(write).buffer_unordered(TOGETHER).collect().await;
-    for (uid, outcome) in outcomes {
+    for (uid, pod, enrolled, outcome) in outcomes {
         match outcome {
-            Written::Yes => pending.written(&uid, Instant::now()),
-            Written::Gone => pending.gone(&uid),
-            Written::No => {}
+            Ok(()) => pending.written(&uid, enrolled, Instant::now()),
+            Err(NotWritten::Gone) => pending.gone(&uid),
+            Err(NotWritten::Refused(why)) => {
+                let again = pending.failed(&uid, Instant::now());
+                warn!(namespace = pod.namespace, name = pod.name, why, ?again, "enrolment not written");
+            }
         }
     }
-    pending.forget(Instant::now());
 }
 
 /// Takes the word off pods that are not to be in the mesh and still have it, as they had it the last time: their node's
@@ -140,7 +142,8 @@ async fn remove_stale(
     futures::stream::iter(&known)
         .for_each_concurrent(TOGETHER, |(uid, pod)| async move {
             info!(namespace = pod.namespace, name = pod.name, "said to be in the mesh, and is not");
-            annotate(client, uid, pod, false).await;
+            // What fails is looked for again.
+            let _ = annotate(client, uid, pod, false).await;
         })
         .await;
     stale
@@ -173,31 +176,24 @@ fn event(what: &str) -> Event {
     Event { type_, reason: reason.into(), note, action: action.into(), secondary: None }
 }
 
-/// What came of writing.
-enum Written {
-    Yes,
+/// Why something was not written.
+enum NotWritten {
     /// There is no such pod any more.
     Gone,
-    No,
+    Refused(String),
 }
 
-async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) -> Written {
+async fn annotate(client: &Client, uid: &str, pod: &Known, enrolled: bool) -> Result<(), NotWritten> {
     let Known { namespace, name, .. } = pod;
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let value = if enrolled { json!(ENABLED) } else { json!(null) };
     // The uid makes the server refuse it for a later pod of the same name.
     let patch = Patch::Merge(json!({ "metadata": { "uid": uid, "annotations": { REDIRECTION: value } } }));
     match tokio::time::timeout(DEADLINE, api.patch(name, &PatchParams::default(), &patch)).await {
-        Ok(Ok(_)) => Written::Yes,
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Written::Gone,
-        Ok(Err(error)) => {
-            warn!(namespace, name, %error, "enrolment not written; tried again");
-            Written::No
-        }
-        Err(_) => {
-            warn!(namespace, name, "enrolment not written within 5 s; tried again");
-            Written::No
-        }
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Err(NotWritten::Gone),
+        Ok(Err(error)) => Err(NotWritten::Refused(error.to_string())),
+        Err(_) => Err(NotWritten::Refused("no answer within 5 s".into())),
     }
 }
 
@@ -210,9 +206,8 @@ fn pods<'a>(state: &SourceState, uids: &[&'a str]) -> HashMap<&'a str, Known> {
     let pods = state.objects.of("Pod").iter().filter_map(|(key, loaded)| {
         let uid = *uids.get(&*loaded.meta.uid)?;
         let Object::Pod(pod) = &loaded.object else { return None };
-        let annotated = loaded.meta.annotation(REDIRECTION) == Some(ENABLED);
         let (namespace, name) = (key.namespace.clone(), key.name.clone());
-        Some((uid, Known { namespace, name, node: pod.node_name.to_string(), annotated }))
+        Some((uid, Known { namespace, name, node: pod.node_name.to_string() }))
     });
     pods.collect()
 }

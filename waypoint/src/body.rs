@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
@@ -42,8 +42,8 @@ pub struct Recording(Arc<Mutex<Recorded>>);
 
 #[derive(Debug, Default)]
 struct Recorded {
-    pieces: Vec<Bytes>,
-    size: usize,
+    /// A copy: pieces may be many and small, and each would keep the buffer that it was read into.
+    bytes: BytesMut,
     most: usize,
     ended: bool,
     /// More than is kept, or something else than bytes.
@@ -61,13 +61,12 @@ impl Recording {
         all.ended |= ended;
         match frame.map(|f| f.data_ref()) {
             None => {}
-            Some(Some(data)) if !all.lost && all.size + data.len() <= all.most => {
-                all.size += data.len();
-                all.pieces.push(data.clone());
+            Some(Some(data)) if !all.lost && all.bytes.len() + data.len() <= all.most => {
+                all.bytes.extend_from_slice(data);
             }
             Some(_) => {
                 all.lost = true;
-                all.pieces.clear();
+                all.bytes = BytesMut::new();
             }
         }
     }
@@ -75,7 +74,7 @@ impl Recording {
     /// The whole body, where all of it has gone through and was kept.
     pub fn whole(&self) -> Option<Bytes> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (all.ended && !all.lost).then(|| all.pieces.concat().into())
+        (all.ended && !all.lost).then(|| Bytes::copy_from_slice(&all.bytes))
     }
 }
 

@@ -17,6 +17,7 @@ waypoint, configured by its environment:
   GATEWAY_NAME         name of its Gateway (required)
   POD_NAMESPACE        its namespace (required)
   SERVICE_ACCOUNT      its account [GATEWAY_NAME]
+  CANARY_OF            Gateway in its namespace of whose traffic it takes a share []
   POD_NAME, NODE_NAME, INSTANCE_IP   who it is, for the controller []
   XDS_ADDRESS          controller [https://istiod.istio-system.svc:15012]
   XDS_ROOT_CA          roots by which the controller is known [./var/run/secrets/istio/root-cert.pem]
@@ -41,6 +42,7 @@ waypoint, configured by its environment:
 #[allow(missing_docs, reason = "described in HELP")]
 pub struct Config {
     pub gateway: String,
+    pub canary_of: Option<String>,
     pub identity: Identity,
     pub pod_name: String,
     pub node_name: Str,
@@ -95,6 +97,7 @@ impl Config {
         let config = Self {
             identity: Identity::new(trust_domain.as_str(), namespace.as_str(), account.as_str()),
             gateway,
+            canary_of: s.get("CANARY_OF", &["CANARY_OF"], "a name"),
             pod_name: text(&mut s, "POD_NAME", ""),
             node_name: text(&mut s, "NODE_NAME", "").into(),
             instance_ip: text(&mut s, "INSTANCE_IP", ""),

@@ -42,7 +42,8 @@ pub async fn watch(shared: Arc<Shared>) {
         let now = {
             let snapshot = shared.store.load();
             let all = snapshot.endpoints(&service).into_iter().flat_map(|e| e.iter());
-            all.filter(|w| w.status == Health::Healthy).count()
+            // A canary without a share is none of them.
+            all.filter(|w| w.status == Health::Healthy && w.capacity > 0).count()
         };
         if let Some(share) = share(before, now) {
             info!(before, now, share, "more replicas: this share of the clients is asked to connect again");

@@ -115,5 +115,6 @@ fn is_ours(config: &Config, snapshot: &Snapshot, gateway: &GatewayAddress) -> bo
             None => None,
         },
     };
-    service.is_some_and(|s| *s.name == *config.gateway && s.namespace == config.identity.namespace)
+    let ours = |name: &str| name == config.gateway || Some(name) == config.canary_of.as_deref();
+    service.is_some_and(|s| ours(&s.name) && s.namespace == config.identity.namespace)
 }

@@ -87,15 +87,20 @@ fn is_probe(context: &Context, pod: &Pod, local: SocketAddr, source: SocketAddr,
     let found = known(source).and_then(|found| match found {
         true => Ok(true),
         // Its port may have been taken by the redirection; then conntrack knows the one that its socket has.
-        false => match conntrack::original_source(&pod.netns, local, source)? {
-            Some(original) if original != source => known(original),
-            _ => Ok(false),
+        false => match conntrack::original_source(&pod.netns, local, source) {
+            Ok(Some(original)) if original != source => known(original),
+            Ok(_) => Ok(false),
+            // A kernel without it: the connection is what it looks like.
+            Err(error) => {
+                tracing::debug!(pod = pod.info.name, %error, "conntrack cannot be asked");
+                Ok(false)
+            }
         },
     });
     match found {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!(pod = pod.info.name, %error, "the kernel cannot be asked whose a connection is; not taken for a probe");
+            tracing::warn!(pod = pod.info.name, %error, "the node's socket table cannot be read; not taken for a probe");
             false
         }
     }

@@ -5,6 +5,8 @@
 //! Service besides; how heavy a pod is depends on how many there are of either, so that the weight is that of the
 //! canary as a whole.
 
+use serde_json::{Value, json};
+
 use super::lookup::{Entry, World};
 use super::{Condition, waypoints};
 use crate::objects::Meta;
@@ -70,6 +72,15 @@ pub(super) fn said(world: &World<'_>, gateway: &Entry<'_, Gateway>) -> Result<St
     }
 }
 
+/// Tells the pods of a canary whose traffic they take besides.
+pub(super) fn tell(primary: &str, objects: &mut [Value]) {
+    let deployment = objects.iter_mut().find(|o| o["kind"] == "Deployment");
+    let env = deployment.map(|d| &mut d["spec"]["template"]["spec"]["containers"][0]["env"]);
+    if let Some(env) = env.and_then(Value::as_array_mut) {
+        env.push(json!({ "name": "CANARY_OF", "value": primary }));
+    }
+}
+
 /// How heavy a pod of a waypoint is; and whose Service it is an endpoint of besides.
 pub(super) fn pod<'a>(world: &World<'a>, namespace: &str, meta: &Meta) -> (u32, Option<&'a str>) {
     let Some(name) = meta.label(super::gateways::NAME) else { return (1, None) };
@@ -83,7 +94,10 @@ pub(super) fn pod<'a>(world: &World<'a>, namespace: &str, meta: &Meta) -> (u32, 
     match part(world, namespace, name) {
         None => (1, None),
         // Where there is no other, it takes all.
-        Some(Part::Of(primary, weight)) => (weight.saturating_mul(ready(primary).max(1)), Some(primary)),
+        Some(Part::Of(primary, weight)) => match ready(primary) {
+            0 => (1, Some(primary)),
+            n => (weight.saturating_mul(n), Some(primary)),
+        },
         Some(Part::With(canary, weight)) => match ready(canary) {
             0 => (1, None),
             n => ((100 - weight).saturating_mul(n), None),

@@ -86,6 +86,9 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
         if let Ok(parameters) = parameters {
             made = objects(world, gateway, &mounted(gateway, mesh));
             parameters::apply(gateway, parameters, &mut made);
+            if let Some(canary::Part::Of(primary, _)) = canary::part(world, &gateway.key.namespace, &gateway.key.name) {
+                canary::tell(primary, &mut made);
+            }
         }
         let rendered = Rendered { objects: made, status };
         mesh.rendered.insert(gateway.key.clone(), rendered);
@@ -106,7 +109,10 @@ fn is_ready(world: &World<'_>, gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> boo
 
 /// Secrets and ConfigMaps of the Gateway's namespace that its services need for TLS of the waypoint's own: kind, name, path.
 fn mounted(gateway: &Entry<'_, Gateway>, mesh: &Mesh) -> BTreeSet<(&'static str, String, String)> {
-    let of = |b: &&Arc<l7::Bound>| (&b.gateway.0, &b.gateway.1) == (&gateway.key.namespace, &gateway.key.name);
+    let name = &gateway.key.name;
+    let of = |b: &&Arc<l7::Bound>| {
+        b.gateway.0 == gateway.key.namespace && (b.gateway.1 == *name || b.canary.as_ref() == Some(name))
+    };
     let services = mesh.bound.values().filter(of).flat_map(|b| b.config.traffic.values());
     let all = services.flat_map(|s| std::iter::once(&s.all).chain(s.ports.values()));
     let files = all.filter_map(|t| match &t.tls {

@@ -103,10 +103,15 @@ pub(super) fn apply(gateway: &Entry<'_, Gateway>, spec: Option<&ParametersSpec>,
     let Some(spec) = spec else { return };
     let pod = &mut deployment["spec"]["template"]["spec"];
     let resources = &mut pod["containers"][0]["resources"];
-    for (list, quantities) in [("requests", &spec.resources.requests), ("limits", &spec.resources.limits)] {
-        for (name, quantity) in quantities {
-            resources[list][name] = json!(quantity);
+    for (name, quantity) in &spec.resources.limits {
+        resources["limits"][name] = json!(quantity);
+        // What is requested without being asked for may be more than that; where nothing is requested it is the limit.
+        if let Some(requests) = resources["requests"].as_object_mut() {
+            requests.remove(name);
         }
+    }
+    for (name, quantity) in &spec.resources.requests {
+        resources["requests"][name] = json!(quantity);
     }
     let bounds =
         [("MAX_REQUESTS", spec.max_requests.map(|n| n.to_string())), ("MEMORY_BUDGET", spec.memory_budget.clone())];

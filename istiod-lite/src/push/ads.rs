@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 use ambit_model::Str;
@@ -44,9 +45,14 @@ pub struct Report {
     pub left: Vec<String>,
     /// What is wrong with others: uid and words.
     pub troubles: Vec<(String, String)>,
-    /// It speaks here no more; to whom it speaks next, it says all of it.
+    /// Which of its streams; a later one has a greater number.
+    pub stream: u64,
+    /// It speaks on this stream no more; on the next one, it says all of it.
     pub ended: bool,
 }
+
+/// Streams so far.
+static STREAMS: AtomicU64 = AtomicU64::new(0);
 
 /// What node tunnels may ask for.
 const NODE_TYPES: &[&str] = &[ADDRESS, AUTHORIZATION, NAMESPACE_MODE, NODE_POD, ENROLMENT];
@@ -105,6 +111,7 @@ impl DeltaAds for Ads {
                 responses,
                 wanted: BTreeMap::new(),
                 nonce: 0,
+                stream: STREAMS.fetch_add(1, Relaxed) + 1,
             };
             tokio::spawn(client.run(request.into_inner()));
             let stream: Responses = Box::pin(ReceiverStream::new(receiver));
@@ -158,6 +165,8 @@ struct Client {
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     wanted: BTreeMap<String, Wanted>,
     nonce: u64,
+    /// Its number, from 1.
+    stream: u64,
 }
 
 /// Which part of a difference to send.
@@ -194,7 +203,7 @@ impl Client {
             }
         };
         if self.wanted.contains_key(ENROLMENT) {
-            let ended = Report { node: self.node.clone(), ended: true, ..Report::default() };
+            let ended = Report { node: self.node.clone(), stream: self.stream, ended: true, ..Report::default() };
             // Nobody listens where the controller ends too.
             let _ = self.service.reports.send(ended).await;
         }
@@ -288,7 +297,7 @@ impl Client {
             Said::Enrolled(uid) => Some((uid.to_owned(), None)),
             Said::Trouble(uid, what) => Some((uid.to_owned(), Some(what.to_owned()))),
         };
-        let mut report = Report { node: self.node.clone(), ..Report::default() };
+        let mut report = Report { node: self.node.clone(), stream: self.stream, ..Report::default() };
         for (uid, what) in request.resource_names_subscribe.iter().filter_map(said) {
             match what {
                 None => report.enrolled.push(uid),

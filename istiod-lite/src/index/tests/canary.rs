@@ -56,6 +56,19 @@ fn a_canary_has_the_share_that_it_asks_for_whatever_the_numbers_of_pods() {
     assert_eq!((heavy(&all, "a").0, heavy(&all, "c").0), (0, 200));
     // A canary that is not there takes nothing with it.
     assert_eq!(heavy(&with("100", false), "a").0, 1);
+    // Nor is a service closed while a canary could serve it.
+    let gone = [bound_shop("shop"), SERVICE.into(), canary("0", "wp", "next"), pod("c", "next", true, 4)].concat();
+    assert_eq!(heavy(&mesh(&gone), "c"), (1, true));
+    // It is told whose traffic it takes, and has what that needs.
+    let tls = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: shop}\n\
+               spec: {host: web, trafficPolicy: {tls: {mode: SIMPLE, credentialName: partner}}}\n---\n";
+    let with_tls = mesh(&[base.clone(), tls.into(), canary("10", "wp", "next"), pod("c", "next", true, 4)].concat());
+    let next = Key { kind: "Gateway", namespace: "shop".into(), name: "next".into() };
+    let made = serde_json::to_string(&with_tls.rendered[&next].objects).expect("JSON");
+    assert!(
+        made.contains(r#""name":"CANARY_OF","value":"wp""#) && made.contains(r#""secretName":"partner""#),
+        "{made}"
+    );
     // What goes round neither of them is closed.
     let policy = tenth.policies.values().find(|p| p.name.starts_with("waypoint-wp-only")).expect("closed");
     assert_eq!(policy.rules[0].clauses[0].matches[0].not_principals.len(), 2);

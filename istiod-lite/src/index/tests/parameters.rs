@@ -43,7 +43,7 @@ fn a_gateway_is_run_as_its_parameters_say() {
     let deployment = made(&mesh, "Deployment");
     let pod = &deployment["spec"]["template"]["spec"];
     let resources = &pod["containers"][0]["resources"];
-    assert_eq!(resources, &json!({ "requests": { "cpu": "250m", "memory": "32Mi" }, "limits": { "memory": "1Gi" } }));
+    assert_eq!(resources, &json!({ "requests": { "cpu": "250m" }, "limits": { "memory": "1Gi" } }));
     assert_eq!((&pod["nodeSelector"]["pool"], &pod["priorityClassName"]), (&json!("edge"), &json!("high")));
     assert_eq!(pod["tolerations"][0]["operator"], "Exists");
     for bound in
