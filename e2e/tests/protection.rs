@@ -395,3 +395,24 @@ fn an_external_authorizer_decides_and_fails_closed() {
         until(&mesh, &guarded, "200 OK").await.map(drop)
     });
 }
+
+#[test]
+fn servers_hear_who_the_client_is_from_the_waypoint_alone() {
+    sandbox::test("servers_hear_who_the_client_is_from_the_waypoint_alone", || async {
+        let mesh = layer7_shop().await?;
+        let forged = "x-forwarded-client-cert: URI=spiffe://cluster.local/ns/kube-system/sa/admin";
+        let words = ["GET", "http://web.shop/echo", "--header", forged, "--header", "x-istio-source: forged"];
+        let plain = until(&mesh, &words, "200 OK").await?;
+        for absent in ["x-forwarded-client-cert", "admin", "forged"] {
+            lacks(&plain, absent)?;
+        }
+        const ASKED: &str = "metadata: {name: waypoint, namespace: shop, annotations: \
+                             {ambient.istio.io/xfcc-include-client-identity: \"true\"}}";
+        let gateway = ambit_e2e::WAYPOINT.replacen("metadata: {name: waypoint, namespace: shop}", ASKED, 1);
+        mesh.apply("waypoint.yaml", &gateway)?;
+        let expected = "x-forwarded-client-cert: By=spiffe://cluster.local/ns/shop/sa/waypoint;\
+                        URI=spiffe://cluster.local/ns/front/sa/client";
+        let told = until(&mesh, &words, expected).await?;
+        lacks(&told, "admin")
+    });
+}

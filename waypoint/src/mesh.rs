@@ -39,6 +39,8 @@ pub struct Bound {
     pub policies: PolicyTable,
     /// Why every request is refused.
     pub closed: Option<String>,
+    /// Servers are told who the client is.
+    pub tell_client: bool,
     /// What requests follow where no route is attached.
     pub default: Arc<RouteRule>,
     /// What rules do to requests besides, in the order of the routes' rules, and what the default does.
@@ -167,6 +169,7 @@ fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Boun
         tokens,
         policies: PolicyTable::new(&config.policies),
         closed: None,
+        tell_client: config.tell_client,
         treatments: (treatments, treat(&config.default)?),
         default: Arc::new(config.default),
         // What is told of requests is no reason to refuse them.

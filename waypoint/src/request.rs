@@ -37,6 +37,8 @@ use crate::{cluster, filters, session};
 /// What ends at the deadline of a route by itself has this long to do so.
 const GRACE: Duration = Duration::from_millis(20);
 const XFCC: &str = "x-forwarded-client-cert";
+/// What Istio's proxies tell one another; nobody else's word counts for it.
+const ISTIO_SOURCE: &str = "x-istio-source";
 const XFF: HeaderName = HeaderName::from_static("x-forwarded-for");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -188,7 +190,15 @@ async fn respond(
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }
     let (mut head, incoming) = request.into_parts();
-    head.headers.remove(XFCC);
+    for name in [XFCC, ISTIO_SOURCE] {
+        head.headers.remove(name);
+    }
+    if bound.tell_client {
+        let (by, uri) = (&context.shared.config.identity, &connection.facts.src_identity);
+        if let Ok(value) = HeaderValue::from_str(&format!("By={by};URI={uri}")) {
+            head.headers.insert(XFCC, value);
+        }
+    }
     // Before anybody looks: what a client lists as its connection's own is nobody else's.
     filters::strip_hop_by_hop(&mut head.headers, upgrade.as_ref().map(|(protocol, _)| protocol));
     let named = HeaderValue::from_str(host).map_err(|_| bad("the host is not valid\n", "the host is not valid"))?;

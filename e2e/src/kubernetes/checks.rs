@@ -41,6 +41,7 @@ pub const CHECKS: &[Check] = &[
     ("everything dies at once and comes back", outages::all_dead),
     ("the controller away: the mesh goes on, pods outside start, pods inside wait", controller_away),
     ("a Gateway gives a namespace a waypoint, which routes and protects", waypoint),
+    ("a waypoint comes, grows, is restarted and goes under load", traffic::under_load),
     ("a waypoint is run as its parameters say", traffic::parameters),
     ("policies of traffic are validated, in force, and told of", traffic::policies),
     ("the label off takes pods out, without a restart", unlabel),

@@ -52,16 +52,34 @@ pub(super) fn parameters(c: &Cluster) -> Result<String, Failure> {
         Ok(()) => return Err(Failure::new("more at least than at most was taken")),
         Err(refused) => has(&refused.0, "maxReplicas is at least minReplicas")?,
     }
-    c.apply(PARAMETERS)?;
     let field = |what: &[&str], path: &str| c.field(&[&["-n", "shop"], what].concat(), path);
     let deployment = ["deployment", "run"];
+    // A number first, and then an autoscaler in its place: nobody sees one pod in between.
+    c.apply(&PARAMETERS.replace("autoscaling: {minReplicas: 2, maxReplicas: 3}", "replicas: 3"))?;
+    c.wait("three replicas", || has(&field(&deployment, "{.spec.replicas}")?, "3"))?;
+    c.apply(PARAMETERS)?;
+    c.wait("the autoscaler", || has(&field(&["hpa", "run"], "{.spec.maxReplicas}")?, "3"))?;
+    let start = std::time::Instant::now();
+    while start.elapsed() < std::time::Duration::from_secs(3) {
+        let replicas = field(&deployment, "{.spec.replicas}")?;
+        if !matches!(replicas.as_str(), "2" | "3") {
+            return Err(Failure(format!("{replicas} replicas where the autoscaler took over from 3")));
+        }
+    }
     c.wait("the deployment as its parameters say", || {
         let path = "{.spec.template.spec.containers[0].resources.requests.memory} {.metadata.labels.team}";
         has(&field(&deployment, path)?, "40Mi shop")
     })?;
-    c.wait("two replicas by the autoscaler", || has(&field(&deployment, "{.spec.replicas}")?, "2"))?;
     c.kubectl(&["-n", "shop", "rollout", "status", "deployment/run", "--timeout=60s"])?;
-    c.wait("the budget to count them", || has(&field(&["pdb", "run"], "{.status.expectedPods}")?, "2"))?;
+    c.wait("the budget to count them", || has(&field(&["pdb", "run"], "{.status.expectedPods}")?, "3"))?;
+    // What the API server refuses is said on the Gateway, and what runs goes on.
+    c.apply(&PARAMETERS.replace("memory: 40Mi}}", "memory: 40Mi}, limits: {memory: 20Mi}}"))?;
+    c.wait("the refusal in status", || {
+        let path = "{.status.conditions[?(@.type==\"Programmed\")].message}";
+        has(&field(&["gateway", "run"], path)?, "must be less than or equal to memory limit")
+    })?;
+    c.apply(PARAMETERS)?;
+    c.kubectl(&["-n", "shop", "wait", "--for=condition=Programmed", "gateway/run", "--timeout=60s"])?;
     c.kubectl(&["-n", "shop", "patch", "gateway", "run", "--type=json", "-p", REMOVE])?;
     c.wait("autoscaler and budget to go", || match field(&["hpa,pdb"], "{.items[*].metadata.name}")?.as_str() {
         "" => Ok(()),
@@ -76,6 +94,31 @@ pub(super) fn parameters(c: &Cluster) -> Result<String, Failure> {
 
 const REMOVE: &str = r#"[{"op": "remove", "path": "/spec/infrastructure/parametersRef"}]"#;
 const UNKNOWN: &str = r#"{"spec":{"infrastructure":{"parametersRef":{"group":"ambit.dev","kind":"WaypointParameters","name":"nobody"}}}}"#;
+
+/// A waypoint comes, grows, is restarted and goes while a client asks: no request fails.
+pub(super) fn under_load(c: &Cluster) -> Result<String, Failure> {
+    const GATEWAY: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: busy, namespace: shop}\n\
+                           spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
+    c.apply(GATEWAY)?;
+    c.kubectl(&["-n", "shop", "wait", "--for=condition=Programmed", "gateway/busy", "--timeout=60s"])?;
+    let load = c.start(&["-n", "front", "exec", "client", "--", "ambit-app", "load", super::checks::URL, "45"])?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint=busy", "--overwrite"])?;
+    let passed = || -> Result<usize, Failure> {
+        let lines = c.kubectl(&["-n", "shop", "logs", "deployment/busy", "--tail=2000"])?;
+        Ok(lines.lines().filter(|l| l.contains("request complete")).count())
+    };
+    c.wait("requests through it", || if passed()? > 20 { Ok(()) } else { Err(Failure::new("none yet")) })?;
+    c.kubectl(&["-n", "shop", "scale", "deployment/busy", "--replicas=2"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/busy", "--timeout=60s"])?;
+    c.kubectl(&["-n", "shop", "rollout", "restart", "deployment/busy"])?;
+    c.kubectl(&["-n", "shop", "rollout", "status", "deployment/busy", "--timeout=60s"])?;
+    c.wait("requests through the new ones", || if passed()? > 20 { Ok(()) } else { Err(Failure::new("none yet")) })?;
+    c.kubectl(&["label", "namespace", "shop", "istio.io/use-waypoint-"])?;
+    c.kubectl(&["-n", "shop", "delete", "gateway/busy"])?;
+    let output = load.wait_with_output().map_err(|e| Failure(e.to_string()))?;
+    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    has(&said, " failed=0").map(|()| said)
+}
 
 /// What the schema and its rules refuse: a field, and what is said.
 const WRONG: &[(&str, &str)] = &[

@@ -39,22 +39,29 @@ pub struct Bound {
     pub own: Vec<NamespacedHostname>,
 }
 
+/// Annotation of a Service, a ServiceEntry or a Gateway: servers are told who the client is.
+const TELL_CLIENT: &str = "ambient.istio.io/xfcc-include-client-identity";
+
 /// Adds what waypoints are told.
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
     let mut bound: BTreeMap<Owner<'_>, Bound> = BTreeMap::new();
-    let bind = |gateway: (&str, &str), own| {
+    let bind = |gateway: (&str, &str), meta: &Meta, own| {
+        // The object's word comes before that of its Gateway.
+        let said = |meta: &Meta| meta.annotation(TELL_CLIENT).map(|text| text == "true");
+        let of_gateway = || world.gateways.get(&gateway).and_then(|g| said(g.meta));
+        let tell_client = said(meta).or_else(of_gateway).unwrap_or(false);
         let canary = match canary::part(world, gateway.0, gateway.1) {
             Some(canary::Part::With(name, _)) => Some(name.to_owned()),
             _ => None,
         };
         let gateway = (gateway.0.to_owned(), gateway.1.to_owned());
-        Bound { gateway, canary, config: ServiceConfig::default(), own }
+        Bound { gateway, canary, config: ServiceConfig { tell_client, ..ServiceConfig::default() }, own }
     };
     for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
         if let Some(gateway) = waypoints::gateway_of_service(world, service.key, service.meta) {
             let own = vec![NamespacedHostname::new(namespace, world.hostname(name, namespace))];
-            bound.insert(("Service", namespace, name), bind(gateway, own));
+            bound.insert(("Service", namespace, name), bind(gateway, service.meta, own));
         }
     }
     for entry in &world.service_entries {
@@ -68,7 +75,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
                 let condition = Condition::no("WaypointAccepted", "UnsupportedValue", text);
                 mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
             }
-            bound.insert(("ServiceEntry", namespace, name), bind(gateway, own));
+            bound.insert(("ServiceEntry", namespace, name), bind(gateway, entry.meta, own));
         }
     }
     attach_routes(world, &mut bound, mesh);

@@ -39,6 +39,9 @@ pub struct ServiceConfig {
     /// What requests follow where no route is attached.
     #[serde(skip_serializing_if = "is_default")]
     pub default: RouteRule,
+    /// Servers are told who the client is, by `x-forwarded-client-cert`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub tell_client: bool,
     /// What is told of its requests.
     #[serde(skip_serializing_if = "is_default")]
     pub telemetry: telemetry::Telemetry,

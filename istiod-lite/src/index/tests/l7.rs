@@ -32,6 +32,27 @@ pub(super) fn told<'a>(mesh: &'a Mesh, service: &str) -> &'a ambit_model::l7::Se
 }
 
 #[test]
+fn servers_are_told_of_clients_where_an_annotation_says_so() {
+    const ASKED: &str = "annotations: {ambient.istio.io/xfcc-include-client-identity: 'true'}";
+    let plain = bound_shop("shop");
+    let on = |yaml: &str, name: &str| told(&mesh(yaml), name).tell_client;
+    assert!(!on(&plain, "web"));
+    let service = plain.replace(
+        "metadata: {name: web, namespace: shop}",
+        &format!("metadata: {{name: web, namespace: shop, {ASKED}}}"),
+    );
+    assert!(on(&service, "web") && !on(&service, "web-v2"));
+    let gateway = plain
+        .replace("metadata: {name: wp, namespace: shop}", &format!("metadata: {{name: wp, namespace: shop, {ASKED}}}"));
+    assert!(on(&gateway, "web") && on(&gateway, "web-v2"));
+    let but = gateway.replace(
+        "metadata: {name: web, namespace: shop}",
+        &format!("metadata: {{name: web, namespace: shop, {}}}", ASKED.replace("true", "false")),
+    );
+    assert!(!on(&but, "web") && on(&but, "web-v2"), "the nearer word counts");
+}
+
+#[test]
 fn a_class_of_ours_is_accepted_and_others_are_left_alone() {
     let class = |name: &str, of: &str| {
         format!(
