@@ -217,6 +217,44 @@ fn traffic_is_shifted_by_weight_and_by_one_edit_without_a_failed_request() {
 }
 
 #[test]
+fn a_mirror_gets_the_share_that_a_route_gives_it() {
+    sandbox::test("a_mirror_gets_the_share_that_a_route_gives_it", || async {
+        let mesh = layer7_shop().await?;
+        let rules = |share: &str| {
+            format!(
+                "  - filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: web-v2, port: 80}}, {share}}}}}]\n    \
+                 backendRefs: [{{name: web, port: 80}}]\n"
+            )
+        };
+        let logs = mesh.kubelet.pod("shop", "web-v2").ok_or_else(|| Failure::new("no web-v2"))?.logs.join("c.log");
+        for (n, share, range) in
+            [(1, "percent: 100", 100..=100), (2, "percent: 30", 10..=55), (3, "fraction: {numerator: 0}", 0..=0)]
+        {
+            mesh.apply("route.yaml", &route(&rules(share)))?;
+            let start = std::time::Instant::now();
+            for round in 0.. {
+                // The last is for the log: what was mirrored before it is there by then.
+                let (path, last) = (format!("/share/{n}/{round}"), format!("/last/{n}/{round}"));
+                let output =
+                    mesh.exec(CLIENT, &["ambit-app", "count", "100", &format!("http://web.shop{path}")]).await?;
+                expect(&output, true, "100 x HTTP/1.1 200 OK: hello from web;")?;
+                let direct = mesh.exec(CLIENT, &["ambit-app", "get", &format!("http://web-v2.shop{last}")]).await?;
+                expect(&direct, true, "hello from v2")?;
+                let text = std::fs::read_to_string(&logs).unwrap_or_default();
+                let copies = text.lines().filter(|l| l.contains(&format!("GET {path} "))).count();
+                if range.contains(&copies) {
+                    break;
+                }
+                if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                    return Err(Failure(format!("{copies} copies of 100 at {share}")));
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn mirrors_get_the_body_and_other_protocols_are_switched_to() {
     sandbox::test("mirrors_get_the_body_and_other_protocols_are_switched_to", || async {
         let mesh = layer7_shop().await?;

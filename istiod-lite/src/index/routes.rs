@@ -28,9 +28,23 @@ fn invalid<T>(path: String, value: impl ToString, expected: &'static str) -> Res
     Err(Invalid { path, value: value.to_string(), expected })
 }
 
+/// Refuses a route that is larger than anybody means it to be: one object must not be the work of a whole service. A cluster's
+/// schema allows far less; a directory has no schema.
+fn sized(matches: impl Iterator<Item = usize>) -> Result<(), Invalid> {
+    let (rules, matches) = matches.fold((0, 0), |(rules, all), n| (rules + 1, all + n));
+    if rules > MAX_RULES {
+        return invalid("spec.rules".into(), rules, "at most 1024 rules; more can be in further routes");
+    }
+    if matches > MAX_MATCHES {
+        return invalid("spec.rules[].matches".into(), matches, "at most 8192 in all; more can be in further routes");
+    }
+    Ok(())
+}
+
 /// Compiles the rules of an HTTPRoute.
 pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result<Compiled, Invalid> {
     let from = Owner { key, parents: &spec.parent_refs };
+    sized(spec.rules.iter().map(|r| r.matches.len()))?;
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");
@@ -66,6 +80,8 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
 
 /// Tries that a rule may ask for.
 pub const MAX_ATTEMPTS: u32 = 10;
+const MAX_RULES: usize = 1024;
+const MAX_MATCHES: usize = 8192;
 
 fn retry(at: &str, r: &route::Retry) -> Result<Retry, Invalid> {
     if let Some((n, code)) = r.codes.iter().enumerate().find(|(_, c)| !(400..600).contains(*c)) {
@@ -123,6 +139,7 @@ fn session(key: &Key, n: usize, s: &route::SessionPersistence) -> Result<Session
 /// Compiles the rules of a GRPCRoute.
 pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result<Compiled, Invalid> {
     let from = Owner { key, parents: &spec.parent_refs };
+    sized(spec.rules.iter().map(|r| r.matches.len()))?;
     let mut compiled = Compiled::default();
     for (n, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{n}]");

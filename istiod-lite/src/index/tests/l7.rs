@@ -53,6 +53,29 @@ fn servers_are_told_of_clients_where_an_annotation_says_so() {
 }
 
 #[test]
+fn one_oversized_route_is_refused_and_others_go_on() {
+    let route = |name: &str, rules: String| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{parentRefs: [{{group: '', kind: Service, name: web}}], rules: [{rules}]}}\n---\n"
+        )
+    };
+    let rules = |n: usize| vec!["{matches: [{path: {value: /x}}], backendRefs: [{name: web, port: 80}]}"; n].join(", ");
+    let regex = "{matches: [{path: {type: RegularExpression, value: '/(a{1,500}){500}'}}]}".to_owned();
+    let yaml = [bound_shop("shop"), route("good", rules(2)), route("long", rules(1025)), route("wide", regex)];
+    let mesh = mesh(&yaml.concat());
+    let said = |name: &str| {
+        let key = Key { kind: "HTTPRoute", namespace: "shop".into(), name: name.into() };
+        let all = mesh.statuses.get(&key).expect("a route");
+        all.iter().find(|c| c.r#type == "Accepted").map(|c| (c.status, c.message.clone())).expect("said")
+    };
+    assert!(said("good").0);
+    assert!(!said("long").0 && said("long").1.contains("at most 1024 rules"), "{:?}", said("long"));
+    assert!(!said("wide").0 && said("wide").1.contains("a regular expression"), "{:?}", said("wide"));
+    assert_eq!(told(&mesh, "web").routes.len(), 1);
+}
+
+#[test]
 fn a_class_of_ours_is_accepted_and_others_are_left_alone() {
     let class = |name: &str, of: &str| {
         format!(
