@@ -11,16 +11,18 @@ use ambit_net::{Netns, listen};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
 use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
 use ambit_store::Store;
+use ambit_telemetry::metrics::CounterVec;
 use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_tls::outside;
 use ambit_xds::ca::CaClient;
 use ambit_xds::certificates::Certificates;
 use ambit_xds::channel::{ChannelError, ControlPlane};
-use ambit_xds::client::{Client, NodeInfo, Ours};
+use ambit_xds::client::{Client, Named, NodeInfo, Ours};
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::info;
@@ -36,6 +38,7 @@ use crate::rebalance::{self, Moves};
 use crate::spread::Spread;
 use crate::upstream::names::Names;
 use crate::upstream::origination::Originations;
+use crate::wanted::{self, Own};
 use crate::worker::{self, Shared};
 
 /// Why the process cannot run.
@@ -118,9 +121,18 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     pages(&config, &shared, &readiness, &registry).await?;
     let (keys, sources) = Keys::new();
     let mut sources = Some(sources);
-    let handler = MeshHandler::new(store, services, keys, readiness.clone());
+    let own = Own::new(&config);
+    let (names, named) = watch::channel(own.names(&store.load()));
+    let (needs, needed) = watch::channel(named.borrow().clone());
+    tokio::spawn(wanted::keep(shared.clone(), needed, names));
+    tokio::spawn(count_addresses(
+        store.clone(),
+        registry.gauge("ambit_waypoint_addresses", "Addresses that are known.", &["kind"]),
+    ));
+    let handler = MeshHandler::new(store, services, own, needs, keys, readiness.clone());
     let ours = Ours { types: &[WAYPOINT_SERVICE], enrolled: None };
-    tokio::spawn(Client::new(control_plane, node(&config), &[ADDRESS], ours, handler).run());
+    let named = Named { type_url: ADDRESS, names: named };
+    tokio::spawn(Client::new(control_plane, node(&config), &[], ours, handler).only(named).run());
     let (waiting, fetched) = (shared.clone(), readiness.clone());
     tokio::spawn(async move {
         while waiting.certificate.wait(Duration::from_secs(60)).await.is_err() {}
@@ -146,6 +158,21 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
     }
     Ok(())
+}
+
+/// Tells how much of the mesh is known here; for ever.
+async fn count_addresses(store: Arc<Store>, known: Arc<CounterVec>) {
+    let mut generations = store.generations();
+    loop {
+        let snapshot = store.load();
+        known.of(&["service"]).set(snapshot.services().count() as u64);
+        known.of(&["workload"]).set(snapshot.workloads().count() as u64);
+        // Not for each of many changes.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if generations.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Where spans go, if anywhere.

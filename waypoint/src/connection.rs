@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
-use ambit_hbone::headers::TraceParent;
+use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::server::Incoming;
 use ambit_hbone::settings::MAX_WINDOW;
@@ -19,6 +19,7 @@ use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::l7::policy::{Subject, Verdict};
 use ambit_model::l7::traffic::{Balancing, HashKey};
 use ambit_model::service::AppProtocol;
+use ambit_model::{Identity, Workload};
 use bytes::{Buf, Bytes, BytesMut};
 use http::StatusCode;
 use hyper::service::service_fn;
@@ -43,6 +44,8 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 const HEARING: u32 = 20;
 /// ...so long.
 const HEARS: Duration = Duration::from_millis(25);
+/// Longest name that a client's tunnel is believed.
+const MAX_TOLD: usize = 253;
 /// Bytes of a head.
 const MAX_HEAD: usize = 64 * 1024;
 /// Headers of a request.
@@ -88,12 +91,10 @@ impl Connection {
 /// Handles one CONNECT.
 pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming: Incoming) {
     let shared = &context.shared;
-    let snapshot = shared.store.load();
-    let source: IpAddr = downstream.source.ip();
     let mut facts = Facts {
         src: downstream.source,
         src_identity: downstream.peer.identity.clone(),
-        src_workload: snapshot.workload_at(&shared.config.network, source).cloned(),
+        src_workload: Some(Arc::new(told(&incoming.headers.baggage, &downstream.peer.identity))),
         service: None,
         dst: None,
         dst_workload: None,
@@ -102,7 +103,7 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
         incoming.refuse(status, &reason);
         shared.observer.refused(facts, reason);
     };
-    if !snapshot.addresses_synced {
+    if !shared.store.load().addresses_synced {
         return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, "the controller has not answered yet".into());
     }
     if let Err(why) = shared.overload.admit(shared.observer.load()) {
@@ -115,9 +116,9 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
     let find =
         || resolve(&shared.config, &shared.store.load(), &shared.services.load(), &incoming.authority, &namespace);
     let mut found = find();
-    // The client may have heard a little earlier than we that the service is bound to us.
+    // The client may have heard a little earlier than we that something is bound to us.
     for _ in 0..HEARING {
-        if !matches!(found, Err(Refusal::NotMine(_))) {
+        if !matches!(found, Err(Refusal::NotMine(_) | Refusal::Unknown(_))) {
             break;
         }
         tokio::time::sleep(HEARS).await;
@@ -165,6 +166,22 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
                 tell_apart(context, connection, io, permitted, verdict).await;
             }
         }
+    }
+}
+
+/// A client's workload, as its tunnel tells of it, for metrics and the log alone. Its namespace is the one that is proven.
+fn told(baggage: &Baggage, identity: &Identity) -> Workload {
+    let text = |s: &Option<String>| s.as_deref().unwrap_or_default().chars().take(MAX_TOLD).collect::<String>().into();
+    Workload {
+        name: text(&baggage.pod),
+        namespace: identity.namespace.clone(),
+        service_account: identity.service_account.clone(),
+        trust_domain: identity.trust_domain.clone(),
+        workload_name: text(&baggage.workload),
+        canonical_name: text(&baggage.service),
+        canonical_revision: text(&baggage.version),
+        cluster_id: text(&baggage.cluster),
+        ..Workload::default()
     }
 }
 

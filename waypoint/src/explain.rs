@@ -43,7 +43,9 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
     }
     let snapshot = shared.store.load();
     let bare: Str = host.split(':').next().unwrap_or(host).into();
-    let service = snapshot.service_named(&bare, &source.namespace).ok_or_else(|| format!("host: no service {bare}"))?;
+    let service = snapshot
+        .service_named(&bare, &source.namespace)
+        .ok_or_else(|| format!("host: no service {bare} that this waypoint serves or leads to"))?;
     let services = shared.services.load();
     let Some(bound) = services.get(&service.key()) else {
         return Ok(json!({ "service": service.key(), "outcome": "not bound to this waypoint" }));

@@ -2,7 +2,7 @@
 //! forwards it over HBONE to a pod.
 //!
 //! # Layout
-//! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends. [`worker`]: accepting on each worker. [`rebalance`]: more
+//! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends; [`wanted`]: what it is asked for. [`worker`]: accepting on each worker. [`rebalance`]: more
 //!   replicas than before.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
 //! - [`request`]: one request from its head to its answer; [`plan`]: its rule and backend; [`filters`]: what routes do to it;
@@ -35,4 +35,5 @@ pub mod target;
 pub mod token;
 pub mod treatment;
 pub mod upstream;
+pub mod wanted;
 pub mod worker;

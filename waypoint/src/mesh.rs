@@ -1,9 +1,10 @@
 //! What the controller sends, applied: addresses to the store, services of this waypoint to their compiled tables.
 //!
-//! Owns compiling, once a change and for the changed service alone. A configuration that cannot be read closes its service:
-//! what it was to forbid is not known.
+//! Owns compiling, once a change and for the changed service alone. A table is in force once all services that it leads to are
+//! known; until then the one before it is. A configuration that cannot be read closes its service: what it was to forbid is
+//! not known.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
@@ -13,13 +14,14 @@ use ambit_model::l7::table::RouteTable;
 use ambit_model::l7::traffic::Traffic;
 use ambit_model::l7::{RouteRule, ServiceConfig};
 use ambit_runtime::Readiness;
-use ambit_store::Store;
 use ambit_store::receive::{self, body, decode};
+use ambit_store::{Change, Store};
 use ambit_xds::client::Handler;
 use ambit_xds::proto::ambit::WaypointService;
 use ambit_xds::proto::discovery::Resource;
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 use tracing::warn;
 
 use crate::keys::Keys;
@@ -27,6 +29,10 @@ use crate::observe::Telling;
 use crate::rate::Limiters;
 use crate::token::TokenTable;
 use crate::treatment::Treatment;
+use crate::wanted::{self, Leads, Names, Own};
+
+#[cfg(test)]
+mod tests;
 
 /// A service of this waypoint.
 #[derive(Debug, Default)]
@@ -49,6 +55,8 @@ pub struct Bound {
     pub telling: Arc<Telling>,
     /// What holds for the endpoints of services.
     pub traffic: HashMap<NamespacedHostname, OfPorts>,
+    /// Where requests may be led.
+    pub leads: Leads,
 }
 
 /// What holds for all ports of a service, and for some in place of that.
@@ -109,6 +117,13 @@ impl Services {
 pub struct MeshHandler {
     store: Arc<Store>,
     services: Arc<ArcSwap<Services>>,
+    /// Compiled, and not in force before what they lead to is known.
+    waiting: HashMap<NamespacedHostname, Arc<Bound>>,
+    own: Own,
+    own_names: Names,
+    needs: watch::Sender<Names>,
+    /// Names of which the controller has said that there is no such thing.
+    absent: BTreeSet<String>,
     /// The next answer about services is the first of its stream, so it is the whole truth.
     fresh: bool,
     keys: Keys,
@@ -117,45 +132,102 @@ pub struct MeshHandler {
 }
 
 impl MeshHandler {
-    /// Readiness is pending until both types were answered.
-    pub fn new(store: Arc<Store>, services: Arc<ArcSwap<Services>>, keys: Keys, readiness: Readiness) -> Self {
+    /// Readiness is pending until both types were answered. What is needed is told by `needs`.
+    pub fn new(
+        store: Arc<Store>,
+        services: Arc<ArcSwap<Services>>,
+        own: Own,
+        needs: watch::Sender<Names>,
+        keys: Keys,
+        readiness: Readiness,
+    ) -> Self {
         readiness.pending("addresses", "no answer from the controller yet");
         readiness.pending("services", "no answer from the controller yet");
-        Self { store, services, fresh: true, keys, limiters: Limiters::default(), readiness }
+        let (waiting, absent, limiters, own_names) = Default::default();
+        Self { store, services, waiting, own, own_names, needs, absent, fresh: true, keys, limiters, readiness }
     }
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
-        let old = self.services.load();
-        let mut services = Services::clone(&old);
-        services.leaving.retain(|_, (_, until)| Instant::now() < *until);
+        let mut services = Services::clone(&self.services.load());
         if std::mem::take(&mut self.fresh) {
             let there = |key: &NamespacedHostname| resources.iter().any(|r| r.name == key.to_string());
             let gone: Vec<_> = services.bound.keys().filter(|key| !there(key)).cloned().collect();
             gone.into_iter().for_each(|key| services.leave(key));
+            self.waiting.retain(|key, _| there(key));
         }
-        removed.iter().filter_map(|n| NamespacedHostname::parse(n)).for_each(|key| services.leave(key));
+        for key in removed.iter().filter_map(|n| NamespacedHostname::parse(n)) {
+            self.waiting.remove(&key);
+            services.leave(key);
+        }
         let mut rejected = Vec::new();
         for resource in resources {
             let Some(key) = NamespacedHostname::parse(&resource.name) else {
                 rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
                 continue;
             };
-            let bound = compile(resource, &self.keys, &self.limiters).unwrap_or_else(|reason| {
+            let bound = compile(&key, resource, &self.keys, &self.limiters).unwrap_or_else(|reason| {
                 rejected.push((resource.name.clone(), reason.clone()));
-                Bound { closed: Some(reason), ..Bound::default() }
+                Bound { closed: Some(reason), leads: Leads::of(&key, &ServiceConfig::default()), ..Bound::default() }
             });
-            services.leaving.remove(&key);
-            services.bound.insert(key, Arc::new(bound));
+            self.waiting.insert(key, Arc::new(bound));
         }
-        self.services.store(Arc::new(services));
-        self.readiness.ready("services");
+        self.settle(services);
+        if self.waiting.is_empty() {
+            self.readiness.ready("services");
+        }
         rejected
+    }
+
+    fn addresses(&mut self, resources: &[Resource], removed: Vec<String>) -> Vec<(String, String)> {
+        self.absent.extend(removed.iter().cloned());
+        let (changes, rejected) = receive::changes(ADDRESS, resources, removed);
+        for resource in resources {
+            self.absent.remove(&resource.name);
+        }
+        self.store.apply(changes);
+        // Of what cannot be read, nothing better is to come.
+        self.absent.extend(rejected.iter().map(|(name, _)| name.clone()));
+        self.readiness.ready("addresses");
+        // Most changes are of endpoints, and change neither.
+        if !self.waiting.is_empty() || self.own.names(&self.store.load()) != self.own_names {
+            let waited = !self.waiting.is_empty();
+            self.settle(Services::clone(&self.services.load()));
+            if waited && self.waiting.is_empty() {
+                self.readiness.ready("services");
+            }
+        }
+        rejected
+    }
+
+    /// Puts in force what leads to nothing that is unknown, and tells what is needed.
+    fn settle(&mut self, mut services: Services) {
+        services.leaving.retain(|_, (_, until)| Instant::now() < *until);
+        let snapshot = self.store.load();
+        let known = |service: &NamespacedHostname| {
+            snapshot.service(service).is_some() || self.absent.contains(&service.to_string())
+        };
+        let settled = |bound: &Bound| bound.leads.services.iter().all(known);
+        for (key, bound) in self.waiting.extract_if(|_, bound| settled(bound)) {
+            services.leaving.remove(&key);
+            services.bound.insert(key, bound);
+        }
+        self.own_names = self.own.names(&snapshot);
+        let mut needs = self.own_names.clone();
+        needs.extend(services.bound.values().chain(self.waiting.values()).flat_map(|bound| bound.leads.names()));
+        self.absent.retain(|name| needs.contains(name));
+        self.services.store(Arc::new(services));
+        self.needs.send_if_modified(|before| {
+            let changed = *before != needs;
+            *before = needs;
+            changed
+        });
     }
 }
 
-fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Bound, String> {
+fn compile(key: &NamespacedHostname, resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Bound, String> {
     let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
     let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
+    let leads = Leads::of(key, &config);
     let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
     let tokens = TokenTable::new(&config.tokens, keys)?;
     let treat = |rule: &RouteRule| Treatment::new(rule, limiters).map_err(|e| e.to_string());
@@ -178,6 +250,7 @@ fn compile(resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Boun
             Telling::default()
         })),
         traffic: traffic.collect(),
+        leads,
     })
 }
 
@@ -185,59 +258,23 @@ impl Handler for MeshHandler {
     fn apply(&mut self, type_url: &str, resources: Vec<Resource>, removed: Vec<String>) -> Vec<(String, String)> {
         match type_url {
             WAYPOINT_SERVICE => self.services(&resources, &removed),
-            ADDRESS => {
-                let (changes, rejected) = receive::changes(type_url, &resources, removed);
-                self.store.apply(changes);
-                self.readiness.ready("addresses");
-                rejected
-            }
+            ADDRESS => self.addresses(&resources, removed),
             _ => Vec::new(),
         }
     }
 
+    fn unwanted(&mut self, _: &str, names: &[String]) -> Vec<String> {
+        let changes = wanted::dropped(&self.store.load(), names, &self.needs.borrow());
+        let name = |change: &Change| match change {
+            Change::RemoveAddress(name) => Some(name.to_string()),
+            _ => None,
+        };
+        let dropped = changes.iter().filter_map(name).collect();
+        self.store.apply(changes);
+        dropped
+    }
+
     fn connected(&mut self, connected: bool, _: &str) {
         self.fresh |= connected;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use ambit_xds::proto::Any;
-
-    fn resource(name: &str, config: &str) -> Resource {
-        // Field 1 is text, field 2 bytes; both shorter than 128.
-        let mut value = vec![0x0a, name.len() as u8];
-        value.extend(name.bytes());
-        value.extend([0x12, config.len() as u8]);
-        value.extend(config.bytes());
-        let any = Any { type_url: WAYPOINT_SERVICE.into(), value: value.into() };
-        Resource { name: name.into(), resource: Some(any), ..Resource::default() }
-    }
-
-    #[test]
-    fn what_cannot_be_read_closes_its_service_and_no_other() {
-        let services = Arc::new(ArcSwap::default());
-        let mut handler = MeshHandler::new(Arc::default(), services.clone(), Keys::new().0, Readiness::default());
-        let bad_action = r#"{"policies":[{"name":"n/p","action":"DANCE"}]}"#;
-        let bad_regex = r#"{"routes":[{"rules":[{"matches":[{"path":{"regex":"("}}]}]}]}"#;
-        let all = vec![
-            resource("ns/good", r#"{"routes":[],"new":1}"#),
-            resource("ns/action", bad_action),
-            resource("ns/regex", bad_regex),
-            resource("ns/json", "{"),
-        ];
-        let rejected = handler.apply(WAYPOINT_SERVICE, all, vec![]);
-        let names: Vec<&str> = rejected.iter().map(|(n, _)| n.as_str()).collect();
-        assert_eq!(names, ["ns/action", "ns/regex", "ns/json"]);
-        let closed = |name: &str| services.load().bound[&NamespacedHostname::new("ns", name)].closed.is_some();
-        assert!(!closed("good") && closed("action") && closed("regex") && closed("json"));
-        handler.apply(WAYPOINT_SERVICE, vec![], vec!["ns/json".into()]);
-        assert_eq!(services.load().bound.len(), 3);
-        let json = NamespacedHostname::new("ns", "json");
-        assert!(services.load().get(&json).is_some_and(|b| b.closed.is_some()), "served as it was for a while");
-        handler.connected(true, "");
-        handler.apply(WAYPOINT_SERVICE, vec![resource("ns/good", "{}")], vec![]);
-        assert_eq!(services.load().bound.len(), 1, "the first answer of a stream is the whole truth");
     }
 }

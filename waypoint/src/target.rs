@@ -35,8 +35,8 @@ pub struct Target {
 /// Why a CONNECT is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Nothing in the mesh has it.
-    #[error("{0} is no service or workload that is known here")]
+    /// Nothing that is known here has it.
+    #[error("{0} is no service or workload of this waypoint, nor one that its services lead to")]
     Unknown(String),
     /// It is there, but not behind this waypoint.
     #[error("{0} is not bound to this waypoint")]

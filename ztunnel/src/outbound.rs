@@ -324,5 +324,6 @@ pub fn baggage(workload: &Workload) -> Baggage {
         version: text(&workload.canonical_revision),
         region: text(&workload.locality.region),
         zone: text(&workload.locality.zone),
+        pod: text(&workload.name),
     }
 }

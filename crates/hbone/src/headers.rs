@@ -103,7 +103,12 @@ pub struct Baggage {
     pub version: Option<String>,
     pub region: Option<String>,
     pub zone: Option<String>,
+    /// Key of our own: the pod itself, which the workload is the owner of.
+    pub pod: Option<String>,
 }
+
+/// Key of [`Baggage::pod`]. `k8s.pod.name` says to others that the workload is a pod.
+const POD: &str = "ambit.pod.name";
 
 impl Baggage {
     /// Reads the header; unknown keys are ignored.
@@ -123,6 +128,7 @@ impl Baggage {
                 "service.version" => found.version = value,
                 "cloud.region" => found.region = value,
                 "cloud.availability_zone" => found.zone = value,
+                POD => found.pod = value,
                 key => {
                     let kind = key.strip_prefix("k8s.").and_then(|k| k.strip_suffix(".name"));
                     if let Some(kind @ ("deployment" | "cronjob" | "pod" | "job")) = kind {
@@ -147,6 +153,7 @@ impl fmt::Display for Baggage {
             ("service.version", &self.version),
             ("cloud.region", &self.region),
             ("cloud.availability_zone", &self.zone),
+            (POD, &self.pod),
         ];
         let given = items.iter().filter_map(|(k, v)| v.as_deref().filter(|v| !v.is_empty()).map(|v| (k, v)));
         for (n, (key, value)) in given.enumerate() {

@@ -48,6 +48,15 @@ pub enum GatewayDestination {
     Address(crate::NetworkAddress),
 }
 
+impl fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hostname(name) => name.fmt(f),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
 /// A waypoint or network gateway, and the port of its HBONE listener.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GatewayAddress {
@@ -61,11 +70,7 @@ impl Serialize for GatewayAddress {
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         use serde::ser::SerializeMap;
         let mut map = s.serialize_map(Some(2))?;
-        let destination = match &self.destination {
-            GatewayDestination::Hostname(name) => name.to_string(),
-            GatewayDestination::Address(address) => address.to_string(),
-        };
-        map.serialize_entry("destination", &destination)?;
+        map.serialize_entry("destination", &self.destination.to_string())?;
         map.serialize_entry("hboneMtlsPort", &self.hbone_port)?;
         map.end()
     }

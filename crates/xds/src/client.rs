@@ -22,6 +22,11 @@ pub trait Handler: Send {
     /// Applies one response as a whole. Returns the resources that could not be used, by name, with the reason.
     fn apply(&mut self, type_url: &str, resources: Vec<Resource>, removed: Vec<String>) -> Vec<(String, String)>;
 
+    /// These names are wanted no more. Returns the resources that are dropped with them.
+    fn unwanted(&mut self, _type_url: &str, _names: &[String]) -> Vec<String> {
+        Vec::new()
+    }
+
     /// A stream was opened or lost; `reason` is empty when it was opened.
     fn connected(&mut self, connected: bool, reason: &str);
 }
@@ -50,8 +55,18 @@ pub struct Client<H> {
     control_plane: ControlPlane,
     node: NodeInfo,
     subscriptions: Vec<Subscription>,
+    named: Option<Named>,
     handler: H,
     ours: Ours,
+}
+
+/// A type of which some resources are wanted, and their names.
+#[derive(Debug)]
+pub struct Named {
+    /// The type.
+    pub type_url: &'static str,
+    /// Names now; never empty.
+    pub names: watch::Receiver<BTreeSet<String>>,
 }
 
 /// Types of our own, spoken only where the controller understands them.
@@ -78,7 +93,30 @@ impl<H: Handler> Client<H> {
     /// A client that wants everything of `types`.
     pub fn new(control_plane: ControlPlane, node: NodeInfo, types: &[&str], ours: Ours, handler: H) -> Self {
         let subscriptions = types.iter().map(|t| Subscription::new(t, Interest::Wildcard)).collect();
-        Self { control_plane, node, subscriptions, handler, ours }
+        Self { control_plane, node, subscriptions, named: None, handler, ours }
+    }
+
+    /// Wants some of a type, and not all of it.
+    pub fn only(mut self, named: Named) -> Self {
+        self.subscriptions.retain(|s| s.type_url() != named.type_url);
+        self.subscriptions.push(Subscription::new(named.type_url, Interest::Names(BTreeSet::new())));
+        self.named = Some(named);
+        self
+    }
+
+    /// Takes over the names that are wanted now; the request that says what changed.
+    fn rename(&mut self) -> Option<DeltaDiscoveryRequest> {
+        let Named { type_url, names } = self.named.as_mut()?;
+        let names = names.borrow_and_update().clone();
+        let subscription = self.subscriptions.iter_mut().find(|s| s.type_url() == *type_url)?;
+        let mut request = subscription.set_names(names)?;
+        if !request.resource_names_unsubscribe.is_empty() {
+            let dropped = self.handler.unwanted(type_url, &request.resource_names_unsubscribe);
+            subscription.forget(&dropped);
+            // What came along with a name is not to be told of either.
+            request.resource_names_unsubscribe.extend(dropped);
+        }
+        Some(request)
     }
 
     /// Runs for ever: streams, and again after a pause that doubles while nothing works.
@@ -103,6 +141,8 @@ impl<H: Handler> Client<H> {
     async fn stream(&mut self, progressed: &mut bool) -> Result<std::convert::Infallible, StreamEnd> {
         let (requests, receiver) = mpsc::channel(32);
         let mut node = Some(self.node.message());
+        // The first request tells all names.
+        let _ = self.rename();
         for subscription in &self.subscriptions {
             // Room for all: there are fewer types than places.
             let _ = requests.send(subscription.first_request(node.take())).await;
@@ -143,6 +183,11 @@ impl<H: Handler> Client<H> {
                     let rejected = apply(&mut self.handler, &response);
                     send(&requests, subscription.respond(&response, &rejected)).await?;
                 }
+                () = renamed(&mut self.named) => {
+                    if let Some(request) = self.rename() {
+                        send(&requests, request).await?;
+                    }
+                }
                 names = changed(&mut self.ours.enrolled), if ours => {
                     let names = names?;
                     let report = extra.iter_mut().find(|s| s.type_url() == ENROLMENT);
@@ -152,6 +197,14 @@ impl<H: Handler> Client<H> {
                 }
             }
         }
+    }
+}
+
+/// Other names are wanted; never, where names are not what is wanted, or nobody changes them any more.
+async fn renamed(named: &mut Option<Named>) {
+    match named {
+        Some(Named { names, .. }) if names.has_changed().is_ok() => drop(names.changed().await),
+        _ => std::future::pending().await,
     }
 }
 

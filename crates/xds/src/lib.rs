@@ -34,6 +34,12 @@ pub const NAMESPACE_MODE: &str = "type.googleapis.com/ambit.v1.NamespaceMode";
 pub const ENROLMENT: &str = "type.googleapis.com/ambit.v1.Enrolment";
 /// Type URL of what a waypoint is told of a service; see `ambit_model::l7::ServiceConfig`.
 pub const WAYPOINT_SERVICE: &str = "type.googleapis.com/ambit.v1.WaypointService";
+/// Name in [`ADDRESS`] for all workloads that are bound to a waypoint, which is at `gateway`: `namespace/hostname` or
+/// `network/address`.
+pub fn bound_to(gateway: &str) -> String {
+    format!("bound:{gateway}")
+}
+
 /// Response header by which the controller says that it knows the `ambit.v1` types.
 pub const CAPABILITY: &str = "ambit-capabilities";
 /// Value of [`CAPABILITY`].

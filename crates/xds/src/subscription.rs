@@ -69,6 +69,13 @@ impl Subscription {
         })
     }
 
+    /// What is held no more; asked for again, it is sent again.
+    pub fn forget(&mut self, resources: &[String]) {
+        for name in resources {
+            self.retained.remove(name);
+        }
+    }
+
     /// Takes note of a response of which `rejected` (name and reason) could not be used, and answers it: an ACK, or
     /// a NACK that names each. What was rejected is not held, so it is sent again on the next stream.
     pub fn respond(
@@ -142,5 +149,9 @@ mod tests {
         let change = s.set_names(["b".to_owned()].into()).expect("change");
         assert_eq!(change.resource_names_unsubscribe, ["a"]);
         assert_eq!(s.first_request(None).resource_names_subscribe, ["b"]);
+        let response = DeltaDiscoveryResponse { resources: vec![resource("b", "1")], ..Default::default() };
+        s.respond(&response, &[]);
+        s.forget(&["b".to_owned()]);
+        assert!(s.first_request(None).initial_resource_versions.is_empty());
     }
 }

@@ -241,10 +241,11 @@ impl Resources {
 
 fn of_workload(w: &Workload) -> Encoded {
     let message = workload::Address { r#type: Some(AddressType::Workload(Box::new(convert::to_workload(w)))) };
-    let aliases = match w.host_network {
-        true => Box::default(),
-        false => w.workload_ips.iter().map(|ip| format!("{}/{ip}", w.network).into()).collect(),
-    };
+    let ips = if w.host_network { &[][..] } else { &w.workload_ips[..] };
+    let ips = ips.iter().map(|ip| format!("{}/{ip}", w.network).into());
+    let aliases = ips
+        .chain(w.waypoint.iter().map(|waypoint| ambit_xds::bound_to(&waypoint.destination.to_string()).into()))
+        .collect();
     let services = w.services.keys().map(|key| key.to_string().into()).collect();
     let lane = match w.status {
         Health::Healthy if w.node.is_empty() => Lane::Usual,
@@ -261,7 +262,8 @@ fn of_policy(p: &Policy) -> Encoded {
 
 fn of_service(s: &Service) -> Encoded {
     let message = workload::Address { r#type: Some(AddressType::Service(convert::to_service(s))) };
-    let aliases = s.vips.iter().map(|vip| vip.to_string().into()).collect();
+    let vips = s.vips.iter().map(|vip| vip.to_string().into());
+    let aliases = vips.chain([(*s.hostname).into()]).collect();
     Encoded { aliases, ..Encoded::new(&message) }
 }
 

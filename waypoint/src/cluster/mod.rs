@@ -276,6 +276,16 @@ impl Clusters {
         all.iter().map(|((service, port, _), cluster)| (service.clone(), *port, cluster.clone())).collect()
     }
 
+    /// Whether anything is under way to a service.
+    pub fn is_busy(&self, service: &NamespacedHostname) -> bool {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = |cluster: &Cluster| {
+            let members = cluster.members.load();
+            members.groups.iter().flat_map(|g| &g.members).any(|m| m.stats.in_flight() > 0)
+        };
+        all.iter().any(|((of, ..), cluster)| of == service && busy(cluster))
+    }
+
     /// Forgets those whose service is gone.
     pub fn sweep(&self, snapshot: &Snapshot) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,92 @@
+use ambit_runtime::config::Source;
+use ambit_xds::proto::Any;
+
+use super::*;
+use crate::config::Config;
+
+fn resource(name: &str, config: &str) -> Resource {
+    // Field 1 is text, field 2 bytes; both shorter than 128.
+    let mut value = vec![0x0a, name.len() as u8];
+    value.extend(name.bytes());
+    value.extend([0x12, config.len() as u8]);
+    value.extend(config.bytes());
+    let any = Any { type_url: WAYPOINT_SERVICE.into(), value: value.into() };
+    Resource { name: name.into(), resource: Some(any), ..Resource::default() }
+}
+
+fn handler(services: &Arc<ArcSwap<Services>>) -> (MeshHandler, watch::Receiver<Names>) {
+    let source = Source::from_vars(&[("GATEWAY_NAME", "waypoint"), ("POD_NAMESPACE", "ns")]);
+    let config = Config::read(source).expect("configuration");
+    let (needs, needed) = watch::channel(Names::new());
+    let (store, keys) = (Arc::default(), Keys::new().0);
+    (MeshHandler::new(store, services.clone(), Own::new(&config), needs, keys, Readiness::default()), needed)
+}
+
+fn address(name: &str) -> Resource {
+    use ambit_xds::convert::to_service;
+    use ambit_xds::proto::workload::{Address, AddressType};
+    use prost::Message;
+    let key = NamespacedHostname::parse(name).expect("key");
+    let service = ambit_model::Service { namespace: key.namespace, hostname: key.hostname, ..Default::default() };
+    let value = Address { r#type: Some(AddressType::Service(to_service(&service))) }.encode_to_vec();
+    let any = Any { type_url: ADDRESS.into(), value: value.into() };
+    Resource { name: name.into(), resource: Some(any), ..Resource::default() }
+}
+
+const TO_B: &str = r#"{"routes":[{"rules":[{"backends":[{"target":{"service":["ns/b",80]},"weight":1}]}]}]}"#;
+
+#[test]
+fn a_table_is_in_force_once_all_that_it_leads_to_is_known() {
+    let services = Arc::new(ArcSwap::default());
+    let (mut handler, needed) = handler(&services);
+    let a = NamespacedHostname::new("ns", "a");
+    let leads = || services.load().get(&a).map(|b| b.leads.services.len());
+    let needs = |name: &str| needed.borrow().contains(name);
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", "{}")], vec![]);
+    assert!(needs("ns/a") && needs("ns/waypoint.ns.svc.cluster.local") && !needs("ns/b"));
+    assert!(needs("bound:ns/waypoint.ns.svc.cluster.local"), "{:?}", needed.borrow());
+    assert_eq!((leads(), handler.readiness.status().is_err()), (None, true));
+    handler.apply(ADDRESS, vec![address("ns/a")], vec![]);
+    assert_eq!((leads(), handler.readiness.status()), (Some(1), Ok(())));
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", TO_B)], vec![]);
+    assert_eq!((leads(), needs("ns/b")), (Some(1), true), "as before until b is known");
+    handler.apply(ADDRESS, vec![address("ns/b")], vec![]);
+    assert_eq!(leads(), Some(2));
+    // What is needed no more is dropped when it is said to be wanted no more, and what is needed is not.
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", "{}")], vec![]);
+    assert!(!needs("ns/b"));
+    assert_eq!(handler.unwanted(ADDRESS, &["ns/a".into(), "ns/b".into()]), ["ns/b"]);
+    // What is not there is not waited for.
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", TO_B)], vec![]);
+    assert_eq!(leads(), Some(1));
+    handler.apply(ADDRESS, vec![], vec!["ns/b".into()]);
+    assert_eq!(leads(), Some(2));
+}
+
+#[test]
+fn what_cannot_be_read_closes_its_service_and_no_other() {
+    let services = Arc::new(ArcSwap::default());
+    let mut handler = handler(&services).0;
+    let bad_action = r#"{"policies":[{"name":"n/p","action":"DANCE"}]}"#;
+    let bad_regex = r#"{"routes":[{"rules":[{"matches":[{"path":{"regex":"("}}]}]}]}"#;
+    let all = vec![
+        resource("ns/good", r#"{"routes":[],"new":1}"#),
+        resource("ns/action", bad_action),
+        resource("ns/regex", bad_regex),
+        resource("ns/json", "{"),
+    ];
+    let rejected = handler.apply(WAYPOINT_SERVICE, all, vec![]);
+    let absent = ["good", "action", "regex", "json"].map(|n| format!("ns/{n}"));
+    handler.apply(ADDRESS, vec![], absent.to_vec());
+    let names: Vec<&str> = rejected.iter().map(|(n, _)| n.as_str()).collect();
+    assert_eq!(names, ["ns/action", "ns/regex", "ns/json"]);
+    let closed = |name: &str| services.load().bound[&NamespacedHostname::new("ns", name)].closed.is_some();
+    assert!(!closed("good") && closed("action") && closed("regex") && closed("json"));
+    handler.apply(WAYPOINT_SERVICE, vec![], vec!["ns/json".into()]);
+    assert_eq!(services.load().bound.len(), 3);
+    let json = NamespacedHostname::new("ns", "json");
+    assert!(services.load().get(&json).is_some_and(|b| b.closed.is_some()), "served as it was for a while");
+    handler.connected(true, "");
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/good", "{}")], vec![]);
+    assert_eq!(services.load().bound.len(), 1, "the first answer of a stream is the whole truth");
+}
