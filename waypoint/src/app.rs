@@ -165,8 +165,8 @@ async fn count_addresses(store: Arc<Store>, known: Arc<CounterVec>) {
     let mut generations = store.generations();
     loop {
         let snapshot = store.load();
-        known.of(&["service"]).set(snapshot.services().count() as u64);
-        known.of(&["workload"]).set(snapshot.workloads().count() as u64);
+        known.of(&["service"]).set(snapshot.services().count() as i64);
+        known.of(&["workload"]).set(snapshot.workloads().count() as i64);
         // Not for each of many changes.
         tokio::time::sleep(Duration::from_millis(500)).await;
         if generations.changed().await.is_err() {

@@ -3,6 +3,7 @@
 //! Owns the shape (Istio's `istio.workload.Workload`, see `ambit-xds` for the wire form). Never knows how it arrived.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 
 use serde::Serialize;
