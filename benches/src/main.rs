@@ -66,7 +66,7 @@ fn outside() -> Result<(), Failure> {
         env.push((PEER, std::fs::canonicalize(peer).doing("peer")?.display().to_string()));
     }
     let all = run(&columns, rounds, &env)?;
-    let rows: Vec<&str> = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start", "idle memory"]).collect();
+    let rows: Vec<&str> = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start, programs ready", "start, pods ready", "start", "idle memory"]).collect();
     report(&all, &rows, &columns, "ours", "peer");
     Ok(())
 }
@@ -106,8 +106,10 @@ async fn column() -> Result<(), Failure> {
         ..Options::default()
     })
     .await?;
+    print(&json!({ "row": "start, programs ready", "ms": start.elapsed().as_millis() as u64 }));
     mesh.apply("bench.yaml", &pods(column != "direct"))?;
     mesh.ready(&[CLIENT, "bench/server"]).await?;
+    print(&json!({ "row": "start, pods ready", "ms": start.elapsed().as_millis() as u64 }));
     if column != "direct" {
         mesh.in_mesh(&[CLIENT, "bench/server"]).await?;
         print(&json!({ "row": "start", "ms": start.elapsed().as_millis() as u64 }));
