@@ -66,7 +66,11 @@ fn outside() -> Result<(), Failure> {
         env.push((PEER, std::fs::canonicalize(peer).doing("peer")?.display().to_string()));
     }
     let all = run(&columns, rounds, &env)?;
-    let rows: Vec<&str> = ROWS.iter().map(|(name, ..)| *name).chain([BESIDE, "start, programs ready", "start, pods ready", "start", "idle memory"]).collect();
+    let rows: Vec<&str> = ROWS
+        .iter()
+        .map(|(name, ..)| *name)
+        .chain([BESIDE, "start, programs ready", "start, pods ready", "start", "idle memory"])
+        .collect();
     report(&all, &rows, &columns, "ours", "peer");
     Ok(())
 }

@@ -52,6 +52,20 @@ fn other_protocols_pass_without_waiting() {
         // A client that speaks first and no HTTP.
         let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
         mesh.wait("lines to come back", |_| held.text().contains("held 3")).await?;
+        // It is counted while it goes on.
+        mesh.wait("the bytes of an open connection", |m| {
+            let page = waypoint(m).and_then(|pod| m.http_get(&pod.net.netns, 15020, "/metrics")).unwrap_or_default();
+            let value = |name: &str| {
+                let of =
+                    |l: &&str| l.starts_with(name) && l.contains(r#"destination_service="web.shop.svc.cluster.local""#);
+                page.lines().find(of).and_then(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).unwrap_or(0)
+            };
+            value("istio_tcp_connections_opened_total{") == 1
+                && value("istio_tcp_received_bytes_total{") > 0
+                && value("istio_tcp_sent_bytes_total{") > 0
+                && value("istio_tcp_connections_closed_total{") == 0
+        })
+        .await?;
         if held.ended().is_some() { Err(Failure(held.text())) } else { Ok(()) }
     });
 }

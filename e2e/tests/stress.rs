@@ -132,6 +132,28 @@ fn what_is_too_much_is_refused_at_once() {
                 return Err(Failure(format!("one connection and one that waits: {counted:?}")));
             }
         }
+        // Who waits is given a connection that is done with its request, and makes none of its own.
+        mesh.apply("rule.yaml", &destination_rule("    connectionPool: {tcp: {maxConnections: 2}}\n"))?;
+        let start = std::time::Instant::now();
+        loop {
+            let counted = run(&mesh, &["together", "6", "http://many.shop/delay/100"]).await?;
+            if number(&counted, "200 OK") == 6 {
+                break;
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(Failure(format!("two connections and a line: {counted:?}")));
+            }
+        }
+        let ended = |m: &Mesh| {
+            let of = |l: &&serde_json::Value| l["direction"] == "inbound" && l["dst.workload"] == "a";
+            m.access_log(0).iter().filter(of).count()
+        };
+        let before = ended(&mesh);
+        let counted = run(&mesh, &["together", "60", "http://many.shop/delay/10"]).await?;
+        // Each worker has a turn of eight; that of the other one begins with a connection.
+        if number(&counted, "200 OK") != 60 || ended(&mesh) > before + 20 {
+            return Err(Failure(format!("{} connections have ended for {counted:?}", ended(&mesh) - before)));
+        }
         // Nothing is left taken; a place may be given back a little later than the answer that it was for.
         until(&mesh, &["GET", "http://many.shop/"], "200 OK").await.map(drop)
     });

@@ -151,6 +151,10 @@ fn a_line_of_the_log_has_the_form_that_the_mesh_asks_for() {
         let expected = "LINE \"GET /a?b=c HTTP/1.1\" 200 - \"me\\\" 200 \\\"x\" spiffe://cluster.local/ns/front/sa/client \
                         web.shop.svc.cluster.local -";
         mesh.wait("the line of a request", |m| lines(m).iter().any(|l| l == expected)).await?;
+        // A connection that is no HTTP has no request.
+        mesh.exec(CLIENT, &["ambit-app", "ends", "web.shop:9000"]).await?;
+        let tcp = "LINE \"- - -\" 0 - \"-\" spiffe://cluster.local/ns/front/sa/client web.shop.svc.cluster.local -";
+        mesh.wait("the line of a connection", |m| lines(m).iter().any(|l| l == tcp)).await?;
         // A mistake is told with its place, and changes nothing.
         mesh.apply("mesh.yaml", &FORM.replace("%PROTOCOL%", "%PROTOCOLS%"))?;
         mesh.wait("the mistake to be told", |m| {

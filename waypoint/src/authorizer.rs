@@ -53,7 +53,7 @@ pub struct Said {
 }
 
 /// Whom a request has passed.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Consulted {
     /// Policies whose authorizer has let it pass, and as what: host, port and path.
     pub passed: Vec<(Str, String)>,

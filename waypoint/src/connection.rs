@@ -101,7 +101,7 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
     };
     let refuse = |facts: &Facts, incoming: Incoming, status, reason: String| {
         incoming.refuse(status, &reason);
-        shared.observer.refused(facts, reason);
+        shared.observer.refused(facts, &Telling::default(), reason);
     };
     if !shared.store.load().addresses_synced {
         return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, "the controller has not answered yet".into());
@@ -148,17 +148,19 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
     match connection.target.protocol {
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
             if let Ok(io) = incoming.accept_io(&told) {
-                serve_http(context, connection, Rewind { read: Bytes::new(), io }).await;
+                serve_http(context, connection, Rewind::new(Bytes::new(), io)).await;
             }
         }
         AppProtocol::Tcp | AppProtocol::Tls if !permitted => {
-            let why = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
-            refuse(&connection.facts, incoming, StatusCode::UNAUTHORIZED, why);
+            let bound = &connection.target.bound;
+            let why = bound.closed.clone().unwrap_or_else(|| verdict.to_string());
+            incoming.refuse(StatusCode::UNAUTHORIZED, &why);
+            shared.observer.refused(&connection.facts, &bound.telling, why);
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
             if let Ok(io) = incoming.accept_io(&told) {
                 let upstream = dial(&context, &connection.target, connection.facts.src.ip(), connection.trace).await;
-                relay(&context, &connection, Rewind { read: Bytes::new(), io }, upstream).await;
+                relay(&context, &connection, Rewind::new(Bytes::new(), io), upstream).await;
             }
         }
         AppProtocol::Unknown => {
@@ -182,53 +184,6 @@ fn told(baggage: &Baggage, identity: &Identity) -> Workload {
         canonical_revision: text(&baggage.version),
         cluster_id: text(&baggage.cluster),
         ..Workload::default()
-    }
-}
-
-async fn dial(
-    context: &Context,
-    target: &Target,
-    source: IpAddr,
-    trace: Option<TraceParent>,
-) -> Result<(Endpoint, Io), Unreachable> {
-    let mut avoid = Vec::new();
-    let mut before = None;
-    loop {
-        let endpoint = match (&target.service, &target.workload, target.address) {
-            (Some(service), ..) => {
-                let key = service.key();
-                let traffic = target.bound.traffic(&key, target.port);
-                let hash = match &traffic.balancing {
-                    Balancing::Hash(HashKey::SourceIp) => Some(session::hash_of(source)),
-                    _ => None,
-                };
-                let wish = Wish { traffic, asked: target.address, hash, ..Wish::plain(&key, target.port) };
-                let chosen = context.upstream.find(&wish, &avoid).await;
-                // That there is no other one says less than why the first was not reached.
-                chosen.map_err(|error| before.take().unwrap_or(error))?
-            }
-            (None, Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
-            _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
-        };
-        let start = Instant::now();
-        let made = context.upstream.connect(&endpoint, None, trace).await;
-        // What is said inside is not known here: a connection that is made is a good one.
-        let outcome = match &made {
-            Ok(_) => Some(Outcome::Answered(200)),
-            Err(Unreachable::Overflow(_)) => None,
-            Err(_) => Some(Outcome::Failed),
-        };
-        note(context, &endpoint, outcome, start.elapsed());
-        match made {
-            Ok(io) => return Ok((endpoint, io)),
-            Err(error @ Unreachable::Overflow(_)) => return Err(error),
-            Err(error) if avoid.len() < 2 && target.service.is_some() => {
-                tracing::debug!(%error, "another endpoint is tried");
-                avoid.extend(endpoint.tag());
-                before = Some(error);
-            }
-            Err(error) => return Err(error),
-        }
     }
 }
 
@@ -284,19 +239,20 @@ async fn tell_apart(
                 (Err(_), _) => return,
                 (Ok(n), Kind::More) if n > 0 => {}
                 (Ok(_), Kind::Http) => {
-                    let io = Rewind { read: read.freeze(), io };
+                    let io = Rewind::new(read.freeze(), io);
                     return serve_http(context.clone(), connection.clone(), io).await;
                 }
                 (Ok(_), _) => {
                     if !permitted {
                         let reason = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
-                        return context.shared.observer.refused(&connection.facts, reason);
+                        let telling = &connection.target.bound.telling;
+                        return context.shared.observer.refused(&connection.facts, telling, reason);
                     }
                     let upstream = match upstream {
                         Some(upstream) => upstream,
                         None => dialled.await,
                     };
-                    let io = Rewind { read: read.freeze(), io };
+                    let io = Rewind::new(read.freeze(), io);
                     return relay(&context, &connection, io, upstream).await;
                 }
             },
@@ -304,8 +260,8 @@ async fn tell_apart(
             n = first(&mut upstream, &mut greeting) => {
                 // The server speaks first, or has closed: no HTTP.
                 if let (Ok(_), Some(Ok((endpoint, up)))) = (n, upstream.take()) {
-                    let up = Rewind { read: greeting.freeze(), io: up };
-                    return relay_with(&context, &connection, Rewind { read: read.freeze(), io }, endpoint, up).await;
+                    let up = Rewind::new(greeting.freeze(), up);
+                    return relay_with(&context, &connection, Rewind::new(read.freeze(), io), endpoint, up).await;
                 }
                 return;
             }
@@ -322,40 +278,6 @@ async fn first(
         Some(Ok((_, io))) => io.read_buf(greeting).await,
         _ => std::future::pending().await,
     }
-}
-
-async fn relay(
-    context: &Context,
-    connection: &Connection,
-    io: Rewind<TunnelIo>,
-    upstream: Result<(Endpoint, Io), Unreachable>,
-) {
-    match upstream {
-        Ok((endpoint, up)) => {
-            relay_with(context, connection, io, endpoint, Rewind { read: Bytes::new(), io: up }).await;
-        }
-        // Dropping the stream resets it.
-        Err(error) => context.shared.observer.refused(&connection.facts, error.to_string()),
-    }
-}
-
-async fn relay_with(
-    context: &Context,
-    connection: &Connection,
-    mut io: Rewind<TunnelIo>,
-    endpoint: Endpoint,
-    mut up: Rewind<Io>,
-) {
-    let (start, _under_way) = (Instant::now(), context.shared.observer.under_way());
-    let _busy = endpoint.busy();
-    let mut facts = connection.facts.clone();
-    facts.dst = Some(endpoint.addr);
-    facts.dst_workload = Some(endpoint.workload);
-    let (from, to, error) = match copy_bidirectional(&mut io, &mut up).await {
-        Ok((from, to)) => (from, to, None),
-        Err(error) => (0, 0, Some(error.to_string())),
-    };
-    context.shared.observer.tcp(&facts, start, from, to, error);
 }
 
 async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind<TunnelIo>) {
@@ -408,55 +330,6 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "HTTP");
-    }
-}
-
-/// A stream of which some bytes have been read already.
-#[derive(Debug)]
-pub struct Rewind<T> {
-    read: Bytes,
-    io: T,
-}
-
-impl<T: AsyncRead + Unpin> AsyncRead for Rewind<T> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        if self.read.is_empty() {
-            return Pin::new(&mut self.io).poll_read(cx, buf);
-        }
-        let n = self.read.len().min(buf.remaining());
-        buf.put_slice(&self.read[..n]);
-        self.read.advance(n);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<T: AsyncWrite + Unpin> AsyncWrite for Rewind<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        slices: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

@@ -4,13 +4,16 @@
 //! # Layout
 //! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends; [`wanted`]: what it is asked for. [`worker`]: accepting on each worker. [`rebalance`]: more
 //!   replicas than before.
-//! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP.
-//! - [`request`]: one request from its head to its answer; [`plan`]: its rule and backend; [`filters`]: what routes do to it;
-//!   [`token`]: its JWT, [`keys`] where those are fetched; [`authorizer`]: asking somebody else.
+//! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP; [`relay`]: the
+//!   latter; [`rewind`]: what was read to tell.
+//! - [`request`]: one request from its head to its answer; [`admission`]: whether it may go on; [`plan`]: its rule and backend;
+//!   [`filters`]: what routes do to it; [`local`]: answers of our own; [`token`]: its JWT, [`keys`] where those are fetched;
+//!   [`authorizer`]: asking somebody else.
 //! - [`forward`]: sending it, again if need be ([`retry`]: how often). [`cluster`]: which pod, and how each does; [`upstream`]: getting there. [`body`]: what travels with a request and its answer.
 //! - [`treatment`]: limits on the rate of requests ([`rate`]) and failures made on purpose. [`session`]: what keeps a client with a pod.
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
+pub mod admission;
 pub mod app;
 pub mod authorizer;
 pub mod body;
@@ -21,14 +24,17 @@ pub mod explain;
 pub mod filters;
 pub mod forward;
 pub mod keys;
+pub mod local;
 pub mod mesh;
 pub mod observe;
 pub mod overload;
 pub mod plan;
 pub mod rate;
 pub mod rebalance;
+pub mod relay;
 pub mod request;
 pub mod retry;
+pub mod rewind;
 pub mod session;
 pub mod spread;
 pub mod target;

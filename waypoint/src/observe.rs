@@ -3,6 +3,7 @@
 //! Owns label values and field order. Time that the waypoint adds is told apart from time spent waiting for the pod.
 
 mod exchange;
+mod tcp;
 pub mod telling;
 
 use std::net::SocketAddr;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 pub use exchange::{Exchange, Meter};
+pub use tcp::Stream;
 pub use telling::Telling;
 
 use ambit_model::{Identity, Service, Str, Workload};
@@ -149,40 +151,16 @@ impl Observer {
     }
 
     /// A stream or a connection was refused.
-    pub fn refused(&self, facts: &Facts, reason: String) {
+    pub fn refused(&self, facts: &Facts, telling: &Telling, reason: String) {
+        let ended = tcp::Ended::refused(self, facts, &reason);
+        if !telling.logs(&ended) {
+            return;
+        }
+        let form = telling.form(&ended);
         let mut fields = Vec::new();
         facts.fields(&mut fields);
         fields.push(("error", Value::Text(reason)));
-        let line = Line {
-            time: SystemTime::now(),
-            level: Level::Warn,
-            message: "connection refused",
-            fields,
-            form: Form::AsOthers,
-        };
+        let line = Line { time: SystemTime::now(), level: Level::Warn, message: "connection refused", fields, form };
         self.log.write(line);
-    }
-
-    /// A TCP connection has ended: bytes from and to the client.
-    pub fn tcp(&self, facts: &Facts, start: Instant, from: u64, to: u64, error: Option<String>) {
-        let labels: Labels = facts.labels("tcp", if error.is_some() { "UC" } else { "-" }).collect();
-        self.opened.with(&labels).inc();
-        self.closed.with(&labels).inc();
-        self.received.with(&labels).add(from);
-        self.sent.with(&labels).add(to);
-        let mut fields = Vec::new();
-        facts.fields(&mut fields);
-        fields.push(("bytes_sent", Value::Number(to)));
-        fields.push(("bytes_recv", Value::Number(from)));
-        fields.push(("duration", Value::Text(format!("{}ms", start.elapsed().as_millis()))));
-        let level = if error.is_some() { Level::Error } else { Level::Info };
-        fields.extend(error.map(|e| ("error", Value::Text(e))));
-        self.log.write(Line {
-            time: SystemTime::now(),
-            level,
-            message: "connection complete",
-            fields,
-            form: Form::AsOthers,
-        });
     }
 }

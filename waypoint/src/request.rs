@@ -9,11 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::TraceParent;
-use ambit_model::l7::policy::{HttpSubject, Subject, Verdict};
-use ambit_model::l7::token::Token;
+use ambit_model::NamespacedHostname;
 use ambit_model::l7::traffic::{Abort, Balancing};
 use ambit_model::l7::{BackendTarget, path};
-use ambit_model::{NamespacedHostname, Str};
 use ambit_telemetry::spans::{Begun, Parent};
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -21,14 +19,15 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 
-use crate::authorizer::{self, Answer, Consulted};
+use crate::admission::{Original, admit, authorize, consult, token_of};
+use crate::authorizer::Consulted;
 use crate::body::Body;
 use crate::connection::Connection;
 use crate::forward::{Head, Kept, Sending, Sent, forward, mirror_to, over, version_for};
+use crate::local::{Local, More};
 use crate::mesh::Bound;
 use crate::observe::Exchange;
 use crate::plan::{self, Asked, Change};
-use crate::token::TokenError;
 use crate::treatment::{Exceeded, Treatment};
 use crate::upstream::Wish;
 use crate::worker::Context;
@@ -42,35 +41,6 @@ const ISTIO_SOURCE: &str = "x-istio-source";
 const XFF: HeaderName = HeaderName::from_static("x-forwarded-for");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-
-/// An answer of the waypoint's own.
-pub(crate) struct Local {
-    status: StatusCode,
-    /// Envoy's response flag.
-    flag: &'static str,
-    /// For the client.
-    text: &'static str,
-    /// For the log.
-    pub(crate) reason: String,
-    /// What is seldom told.
-    more: Option<Box<More>>,
-}
-
-#[derive(Default)]
-struct More {
-    /// For the client.
-    headers: HeaderMap,
-    /// The status of gRPC, where that of HTTP does not say it.
-    grpc: Option<u8>,
-    /// What somebody else has answered, in place of all that.
-    answer: Option<Response<Body>>,
-}
-
-impl Local {
-    pub(crate) fn new(status: StatusCode, flag: &'static str, text: &'static str, reason: impl ToString) -> Self {
-        Self { status, flag, text, reason: reason.to_string(), more: None }
-    }
-}
 
 /// Answers a request.
 pub async fn handle(
@@ -170,7 +140,7 @@ fn authority(request: &Request<Incoming>) -> Option<String> {
 async fn respond(
     context: &Rc<Context>,
     connection: &Rc<Connection>,
-    bound: &Bound,
+    bound: &Arc<Bound>,
     request: Request<Incoming>,
     host: &str,
     exchange: &mut Exchange,
@@ -205,12 +175,7 @@ async fn respond(
     head.headers.insert(header::HOST, named);
     let original = Original { headers: head.headers.clone(), query: head.uri.query().unwrap_or_default().to_owned() };
     let mut query = original.query.clone();
-    let mut checked = bound.tokens.check(&mut head.headers, &mut query);
-    if matches!(checked, Err(TokenError::NoKeys(_) | TokenError::Key(..))) && Box::pin(bound.tokens.refresh()).await {
-        (head.headers, query) = (original.headers.clone(), original.query.clone());
-        checked = bound.tokens.check(&mut head.headers, &mut query);
-    }
-    let token = checked.map_err(bad_token)?;
+    let token = token_of(bound, &mut head.headers, &mut query, &original).await?;
     let port = connection.target.port;
     let asked = Asked { method: &head.method, host, path: &path, port };
     let mut passed = Consulted::default();
@@ -253,18 +218,10 @@ async fn respond(
         }
         authorize(connection, bound, &arrives, &head.headers, token.as_ref())?;
     }
-    let mut mirrors = Vec::new();
-    for mirror in change.mirrors {
-        let BackendTarget::Service(service, port) = mirror.target else { continue };
-        let (arrives, mut headers) = (Asked { port, ..arrives }, head.headers.clone());
-        let admitted = admit(context, connection, &service, &arrives, &query, &mut headers, &original, &mut passed);
-        match Box::pin(admitted).await {
-            Ok(()) => mirrors.push((service, port, headers)),
-            Err(refused) => tracing::debug!(%service, reason = refused.reason, "no mirror"),
-        }
-    }
-    forwarded(&mut head.headers, connection, exchange);
-    mirrors.iter_mut().for_each(|(_, _, headers)| forwarded(headers, connection, exchange));
+    // Mirrors are told of what they would be told of had they been asked.
+    let before = (!change.mirrors.is_empty()).then(|| head.headers.clone());
+    let trace = forwarded(&mut head.headers, connection, exchange.span);
+    exchange.trace = Some(format!("{:032x}", trace.trace));
     let version = version_for(context, service, *port, head.version, upgrade.is_some());
     let traffic = bound.traffic(service, *port);
     let (hash, cookie) = match &traffic.balancing {
@@ -277,14 +234,22 @@ async fn respond(
     let mut body = Body::incoming(incoming);
     exchange.request_bytes = body.counted.clone();
     let head = Head { method: head.method, headers: head.headers, host: to_host, path: to_path, query };
-    for (service, port, headers) in mirrors {
+    for (mirror, headers) in change.mirrors.into_iter().zip(before.iter().cycle()) {
+        let BackendTarget::Service(service, port) = mirror.target else { continue };
         let Some(place) = context.upstream.mirror_place() else { break };
-        let (context, head, body) = (context.clone(), Head { headers, ..head.clone() }, body.copy());
-        let traffic = bound.traffic(&service, port);
-        // Nobody waits for its answer.
+        let copy = Copied {
+            wanted: (service, port),
+            head: Head { headers: headers.clone(), ..head.clone() },
+            body: body.copy(),
+            original: original.clone(),
+            passed: passed.clone(),
+            span: exchange.span,
+        };
+        let (context, connection, bound) = (context.clone(), connection.clone(), bound.clone());
+        // Nobody waits for its answer, nor for those who decide whether it may go.
         tokio::task::spawn_local(async move {
             let _place = place;
-            mirror_to(&context, &Wish { traffic, ..Wish::plain(&service, port) }, &head, body).await;
+            copy.send(&context, &connection, &bound).await;
         });
     }
     let sending = Sending { wish, version, rule: &plan.rule, head: &head, deadline };
@@ -365,130 +330,39 @@ fn current(context: &Context, connection: &Connection) -> Arc<Bound> {
     now.unwrap_or_else(|| connection.target.bound.clone())
 }
 
-/// What a request brought along, before a token was taken off.
-struct Original {
-    headers: HeaderMap,
-    query: String,
-}
-
 /// The protocol that a client wants to switch to, and its end of the connection after that.
 type Upgrade = (HeaderValue, hyper::upgrade::OnUpgrade);
 
-fn bad_token(error: TokenError) -> Local {
-    Local::new(StatusCode::UNAUTHORIZED, "UAEX", "the token is not valid\n", error)
+/// A request that is sent to a mirror too.
+struct Copied {
+    /// Service and port.
+    wanted: (NamespacedHostname, u16),
+    head: Head,
+    body: Body,
+    original: Original,
+    passed: Consulted,
+    span: Option<Begun>,
 }
 
-/// Lets a request through to another service than the one that was asked for: its own configuration, its own tokens and its
-/// own policies hold, whatever route leads there.
-#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
-async fn admit(
-    context: &Rc<Context>,
-    connection: &Connection,
-    service: &NamespacedHostname,
-    asked: &Asked<'_>,
-    query_now: &str,
-    headers: &mut HeaderMap,
-    original: &Original,
-    passed: &mut Consulted,
-) -> Result<(), Local> {
-    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(()) };
-    if let Some(reason) = &bound.closed {
-        return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
-    }
-    let (mut brought, mut query) = (original.headers.clone(), original.query.clone());
-    let token = bound.tokens.check(&mut brought, &mut query).map_err(bad_token)?;
-    for name in bound.tokens.told() {
-        headers.remove(name);
-        if let Some(value) = brought.get(name) {
-            // Its own table has set it.
-            if let Ok(name) = name.parse::<HeaderName>() {
-                headers.insert(name, value.clone());
-            }
+impl Copied {
+    async fn send(mut self, context: &Rc<Context>, connection: &Connection, bound: &Bound) {
+        let (service, port) = &self.wanted;
+        let (method, query) = (self.head.method.clone(), self.head.query.clone());
+        let arrives = Asked { method: &method, host: &self.head.host, path: &self.head.path, port: *port };
+        let headers = &mut self.head.headers;
+        let admitted =
+            admit(context, connection, service, &arrives, &query, headers, &self.original, &mut self.passed).await;
+        if let Err(refused) = admitted {
+            return tracing::debug!(%service, reason = refused.reason, "no mirror");
         }
-    }
-    consult(context, connection, &bound, asked, query_now, headers, token.as_ref(), passed).await?;
-    authorize(connection, &bound, asked, headers, token.as_ref()).map(drop)
-}
-
-/// Asks the authorizers whose policies match a request, those in `passed` excepted; the answer of one that refuses is the
-/// request's. What they tell goes on with the request, and comes from nobody else.
-#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
-async fn consult(
-    context: &Rc<Context>,
-    connection: &Connection,
-    bound: &Bound,
-    asked: &Asked<'_>,
-    query: &str,
-    headers: &mut HeaderMap,
-    token: Option<&Token>,
-    passed: &mut Consulted,
-) -> Result<(), Local> {
-    bound.policies.authorizers().for_each(|a| authorizer::strip(headers, a, passed));
-    let asks = {
-        let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
-        bound.policies.asks(&Subject { http: Some(http), port: asked.port, ..connection.subject() })
-    };
-    for (policy, whom) in asks {
-        let target = if query.is_empty() { asked.path.to_owned() } else { format!("{}?{query}", asked.path) };
-        let question = (policy, format!("{}:{} {target}", asked.host, asked.port));
-        if passed.passed.contains(&question) {
-            continue;
-        }
-        passed.refused_by = Some(question.0.clone());
-        match authorizer::ask(context, connection, bound, &whom, asked.method, asked.host, &target, headers).await {
-            Answer::Yes(said) => {
-                for name in &said.remove {
-                    headers.remove(name);
-                }
-                for (name, value, more) in said.set {
-                    passed.told.push(name.clone());
-                    if more {
-                        headers.append(name, value);
-                    } else {
-                        headers.insert(name, value);
-                    }
-                }
-                passed.answer.extend(said.answer);
-                passed.refused_by = None;
-                passed.passed.push(question);
-            }
-            Answer::No(response) => {
-                let refused = Local::new(response.status(), "UAEX", "", passed.refusal());
-                let more = More { answer: Some(*response), ..More::default() };
-                return Err(Local { more: Some(Box::new(more)), ..refused });
-            }
-            Answer::Unknown(status, reason) => {
-                return Err(Local::new(status, "UAEX", "access denied\n", format!("{}: {reason}", question.0)));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether policies let a request through; the one that did so, if there is any.
-fn authorize(
-    connection: &Connection,
-    bound: &Bound,
-    asked: &Asked<'_>,
-    headers: &HeaderMap,
-    token: Option<&Token>,
-) -> Result<Option<Str>, Local> {
-    let http = HttpSubject { method: asked.method, host: asked.host, path: asked.path, headers, token };
-    let subject = Subject { http: Some(http), port: asked.port, ..connection.subject() };
-    for (name, action) in bound.policies.watched(&subject) {
-        tracing::info!(policy = name, ?action, source = %subject.source, "a policy that only watches matches");
-    }
-    match bound.policies.decide(&subject) {
-        Verdict::Allow(by) => Ok(by.map(|(name, rule)| format!("{name} rule {rule}").into())),
-        Verdict::HiddenSlash => {
-            Err(Local::new(StatusCode::BAD_REQUEST, "DPE", "the path is not valid\n", Verdict::HiddenSlash))
-        }
-        refused => Err(Local::new(StatusCode::FORBIDDEN, "UAEX", "RBAC: access denied", refused)),
+        forwarded(headers, connection, self.span);
+        let traffic = bound.traffic(service, *port);
+        mirror_to(context, &Wish { traffic, ..Wish::plain(service, *port) }, &self.head, self.body).await;
     }
 }
 
-/// Says whom the request is for and where it belongs.
-fn forwarded(headers: &mut HeaderMap, connection: &Connection, exchange: &mut Exchange) {
+/// Says whom the request is for and where it belongs; the trace that is.
+fn forwarded(headers: &mut HeaderMap, connection: &Connection, span: Option<Begun>) -> TraceParent {
     let ip = connection.facts.src.ip().to_string();
     let all = match headers.get(XFF).and_then(|v| v.to_str().ok()) {
         Some(before) => format!("{before}, {ip}"),
@@ -502,17 +376,16 @@ fn forwarded(headers: &mut HeaderMap, connection: &Connection, exchange: &mut Ex
         headers.insert(REQUEST_ID, HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("0")));
     }
     // A trace that is told goes on below our span; any other one as it came.
-    let known = match exchange.span {
+    let known = match span {
         Some(span) => Err(TraceParent { trace: span.trace, span: span.id, flags: 1 }),
         None => trace_of(headers).ok_or_else(TraceParent::random),
     };
-    let trace = known.unwrap_or_else(|ours| {
+    known.unwrap_or_else(|ours| {
         if let Ok(value) = HeaderValue::from_str(&ours.to_string()) {
             headers.insert(TRACEPARENT, value);
         }
         ours
-    });
-    exchange.trace = Some(format!("{:032x}", trace.trace));
+    })
 }
 
 /// The trace that a request belongs to.
@@ -536,38 +409,6 @@ fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade
     });
     let (head, _) = response.into_parts();
     Response::from_parts(head, Body::whole(""))
-}
-
-impl Local {
-    /// An answer of our own. A gRPC client gets its status as gRPC has it.
-    fn into_response(self, grpc: bool) -> Response<Body> {
-        let more = self.more.map(|m| *m).unwrap_or_default();
-        if let Some(answer) = more.answer {
-            return answer;
-        }
-        let mut response = Response::new(Body::whole(if grpc { "" } else { self.text }));
-        *response.headers_mut() = more.headers;
-        if grpc {
-            let code = more.grpc.unwrap_or(match self.status {
-                StatusCode::BAD_REQUEST => 13,
-                StatusCode::UNAUTHORIZED => 16,
-                StatusCode::FORBIDDEN => 7,
-                StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
-                StatusCode::TOO_MANY_REQUESTS => 8,
-                StatusCode::GATEWAY_TIMEOUT => 4,
-                StatusCode::SERVICE_UNAVAILABLE => 14,
-                _ => 2,
-            });
-            let headers = response.headers_mut();
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            headers.insert("grpc-status", HeaderValue::from(u16::from(code)));
-            headers.insert("grpc-message", HeaderValue::from_static(self.text.trim_ascii_end()));
-            return response;
-        }
-        *response.status_mut() = self.status;
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-        response
-    }
 }
 
 #[cfg(test)]

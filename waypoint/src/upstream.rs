@@ -31,7 +31,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::cluster::choose::Ask;
-use crate::cluster::counts::{Counts, Overflow};
+use crate::cluster::counts::{Counts, Overflow, Place};
 use crate::cluster::member::{Busy, Member};
 use crate::cluster::{Around, Cluster};
 use crate::worker::Shared;
@@ -305,14 +305,37 @@ impl Upstream {
         version: Option<Version>,
         trace: Option<TraceParent>,
     ) -> Result<Io, Unreachable> {
-        let limits = &to.traffic.limits;
-        let patience = self.patience(to);
         let place = match &to.via {
-            Some(via) if version.is_some() => Some(via.cluster.counts.connection(limits, patience).await),
-            Some(via) => Some(via.cluster.counts.connection_now(limits)),
-            None => None,
+            Some(via) if version.is_none() => {
+                let place = via.cluster.counts.connection_now(&to.traffic.limits);
+                Some(place.map_err(Unreachable::Overflow)?)
+            }
+            _ => self.place(to).await?,
         };
-        let place = place.transpose().map_err(Unreachable::Overflow)?;
+        self.connect_at(to, place, version, trace).await
+    }
+
+    /// A place among the connections of a service, where they are counted; waits in a line for it.
+    async fn place(&self, to: &Endpoint) -> Result<Option<Place>, Unreachable> {
+        let Some(via) = &to.via else { return Ok(None) };
+        let place = via.cluster.counts.connection(&to.traffic.limits, self.patience(to)).await;
+        place.map(Some).map_err(Unreachable::Overflow)
+    }
+
+    /// It, where there is one at once.
+    fn place_now(&self, to: &Endpoint) -> Option<Option<Place>> {
+        let Some(via) = &to.via else { return Some(None) };
+        via.cluster.counts.connection_now(&to.traffic.limits).ok().map(Some)
+    }
+
+    async fn connect_at(
+        &self,
+        to: &Endpoint,
+        place: Option<Place>,
+        version: Option<Version>,
+        trace: Option<TraceParent>,
+    ) -> Result<Io, Unreachable> {
+        let patience = self.patience(to);
         let io = self.carrier(to, patience, trace).await?;
         let Some(tls) = to.tls() else { return Ok(io.holding(place)) };
         let failed = |e: String| Unreachable::Connect(to.addr, e);

@@ -301,8 +301,13 @@ fn rule(path: &str, change: &api::Override) -> Result<MetricRule, Invalid> {
         "REQUEST_DURATION" => Some(Metric::RequestDuration),
         "REQUEST_SIZE" => Some(Metric::RequestSize),
         "RESPONSE_SIZE" => Some(Metric::ResponseSize),
+        "TCP_OPENED_CONNECTIONS" => Some(Metric::TcpOpened),
+        "TCP_CLOSED_CONNECTIONS" => Some(Metric::TcpClosed),
+        "TCP_SENT_BYTES" => Some(Metric::TcpSent),
+        "TCP_RECEIVED_BYTES" => Some(Metric::TcpReceived),
         other => {
-            let expected = "ALL_METRICS, REQUEST_COUNT, REQUEST_DURATION, REQUEST_SIZE or RESPONSE_SIZE";
+            let expected = "ALL_METRICS, REQUEST_COUNT, REQUEST_DURATION, REQUEST_SIZE, RESPONSE_SIZE, \
+                TCP_OPENED_CONNECTIONS, TCP_CLOSED_CONNECTIONS, TCP_SENT_BYTES or TCP_RECEIVED_BYTES";
             return invalid(format!("{path}.match.metric"), other, expected);
         }
     };

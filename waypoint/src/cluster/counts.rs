@@ -121,6 +121,11 @@ impl Counts {
         }
     }
 
+    /// Those that wait for a connection, on all workers.
+    pub fn pending(&self) -> u32 {
+        self.pending.load(Relaxed)
+    }
+
     /// Requests, retries, those that wait, and connections.
     pub fn now(&self) -> [u32; 4] {
         [What::Request, What::Retry, What::Pending, What::Connection].map(|w| self.counter(w).load(Relaxed))

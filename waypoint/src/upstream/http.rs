@@ -3,7 +3,7 @@
 //! Owns both pools of one worker, keyed by the workload's uid and the address.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::oneshot;
 
 use super::gate::Gate;
 use super::{Endpoint, LocalExecutor, Unreachable, Upstream, Version};
@@ -34,6 +35,8 @@ const IDLE: Duration = Duration::from_secs(30);
 const PER_CONNECTION: usize = 90;
 /// HTTP/2 connections to one pod from one worker.
 const CONNECTIONS: usize = 8;
+/// Requests of one worker on a connection, one after the other, while requests of other workers wait too.
+const TURN: u32 = 8;
 /// Idle HTTP/1 connections to one pod.
 const MAX_IDLE: usize = 128;
 
@@ -45,9 +48,14 @@ type Key = (Str, SocketAddr, Protocol, Option<Arc<OwnTls>>);
 pub(super) struct Pools {
     http1: RefCell<HashMap<Key, Vec<Idle>>>,
     http2: RefCell<HashMap<Key, Vec<Shared2>>>,
+    /// Requests of this worker that wait for an HTTP/1 connection where there may be no more of them.
+    waiting: RefCell<HashMap<Key, VecDeque<oneshot::Sender<Kept>>>>,
     /// One HTTP/2 connection is made at a time; the others wait and share it.
     connecting: RefCell<HashMap<Key, Rc<Gate<Unreachable>>>>,
 }
+
+/// An HTTP/1 connection, and the requests that it has had.
+type Kept = (http1::SendRequest<Body>, u32);
 
 struct Idle {
     sender: http1::SendRequest<Body>,
@@ -97,13 +105,45 @@ impl Pools {
             !all.is_empty() && there(uid, addr.ip(), *protocol)
         });
         self.connecting.borrow_mut().retain(|_, gate| Rc::strong_count(gate) > 1);
+        self.waiting.borrow_mut().retain(|_, all| {
+            all.retain(|w| !w.is_closed());
+            !all.is_empty()
+        });
         self.http1.borrow_mut().retain(|(uid, addr, protocol, _), idle| {
             idle.retain(|i| i.sender.is_ready() && i.since.elapsed() < IDLE);
             !idle.is_empty() && there(uid, addr.ip(), *protocol)
         });
     }
 
-    fn take_idle(&self, key: &Key) -> Option<(http1::SendRequest<Body>, u32)> {
+    /// The next connection that is done with its request.
+    fn wait(&self, key: &Key) -> oneshot::Receiver<Kept> {
+        let (sender, receiver) = oneshot::channel();
+        self.waiting.borrow_mut().entry(key.clone()).or_default().push_back(sender);
+        receiver
+    }
+
+    /// Gives a connection to who has waited longest; gives it back where nobody waits here, or where it is the turn of
+    /// those that wait on other workers.
+    fn hand(&self, key: &Key, mut kept: Kept, counts: &Counts) -> Option<Kept> {
+        let mut all = self.waiting.borrow_mut();
+        let Some(waiting) = all.get_mut(key) else { return Some(kept) };
+        waiting.retain(|w| !w.is_closed());
+        let elsewhere = counts.pending() as usize > waiting.len();
+        if !(elsewhere && kept.1.is_multiple_of(TURN)) {
+            while let Some(first) = waiting.pop_front() {
+                match first.send(kept) {
+                    Ok(()) => return None,
+                    Err(back) => kept = back,
+                }
+            }
+        }
+        if waiting.is_empty() {
+            all.remove(key);
+        }
+        Some(kept)
+    }
+
+    fn take_idle(&self, key: &Key) -> Option<Kept> {
         let mut all = self.http1.borrow_mut();
         let idle = all.get_mut(key)?;
         while let Some(one) = idle.pop() {
@@ -156,8 +196,8 @@ impl Upstream {
                     let (mut sender, used) = match self.pools.take_idle(&key) {
                         Some(kept) => kept,
                         // In a box: a request that finds a connection need not carry what making one takes.
-                        None => match Box::pin(self.http1(to, trace_of(request.headers()))).await {
-                            Ok(sender) => (sender, 0),
+                        None => match Box::pin(self.http1(to, &key, trace_of(request.headers()))).await {
+                            Ok(kept) => kept,
                             Err(error) => return Err((error, Some(request))),
                         },
                     };
@@ -214,6 +254,13 @@ impl Upstream {
                 return;
             }
             let since = Instant::now();
+            let (sender, used) = match &counts {
+                None => (sender, used),
+                Some(counts) => match this.pools.hand(&key, (sender, used), counts) {
+                    None => return,
+                    Some(kept) => kept,
+                },
+            };
             {
                 let mut all = this.pools.http1.borrow_mut();
                 let idle = all.entry(key.clone()).or_default();
@@ -231,13 +278,21 @@ impl Upstream {
         });
     }
 
-    async fn http1(&self, to: &Endpoint, trace: Option<TraceParent>) -> Result<http1::SendRequest<Body>, Unreachable> {
-        let io = self.connect(to, Some(Version::Http1), trace).await?;
+    async fn http1(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Kept, Unreachable> {
+        let place = match self.place_now(to) {
+            Some(place) => place,
+            // Whichever is free first: a connection, or the place for one.
+            None => tokio::select! {
+                Ok(kept) = self.pools.wait(key) => return Ok(kept),
+                place = self.place(to) => place?,
+            },
+        };
+        let io = self.connect_at(to, place, Some(Version::Http1), trace).await?;
         let made = http1::Builder::new().handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         // Ends with the connection; how is told to whoever waits for an answer.
         tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });
-        Ok(sender)
+        Ok((sender, 0))
     }
 
     async fn http2(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Shared2, Unreachable> {

@@ -70,7 +70,7 @@ pub struct MetricRule {
     pub labels: BTreeMap<Str, Str>,
 }
 
-/// A metric of requests.
+/// A metric of requests and connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Metric {
@@ -82,6 +82,14 @@ pub enum Metric {
     RequestSize,
     /// `istio_response_bytes`
     ResponseSize,
+    /// `istio_tcp_connections_opened_total`
+    TcpOpened,
+    /// `istio_tcp_connections_closed_total`
+    TcpClosed,
+    /// `istio_tcp_sent_bytes_total`
+    TcpSent,
+    /// `istio_tcp_received_bytes_total`
+    TcpReceived,
 }
 
 impl Telemetry {

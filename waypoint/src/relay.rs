@@ -1,0 +1,120 @@
+//! A TCP connection that is no HTTP, or is not looked at: to a pod, and bytes in both directions.
+//!
+//! Owns dialling and moving. Whether it may be is decided before.
+
+use std::net::IpAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use ambit_hbone::headers::TraceParent;
+use ambit_hbone::io::TunnelIo;
+use ambit_model::l7::traffic::{Balancing, HashKey};
+use bytes::Bytes;
+use tokio::io::copy_bidirectional;
+
+use crate::cluster::eject::Outcome;
+use crate::connection::Connection;
+use crate::forward::note;
+use crate::observe::Stream;
+use crate::rewind::Rewind;
+use crate::session;
+use crate::target::Target;
+use crate::upstream::{Endpoint, Io, Unreachable, Wish};
+use crate::worker::Context;
+
+/// How often it is told what a connection has moved that goes on.
+const TELLS: Duration = Duration::from_secs(5);
+
+/// Connects to a pod of what was asked for; another one where one cannot be reached.
+pub async fn dial(
+    context: &Context,
+    target: &Target,
+    source: IpAddr,
+    trace: Option<TraceParent>,
+) -> Result<(Endpoint, Io), Unreachable> {
+    let mut avoid = Vec::new();
+    let mut before = None;
+    loop {
+        let endpoint = match (&target.service, &target.workload, target.address) {
+            (Some(service), ..) => {
+                let key = service.key();
+                let traffic = target.bound.traffic(&key, target.port);
+                let hash = match &traffic.balancing {
+                    Balancing::Hash(HashKey::SourceIp) => Some(session::hash_of(source)),
+                    _ => None,
+                };
+                let wish = Wish { traffic, asked: target.address, hash, ..Wish::plain(&key, target.port) };
+                let chosen = context.upstream.find(&wish, &avoid).await;
+                // That there is no other one says less than why the first was not reached.
+                chosen.map_err(|error| before.take().unwrap_or(error))?
+            }
+            (None, Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
+            _ => return Err(Unreachable::NoAddress("nothing was asked for".into())),
+        };
+        let start = Instant::now();
+        let made = context.upstream.connect(&endpoint, None, trace).await;
+        // What is said inside is not known here: a connection that is made is a good one.
+        let outcome = match &made {
+            Ok(_) => Some(Outcome::Answered(200)),
+            Err(Unreachable::Overflow(_)) => None,
+            Err(_) => Some(Outcome::Failed),
+        };
+        note(context, &endpoint, outcome, start.elapsed());
+        match made {
+            Ok(io) => return Ok((endpoint, io)),
+            Err(error @ Unreachable::Overflow(_)) => return Err(error),
+            Err(error) if avoid.len() < 2 && target.service.is_some() => {
+                tracing::debug!(%error, "another endpoint is tried");
+                avoid.extend(endpoint.tag());
+                before = Some(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Moves bytes between a client and what was dialled for it; where that failed, the client's stream is reset.
+pub async fn relay(
+    context: &Context,
+    connection: &Connection,
+    io: Rewind<TunnelIo>,
+    upstream: Result<(Endpoint, Io), Unreachable>,
+) {
+    match upstream {
+        Ok((endpoint, up)) => {
+            relay_with(context, connection, io, endpoint, Rewind::new(Bytes::new(), up)).await;
+        }
+        // Dropping the stream resets it.
+        Err(error) => {
+            context.shared.observer.refused(&connection.facts, &connection.target.bound.telling, error.to_string())
+        }
+    }
+}
+
+/// Moves bytes between a client and a pod until both have ended.
+pub async fn relay_with(
+    context: &Context,
+    connection: &Connection,
+    mut io: Rewind<TunnelIo>,
+    endpoint: Endpoint,
+    mut up: Rewind<Io>,
+) {
+    let _under_way = context.shared.observer.under_way();
+    let _busy = endpoint.busy();
+    let mut facts = connection.facts.clone();
+    facts.dst = Some(endpoint.addr);
+    facts.dst_workload = Some(endpoint.workload);
+    let (from, to) = (io.got.clone(), up.got.clone());
+    let mut stream = Stream::begin(&context.shared.observer, facts, connection.target.bound.telling.clone());
+    let mut tick = tokio::time::interval(TELLS);
+    let moving = copy_bidirectional(&mut io, &mut up);
+    tokio::pin!(moving);
+    let ended = loop {
+        tokio::select! {
+            ended = &mut moving => break ended,
+            _ = tick.tick() => stream.moved(from.load(Relaxed), to.load(Relaxed)),
+        }
+    };
+    stream.moved(from.load(Relaxed), to.load(Relaxed));
+    stream.complete(ended.err().map(|error| error.to_string()));
+}
