@@ -4,12 +4,9 @@
 //! server's, where it speaks first; the server is dialled ahead only where policy already permits this client plain TCP.
 
 use std::cell::{Cell, OnceCell};
-use std::net::IpAddr;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::io::TunnelIo;
@@ -17,25 +14,23 @@ use ambit_hbone::server::Incoming;
 use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::l7::policy::{Subject, Verdict};
-use ambit_model::l7::traffic::{Balancing, HashKey};
 use ambit_model::service::AppProtocol;
 use ambit_model::{Identity, Workload};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::eject::Outcome;
-use crate::forward::note;
-use crate::observe::{Facts, Meter, Observer};
+use crate::observe::{Facts, Meter, Observer, Telling};
 use crate::rebalance;
+use crate::relay::{dial, relay, relay_with};
 use crate::request;
-use crate::session;
+use crate::rewind::Rewind;
 use crate::target::{Refusal, Target, resolve};
-use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable, Wish};
+use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable};
 use crate::worker::{Context, Downstream};
 
 /// Head of a request, and each of its lines, must come within this.

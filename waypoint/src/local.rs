@@ -13,7 +13,7 @@ pub(crate) struct Local {
     /// Envoy's response flag.
     pub(crate) flag: &'static str,
     /// For the client.
-    text: &'static str,
+    pub(crate) text: &'static str,
     /// For the log.
     pub(crate) reason: String,
     /// What is seldom told.

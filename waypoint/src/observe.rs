@@ -9,7 +9,7 @@ pub mod telling;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 pub use exchange::{Exchange, Meter};
 pub use tcp::Stream;
@@ -17,9 +17,9 @@ pub use telling::Telling;
 
 use ambit_model::{Identity, Service, Str, Workload};
 use ambit_telemetry::Registry;
-use ambit_telemetry::access_log::{AccessLog, Form, Level, Line, Value};
+use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::histogram::{BYTES, HistogramVec, MILLISECONDS};
-use ambit_telemetry::metrics::{CounterVec, Labels};
+use ambit_telemetry::metrics::CounterVec;
 use ambit_telemetry::peers::{HTTP, TCP, service, side};
 use ambit_telemetry::spans::Spans;
 

@@ -310,20 +310,20 @@ impl Upstream {
                 let place = via.cluster.counts.connection_now(&to.traffic.limits);
                 Some(place.map_err(Unreachable::Overflow)?)
             }
-            _ => self.place(to).await?,
+            _ => self.room(to).await?,
         };
         self.connect_at(to, place, version, trace).await
     }
 
     /// A place among the connections of a service, where they are counted; waits in a line for it.
-    async fn place(&self, to: &Endpoint) -> Result<Option<Place>, Unreachable> {
+    async fn room(&self, to: &Endpoint) -> Result<Option<Place>, Unreachable> {
         let Some(via) = &to.via else { return Ok(None) };
         let place = via.cluster.counts.connection(&to.traffic.limits, self.patience(to)).await;
         place.map(Some).map_err(Unreachable::Overflow)
     }
 
     /// It, where there is one at once.
-    fn place_now(&self, to: &Endpoint) -> Option<Option<Place>> {
+    fn room_now(&self, to: &Endpoint) -> Option<Option<Place>> {
         let Some(via) = &to.via else { return Some(None) };
         via.cluster.counts.connection_now(&to.traffic.limits).ok().map(Some)
     }

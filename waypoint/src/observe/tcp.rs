@@ -81,7 +81,7 @@ impl Stream {
 }
 
 /// A connection that is over, or was refused, as the form and the filter of the access log look at it.
-pub struct Ended<'a> {
+pub(super) struct Ended<'a> {
     observer: &'a Observer,
     facts: &'a Facts,
     /// Bytes from and to the client.
@@ -94,7 +94,7 @@ pub struct Ended<'a> {
 
 impl<'a> Ended<'a> {
     /// One that was refused.
-    pub fn refused(observer: &'a Observer, facts: &'a Facts, reason: &'a str) -> Self {
+    pub(super) fn refused(observer: &'a Observer, facts: &'a Facts, reason: &'a str) -> Self {
         Self {
             observer,
             facts,

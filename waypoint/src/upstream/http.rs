@@ -279,12 +279,12 @@ impl Upstream {
     }
 
     async fn http1(&self, to: &Endpoint, key: &Key, trace: Option<TraceParent>) -> Result<Kept, Unreachable> {
-        let place = match self.place_now(to) {
+        let place = match self.room_now(to) {
             Some(place) => place,
             // Whichever is free first: a connection, or the place for one.
             None => tokio::select! {
                 Ok(kept) = self.pools.wait(key) => return Ok(kept),
-                place = self.place(to) => place?,
+                place = self.room(to) => place?,
             },
         };
         let io = self.connect_at(to, place, Some(Version::Http1), trace).await?;
