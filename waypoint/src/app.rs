@@ -14,7 +14,7 @@ use ambit_store::Store;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
-use ambit_tls::outside;
+use ambit_tls::{outside, revoked};
 use ambit_xds::ca::CaClient;
 use ambit_xds::certificates::Certificates;
 use ambit_xds::channel::{ChannelError, ControlPlane};
@@ -90,7 +90,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     readiness.pending("certificate", "not fetched yet");
     let (store, services) = (Arc::new(Store::default()), Arc::new(ArcSwap::default()));
     let control_plane = control_plane(&config);
-    let certificates = Certificates::new(CaClient::new(control_plane.clone(), config.secret_ttl)?);
+    let revocations = config.crl_path.clone().map(revoked::follow);
+    let ca = CaClient::new(control_plane.clone(), config.secret_ttl)?;
+    let certificates = Certificates::new(ca).revoking(revocations);
     let shed =
         registry.counter("ambit_waypoint_shed_total", "Requests and connections refused to protect the process.", &[]);
     let budget = config.memory_budget.or_else(overload::of_container);

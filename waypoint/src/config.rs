@@ -25,6 +25,7 @@ waypoint, configured by its environment:
   AUTH_TOKEN           file with a bound service-account token [./var/run/secrets/tokens/istio-token]
   TRUST_DOMAIN, CLUSTER_ID, CLUSTER_DOMAIN, NETWORK   [cluster.local, Kubernetes, cluster.local, none]
   SECRET_TTL           lifetime of its certificate [24h]
+  CRL_PATH             file with revoked certificates (CRLs in PEM or DER), read again when it changes []
   WORKER_THREADS       threads that move data [as many as cores]
   ADMIN_PORT, STATS_PORT, READINESS_PORT   [15000 on localhost, 15020, 15021]
   DRAIN_DEADLINE       what is open may take so long when it ends [20s]
@@ -55,6 +56,7 @@ pub struct Config {
     pub cluster_domain: String,
     pub network: Str,
     pub secret_ttl: Duration,
+    pub crl_path: Option<PathBuf>,
     pub worker_threads: usize,
     pub admin_port: u16,
     pub stats_port: u16,
@@ -109,6 +111,7 @@ impl Config {
             cluster_domain: text(&mut s, "CLUSTER_DOMAIN", "cluster.local"),
             network: text(&mut s, "NETWORK", "").into(),
             secret_ttl: time(&mut s, "SECRET_TTL", 24 * 3600),
+            crl_path: Some(text(&mut s, "CRL_PATH", "")).filter(|p| !p.is_empty()).map(PathBuf::from),
             worker_threads: s
                 .get("WORKER_THREADS", &["WORKER_THREADS"], "a number")
                 .unwrap_or_else(workers::default_count),

@@ -12,6 +12,7 @@ use ambit_runtime::{Readiness, Workers, http, logging, signal};
 use ambit_store::Store;
 use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
+use ambit_tls::revoked;
 use ambit_xds::ca::CaClient;
 use ambit_xds::channel::{ChannelError, ControlPlane};
 use ambit_xds::client::{Client, NodeInfo, Ours};
@@ -100,7 +101,8 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     });
     let (node_pods, node_pods_seen) = watch::channel(None);
     let (enrolled, enrolled_seen) = watch::channel(Default::default());
-    let certificates = Certificates::new(CaClient::new(ca(&config), config.secret_ttl)?);
+    let revocations = config.crl_path.clone().map(revoked::follow);
+    let certificates = Certificates::new(CaClient::new(ca(&config), config.secret_ttl)?).revoking(revocations);
     let serving = workers.iter().map(|w| worker::start(w, shared.clone())).collect();
     let told = node_pods_seen.clone();
     let outside = Arc::new(Outside::load(config.agent_socket.with_file_name("outside.json")));

@@ -30,6 +30,7 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   altCaHostname        ALT_CA_HOSTNAME           name that its certificate carries [altXdsHostname]
   authToken            AUTH_TOKEN                file with the bound token [./var/run/secrets/tokens/istio-token]
   secretTtl            SECRET_TTL                lifetime to ask for [24h]
+  crlPath              CRL_PATH                  file with revoked certificates (CRLs in PEM or DER), read again when it changes []
   zdsSocket            INPOD_UDS                 socket of a foreign node agent; then our own agent is off [none; where
                                                  INPOD_ENABLED is true, as Istio's chart has it, /var/run/ztunnel/ztunnel.sock]
   agentSocket          AMBIT_AGENT_SOCKET        socket of our own agent [/var/run/ambit/agent.sock]
@@ -68,7 +69,6 @@ const ZDS_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
 
 /// What Istio's ztunnel can be told to do and ours cannot. Going on without would be weaker, or other, than was asked for.
 const REFUSED: &[(&str, &[&str], &str)] = &[
-    ("CRL_PATH", &[""], "revocation lists are not read; a short SECRET_TTL bounds how long a stolen key is of use"),
     ("COMPLIANCE_POLICY", &[""], "key exchange is X25519 or P-256"),
     ("TLS12_ENABLED", &["", "false"], "peers are spoken to in TLS 1.3 only"),
     ("XDS_ON_DEMAND", &["", "false"], "the whole mesh is subscribed to"),
@@ -94,6 +94,7 @@ pub struct Config {
     pub alt_ca_hostname: Option<String>,
     pub auth_token: PathBuf,
     pub secret_ttl: Duration,
+    pub crl_path: Option<PathBuf>,
     pub zds_socket: Option<PathBuf>,
     pub agent_socket: PathBuf,
     pub node_netns: PathBuf,
@@ -202,6 +203,7 @@ impl Config {
             alt_ca_hostname,
             auth_token: text(&mut s, "authToken", &["AUTH_TOKEN"], "./var/run/secrets/tokens/istio-token").into(),
             secret_ttl: time(&mut s, "secretTtl", &["SECRET_TTL"], Duration::from_secs(24 * 3600)),
+            crl_path: s.get("crlPath", &["CRL_PATH"], "a path").filter(|p: &PathBuf| !p.as_os_str().is_empty()),
             zds_socket: s.get("zdsSocket", &["INPOD_UDS"], "a path").or_else(|| {
                 let istio: Option<bool> = s.get("inpodEnabled", &["INPOD_ENABLED"], "true or false");
                 (istio == Some(true)).then(|| ZDS_SOCKET.into())

@@ -3,6 +3,8 @@
 //! Owns a buffer for as long as it holds bytes that rustls has not taken; an idle connection has none. Writes go
 //! straight through. A tunnel that moves much takes [turns](ambit_net::turn) with others of its thread.
 
+use std::fmt;
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -12,26 +14,47 @@ use ambit_net::turn::Turn;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
+/// When and why reading is to end with an error.
+type Cut = Pin<Box<dyn Future<Output = String> + Send>>;
+
 /// A stream whose reads are made in batches that grow while the socket fills them.
-#[derive(Debug)]
 pub struct Buffered<S> {
     inner: S,
     batch: BatchSize,
     held: Vec<u8>,
     taken: usize,
     turn: Turn,
+    cut: Option<Cut>,
+}
+
+impl<S: fmt::Debug> fmt::Debug for Buffered<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffered").field("inner", &self.inner).field("held", &self.held.len()).finish_non_exhaustive()
+    }
 }
 
 impl<S> Buffered<S> {
     /// Wraps a stream.
     pub fn new(inner: S) -> Self {
-        Self { inner, batch: BatchSize::default(), held: Vec::new(), taken: 0, turn: Turn::default() }
+        Self { inner, batch: BatchSize::default(), held: Vec::new(), taken: 0, turn: Turn::default(), cut: None }
+    }
+
+    /// From when `cut` returns, reads fail with its reason.
+    pub(crate) fn until(&mut self, cut: impl Future<Output = String> + Send + 'static) {
+        self.cut = Some(Box::pin(cut));
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Buffered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if let Some(cut) = &mut this.cut
+            && let Poll::Ready(reason) = cut.as_mut().poll(cx)
+        {
+            let again = reason.clone();
+            this.cut = Some(Box::pin(async move { again }));
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, reason)));
+        }
         if this.taken == this.held.len() {
             ready!(this.turn.poll(cx));
             let size = this.batch.get();

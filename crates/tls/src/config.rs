@@ -14,6 +14,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::certificate::{CertificateError, LeafFacts, TrustBundle, WorkloadCertificate};
 use crate::provider::provider;
+use crate::revoked::Revocations;
 
 /// Everything TLS needs for one identity and one generation of its certificate.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub struct TlsConfig {
     pub chain: Vec<CertificateDer<'static>>,
     /// The roots it trusts.
     pub roots: TrustBundle,
+    /// What is refused though it leads to a root; nothing where `None`.
+    pub(crate) revocations: Option<Revocations>,
     pub(crate) server: Arc<ServerConfig>,
     pub(crate) client: Arc<ClientConfig>,
 }
@@ -58,7 +61,13 @@ impl TlsConfig {
         client.alpn_protocols = vec![b"h2".to_vec()];
         client.enable_sni = false;
         client.resumption = rustls::client::Resumption::disabled();
-        Ok(Self { identity, facts, chain, roots, server: Arc::new(server), client: Arc::new(client) })
+        let (server, client) = (Arc::new(server), Arc::new(client));
+        Ok(Self { identity, facts, chain, roots, revocations: None, server, client })
+    }
+
+    /// Refuses peers whose certificates are revoked, now and later.
+    pub fn revoking(self, revocations: Revocations) -> Self {
+        Self { revocations: Some(revocations), ..self }
     }
 
     /// The client's half, for a user that makes connections of its own.

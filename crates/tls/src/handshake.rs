@@ -14,6 +14,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::buffered::Buffered;
 use crate::certificate::LeafFacts;
 use crate::config::TlsConfig;
+use crate::revoked::Marks;
 
 /// Ciphertext that one write may hand to the socket; rustls's own limit makes a full packet and a stub of each 64 KiB.
 const WRITE: usize = 128 * 1024;
@@ -53,6 +54,9 @@ pub enum HandshakeError {
         /// Names found.
         found: Vec<String>,
     },
+    /// A certificate of the peer's chain has been taken back.
+    #[error("certificate {0} of the peer has been revoked")]
+    Revoked(String),
     /// The client comes from another trust domain.
     #[error("the peer {found} is of another trust domain; expected {expected}")]
     TrustDomain {
@@ -81,6 +85,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         let expected = config.identity.trust_domain.to_string();
         return Err(HandshakeError::TrustDomain { expected, found: peer.identity });
     }
+    let (buffered, connection) = tls.get_mut();
+    keep_valid(config, connection.peer_certificates(), buffered)?;
     Ok((tls, peer))
 }
 
@@ -102,7 +108,25 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     let (_, connection) = tls.get_mut();
     connection.set_buffer_limit(Some(WRITE));
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;
+    let (buffered, connection) = tls.get_mut();
+    keep_valid(config, connection.peer_certificates(), buffered)?;
     Ok((tls, peer))
+}
+
+/// Refuses a chain of which a certificate is revoked; a later revocation ends the connection.
+fn keep_valid<S>(
+    config: &TlsConfig,
+    chain: Option<&[rustls_pki_types::CertificateDer<'_>]>,
+    stream: &mut Buffered<S>,
+) -> Result<(), HandshakeError> {
+    let (Some(revocations), Some(chain)) = (&config.revocations, chain) else { return Ok(()) };
+    let marks = Marks::of(chain);
+    if let Some(serial) = revocations.first(&marks) {
+        return Err(HandshakeError::Revoked(serial));
+    }
+    let revoked = revocations.wait(marks);
+    stream.until(async move { HandshakeError::Revoked(revoked.await).to_string() });
+    Ok(())
 }
 
 fn peer_of(

@@ -7,6 +7,7 @@
 //! - [`certificate`]: a workload's certificate and its key; [`csr`]: asking for one; [`renew`]: when.
 //! - [`config`]: the rustls configurations of one certificate.
 //! - [`handshake`]: accepting and connecting with a deadline, and who the peer is.
+//! - [`revoked`]: certificates that were taken back.
 //! - [`buffered`]: large reads below rustls.
 //! - [`control`]: server-authenticated TLS to the controller.
 
@@ -19,7 +20,9 @@ pub mod handshake;
 pub mod outside;
 pub mod provider;
 pub mod renew;
+pub mod revoked;
 
 pub use certificate::{TrustBundle, WorkloadCertificate};
 pub use config::TlsConfig;
 pub use handshake::{HandshakeError, Peer};
+pub use revoked::Revocations;

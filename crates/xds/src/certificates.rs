@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use ambit_model::Identity;
-use ambit_tls::{TlsConfig, renew};
+use ambit_tls::{Revocations, TlsConfig, renew};
 
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
@@ -40,6 +40,7 @@ pub struct Certificates {
     entries: Arc<Mutex<HashMap<Identity, Entry>>>,
     ca: CaClient,
     calls: Arc<Semaphore>,
+    revocations: Option<Revocations>,
 }
 
 /// Use of one identity's certificate; when the last is dropped the certificate is forgotten.
@@ -52,7 +53,12 @@ pub struct Lease {
 impl Certificates {
     /// Fetches from a certificate service.
     pub fn new(ca: CaClient) -> Self {
-        Self { entries: Arc::default(), ca, calls: Arc::new(Semaphore::new(CONCURRENT_CALLS)) }
+        Self { entries: Arc::default(), ca, calls: Arc::new(Semaphore::new(CONCURRENT_CALLS)), revocations: None }
+    }
+
+    /// Peers whose certificates are revoked are refused.
+    pub fn revoking(self, revocations: Option<Revocations>) -> Self {
+        Self { revocations, ..self }
     }
 
     /// Starts to use the certificate of an identity. Must be called on the control runtime.
@@ -60,7 +66,7 @@ impl Certificates {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = entries.entry(identity.clone()).or_insert_with(|| {
             let (sender, state) = watch::channel(State::default());
-            let task = tokio::spawn(keep_fresh(self.ca.clone(), self.calls.clone(), identity.clone(), sender));
+            let task = tokio::spawn(keep_fresh(self.clone(), identity.clone(), sender));
             Entry { users: 0, state, task: task.abort_handle() }
         });
         entry.users += 1;
@@ -116,7 +122,8 @@ impl Lease {
     }
 }
 
-async fn keep_fresh(ca: CaClient, calls: Arc<Semaphore>, identity: Identity, state: watch::Sender<State>) {
+async fn keep_fresh(of: Certificates, identity: Identity, state: watch::Sender<State>) {
+    let Certificates { ca, calls, revocations, .. } = of;
     let mut failures = 0;
     loop {
         let fetched = {
@@ -128,6 +135,10 @@ async fn keep_fresh(ca: CaClient, calls: Arc<Semaphore>, identity: Identity, sta
         let wait = match built {
             Ok(config) => {
                 failures = 0;
+                let config = match &revocations {
+                    Some(revocations) => config.revoking(revocations.clone()),
+                    None => config,
+                };
                 let (from, to) = (config.facts.not_before, config.facts.not_after);
                 info!(%identity, serial = config.facts.serial, "certificate");
                 state.send_replace(State { current: Some(Arc::new(config)), error: None });

@@ -1,0 +1,142 @@
+use std::time::SystemTime;
+
+use ambit_model::Identity;
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+};
+use rustls_pki_types::PrivateKeyDer;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::handshake::{self, HandshakeError};
+use crate::{TlsConfig, WorkloadCertificate};
+
+struct Authority {
+    certificate: Certificate,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(name: &str) -> Self {
+        let key = KeyPair::generate().expect("key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::OrganizationName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let certificate = params.self_signed(&key).expect("root");
+        Self { certificate, issuer: Issuer::new(params, key) }
+    }
+
+    fn leaf(&self, account: &str, serial: u64) -> TlsConfig {
+        let identity = Identity::new("cluster.local", "ns", account);
+        let key = KeyPair::generate().expect("key");
+        let mut params = CertificateParams::default();
+        params.serial_number = Some(SerialNumber::from(serial));
+        params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into().expect("URI"))];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = params.signed_by(&key, &self.issuer).expect("leaf");
+        let der = PrivateKeyDer::try_from(key.serialize_der()).expect("key");
+        let pems = [leaf.pem(), self.certificate.pem()];
+        TlsConfig::new(WorkloadCertificate::from_ca(&identity, der, &pems).expect("certificate")).expect("TLS")
+    }
+
+    fn list(&self, serials: &[u64]) -> String {
+        let now = SystemTime::now();
+        let revoked = |serial: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_secs(60)).into(),
+            crl_number: SerialNumber::from(1u64),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).expect("list").pem().expect("PEM")
+    }
+}
+
+const DEADLINE: Duration = Duration::from_secs(5);
+
+async fn meet(client: &TlsConfig, server: &TlsConfig) -> [Result<(), HandshakeError>; 2] {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let expected = [server.identity.to_string().into()];
+    let address = std::net::Ipv4Addr::LOCALHOST.into();
+    let (a, b) = tokio::join!(
+        handshake::connect(client, near, address, &expected, DEADLINE),
+        handshake::accept(server, far, DEADLINE)
+    );
+    [a.map(drop), b.map(drop)]
+}
+
+#[tokio::test]
+async fn who_is_revoked_is_refused_on_either_side_and_nobody_else() {
+    let authority = Authority::new("a");
+    let (alice, bob) = (authority.leaf("alice", 7), authority.leaf("bob", 0x80));
+    let revocations = Revocations::default();
+    let (alice, bob) = (alice.revoking(revocations.clone()), bob.revoking(revocations.clone()));
+    assert!(meet(&alice, &bob).await.iter().all(Result::is_ok));
+    // Another authority's certificates have numbers of their own.
+    assert_eq!(revocations.set(Authority::new("b").list(&[7, 0x80]).as_bytes()), Ok(2));
+    assert!(meet(&alice, &bob).await.iter().all(Result::is_ok));
+    let both = format!("{}{}", Authority::new("b").list(&[1]), authority.list(&[7]));
+    assert_eq!(revocations.set(both.as_bytes()), Ok(2));
+    let [_, accepted] = meet(&alice, &bob).await;
+    assert!(matches!(accepted, Err(HandshakeError::Revoked(serial)) if serial == "07"));
+    let [connected, _] = meet(&bob, &alice).await;
+    assert!(matches!(connected, Err(HandshakeError::Revoked(serial)) if serial == "07"));
+    assert_eq!(revocations.set(authority.list(&[]).as_bytes()), Ok(0));
+    assert!(meet(&alice, &bob).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test]
+async fn a_connection_ends_when_its_peer_is_revoked() {
+    let authority = Authority::new("a");
+    let revocations = Revocations::default();
+    let alice = authority.leaf("alice", 7);
+    let bob = authority.leaf("bob", 8).revoking(revocations.clone());
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let expected = [bob.identity.to_string().into()];
+    let (a, b) = tokio::join!(
+        handshake::connect(&alice, near, std::net::Ipv4Addr::LOCALHOST.into(), &expected, DEADLINE),
+        handshake::accept(&bob, far, DEADLINE)
+    );
+    let ((mut a, _), (mut b, _)) = (a.expect("connect"), b.expect("accept"));
+    a.write_all(b"hello").await.expect("write");
+    let mut buf = [0; 5];
+    b.read_exact(&mut buf).await.expect("read");
+    let waiting = tokio::spawn(async move { b.read(&mut [0; 1]).await });
+    revocations.set(authority.list(&[9]).as_bytes()).expect("list");
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished(), "another one");
+    revocations.set(authority.list(&[9, 7]).as_bytes()).expect("list");
+    let ended = waiting.await.expect("join").expect_err("cut");
+    assert!(ended.to_string().contains("certificate 07 of the peer has been revoked"), "{ended}");
+}
+
+#[test]
+fn what_is_no_list_is_refused_with_its_place() {
+    let authority = Authority::new("a");
+    let good = authority.list(&[1, 2]);
+    let revocations = Revocations::default();
+    assert_eq!(revocations.set(b""), Ok(0));
+    assert_eq!(revocations.set(good.as_bytes()), Ok(2));
+    let der = Pem::iter_from_buffer(good.as_bytes()).next().expect("block").expect("PEM").contents;
+    assert_eq!(revocations.set(&der), Ok(2));
+    let certificate = format!("{good}{}", authority.certificate.pem());
+    for (bad, place) in [
+        (&b"rubbish"[..], "list 0: no PEM block"),
+        (certificate.as_bytes(), "list 1: a block of \"CERTIFICATE\""),
+        (&der[..der.len() - 3], "list 0: "),
+        (&[&der[..], b"x"].concat(), "list 0: 1 bytes after its end"),
+    ] {
+        let error = revocations.set(bad).expect_err("refused").to_string();
+        assert!(error.starts_with(place) && error.contains("expected X.509 CRLs"), "{error}");
+    }
+    assert_eq!(revocations.0.borrow().len(), 2, "the last good one stays");
+}
