@@ -23,6 +23,7 @@ const FIELDS: &[(&str, &str, bool)] = &[
     ("p99", "us p99", true),
     ("cpu_per_gb", "CPU-s/GB", true),
     ("cpu_us", "CPU-us each", true),
+    ("allocations", "allocations each", true),
     ("ms", "ms", true),
     ("mib", "MiB", true),
     ("failed", "failed", true),

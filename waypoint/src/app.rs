@@ -200,6 +200,7 @@ async fn pages(
                 (&Method::GET, "/explain") => explain::page(&admin, &request),
                 (&Method::GET, "/debug/pprof/profile") => profile::page(&request).await,
                 (&Method::GET, "/debug/pprof/heap") => heap::page().await,
+                (&Method::GET, "/debug/allocator") => heap::statistics(),
                 _ => stats(&metrics, &request),
             }
         }

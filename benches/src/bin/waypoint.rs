@@ -1,11 +1,11 @@
 //! Measurements of the waypoint beside Envoy in its role, interleaved in one run.
 //!
 //! ```text
-//! cargo bench-waypoint [--envoy PROGRAM] [--rounds N] [--seconds S] [--columns none,tcp,ours,envoy] [--rules 1,100,1000,5000] [--only PART-OF-A-ROW]
+//! cargo bench-waypoint [--envoy PROGRAM] [--rounds N] [--seconds S] [--columns plain,none,tcp,ours,envoy] [--rules 1,100,1000,5000] [--only PART-OF-A-ROW]
 //! ```
 //! Each round starts each column anew, in namespaces of its own: client and server in the mesh with our node tunnels at both
-//! ends, and between them nobody (`none`), our waypoint that only relays (`tcp`), our waypoint, or Envoy. CPU is of the waypoint
-//! alone. Compare CPU at equal connections and equal fixed rates: the ends share the machine's cores and saturate first.
+//! ends, and between them nobody (`none`), our waypoint that only relays (`tcp`), our waypoint, or Envoy. `plain` is the least that
+//! relays HTTP/1, without a mesh. CPU is of what is between the ends alone. Compare CPU at equal connections and equal fixed rates: the ends share the machine's cores and saturate first.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +21,7 @@ const SECONDS: &str = "AMBIT_BENCH_SECONDS";
 const ONLY: &str = "AMBIT_BENCH_ONLY";
 const RULES: &str = "AMBIT_BENCH_RULES";
 const CLIENT: &str = "bench/client";
+const RELAY: &str = "ambit-relay";
 
 /// A row: name, port, what is asked for, and more words for the load.
 const ROWS: &[(&str, u16, &str, &[&str])] = &[
@@ -28,6 +29,7 @@ const ROWS: &[(&str, u16, &str, &[&str])] = &[
     ("HTTP/1, 16 connections", 80, "/x", &["--conns", "16"]),
     ("HTTP/1, 64 connections", 80, "/x", &["--conns", "64"]),
     ("HTTP/2, 64 streams", 81, "/x", &["--h2", "--streams", "64"]),
+    ("gRPC, 64 streams", 81, "/x", &["--grpc", "--streams", "64"]),
     ("3,000 a second", 80, "/x", &["--rate", "3000", "--conns", "64"]),
     ("6,000 a second", 80, "/x", &["--rate", "6000", "--conns", "64"]),
     ("1 KB bodies, 16 connections", 80, "/bytes/1024", &["--conns", "16"]),
@@ -35,6 +37,24 @@ const ROWS: &[(&str, u16, &str, &[&str])] = &[
     ("1 MB bodies, HTTP/2, 4 streams", 81, "/bytes/1048576", &["--h2", "--streams", "4"]),
     ("new connections, 16 at a time", 80, "/x", &["--conns", "16", "--close"]),
 ];
+/// What a bad client does while a good one asks 500 times a second: name, how many of it at once, port, and its words before and after
+/// the target.
+const ATTACKS: &[(&str, usize, u16, [&str; 2])] = &[
+    ("nobody", 0, 80, ["", ""]),
+    ("4 floods of resets", 4, 81, ["flood", "resets"]),
+    ("4 floods of pings", 4, 81, ["flood", "pings"]),
+    ("4 floods of settings", 4, 81, ["flood", "settings"]),
+    ("4 floods of continuation", 4, 81, ["flood", "continuation"]),
+    ("100 slow readers", 1, 80, ["slow", "100"]),
+    ("100 slow heads", 1, 80, ["trickle", "heads 100"]),
+    ("100 slow bodies", 1, 80, ["trickle", "bodies 100"]),
+];
+const BAD: &str = "bench/bad";
+
+fn beside(name: &str) -> String {
+    format!("500 a second beside {name}")
+}
+
 const IDLE: &str = "idle memory";
 const SLOW: &str = "memory, 100 slow readers of 1 GB";
 
@@ -62,7 +82,7 @@ fn outside() -> Result<(), Failure> {
     programs::build()?;
     let envoy = option("--envoy").map(PathBuf::from);
     let rounds: usize = option("--rounds").and_then(|r| r.parse().ok()).unwrap_or(3);
-    let mut columns = vec!["none", "tcp", "ours"];
+    let mut columns = vec!["plain", "none", "tcp", "ours"];
     let mut env = vec![
         (SECONDS, option("--seconds").unwrap_or_else(|| "2".into())),
         (ONLY, option("--only").unwrap_or_default()),
@@ -90,6 +110,7 @@ fn outside() -> Result<(), Failure> {
         all.extend(run(&with, rounds, &env)?);
         if *n == 1 {
             names.extend(ROWS.iter().map(|(name, ..)| (*name).to_owned()));
+            names.extend(ATTACKS.iter().map(|(name, ..)| beside(name)));
             names.push(SLOW.to_owned());
         }
         names.extend(of_rules(*n));
@@ -106,7 +127,9 @@ fn inside() -> Result<(), Failure> {
 }
 
 fn pods(column: &str) -> String {
-    let bound = if column == "none" { "" } else { ", labels: {istio.io/use-waypoint: waypoint}" };
+    let bound = if matches!(column, "none" | "plain") { "" } else { ", labels: {istio.io/use-waypoint: waypoint}" };
+    let mode = if column == "plain" { "none" } else { "ambient" };
+    let first = if column == "plain" { "relay" } else { "server" };
     let (http, http2) = if column == "tcp" { ("tcp", "tcp") } else { ("http", "kubernetes.io/h2c") };
     format!(
         r#"apiVersion: v1
@@ -115,12 +138,17 @@ metadata: {{name: istio-system}}
 ---
 apiVersion: v1
 kind: Namespace
-metadata: {{name: bench, labels: {{istio.io/dataplane-mode: ambient}}}}
+metadata: {{name: bench, labels: {{istio.io/dataplane-mode: {mode}}}}}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {{name: client, namespace: bench}}
 spec: {{nodeName: node1, serviceAccountName: client, containers: [{{name: c, command: [ambit-app, sleep]}}]}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: bad, namespace: bench}}
+spec: {{nodeName: node1, serviceAccountName: bad, containers: [{{name: c, command: [ambit-app, sleep]}}]}}
 ---
 apiVersion: v1
 kind: Pod
@@ -131,7 +159,7 @@ apiVersion: v1
 kind: Service
 metadata: {{name: server, namespace: bench{bound}}}
 spec:
-  selector: {{app: server}}
+  selector: {{app: {first}}}
   ports:
   - {{name: one, port: 80, targetPort: 8080, appProtocol: {http}}}
   - {{name: two, port: 81, targetPort: 8080, appProtocol: {http2}}}
@@ -183,10 +211,13 @@ async fn column() -> Result<(), Failure> {
     let options = Options { ztunnel_env: vec![("RUST_LOG".into(), "warn".into())], ..Options::default() };
     let mesh = Mesh::start(options).await?;
     mesh.apply("bench.yaml", &pods(&column))?;
-    mesh.ready(&[CLIENT, "bench/server"]).await?;
-    mesh.in_mesh(&[CLIENT, "bench/server"]).await?;
+    mesh.ready(&[CLIENT, BAD, "bench/server"]).await?;
+    if column != "plain" {
+        mesh.in_mesh(&[CLIENT, BAD, "bench/server"]).await?;
+    }
     let program = match column.as_str() {
         "none" => None,
+        "plain" => Some(start_relay(&mesh).await?),
         "envoy" => Some(start_envoy(&mesh, rules).await?),
         _ => {
             mesh.apply("gateway.yaml", &gateway(""))?;
@@ -200,12 +231,15 @@ async fn column() -> Result<(), Failure> {
     let (path, header) = (format!("/api/s{}", rules - 1), format!("x-rule:r{}", rules - 1));
     let target = |port: u16| format!("server.bench:{port}");
     let start = Instant::now();
-    for port in [80, 81] {
+    // The plain relay speaks HTTP/1.
+    let ports: &[u16] = if column == "plain" { &[80] } else { &[80, 81] };
+    for &port in ports {
         loop {
             let more: &[&str] = if port == 81 { &["--h2"] } else { &[] };
             let result = load(&mesh, &target(port), 0.2, &path, &header, more).await;
             let through = match program {
                 None => true,
+                Some(RELAY) => true,
                 Some(_) => knows_waypoint(&mesh),
             };
             if through && result.as_ref().is_ok_and(|r| r["done"].as_u64() > Some(0) && r["failed"] == 0) {
@@ -220,16 +254,42 @@ async fn column() -> Result<(), Failure> {
     if rules == 1 && !pids.is_empty() {
         print(&json!({ "row": IDLE, "mib": memory(&pids) }));
     }
-    let rows = ROWS.iter().filter(|(row, ..)| rules == 1 && row.contains(&only));
+    let rows = ROWS.iter().filter(|(row, port, ..)| rules == 1 && row.contains(&only) && ports.contains(port));
     for (row, port, suffix, more) in rows {
         let full = format!("{path}{suffix}");
         load(&mesh, &target(*port), 0.3, &full, &header, more).await?;
-        let before = cpu(&pids);
+        let (before, given) = (cpu(&pids), allocations(&mesh));
         let result = load(&mesh, &target(*port), seconds, &full, &header, more).await?;
-        print(&line(row, &result, cpu(&pids) - before, suffix.ends_with("1048576"), !pids.is_empty()));
+        let mut line = line(row, &result, cpu(&pids) - before, suffix.ends_with("1048576"), !pids.is_empty());
+        if let (Some(before), Some(after), Some(done)) = (given, allocations(&mesh), result["done"].as_f64()) {
+            line["allocations"] = json!((after - before) / done.max(1.0));
+        }
+        print(&line);
     }
-    if pids.is_empty() {
+    if pids.is_empty() || column == "plain" {
         return Ok(());
+    }
+    let attacks = ATTACKS.iter().filter(|(name, ..)| rules == 1 && beside(name).contains(&only));
+    for (name, number, port, [kind, how]) in attacks {
+        let (target_of_bad, time) = (target(*port), (seconds + 0.5).to_string());
+        let words: Vec<&str> = std::iter::once("ambit-http")
+            .chain([*kind, &*target_of_bad])
+            .chain(how.split(' '))
+            .chain([&*time, "--path", &*path, "--header", &*header])
+            .collect();
+        // Only those that ask for something have a path and a header.
+        let words = if *kind == "slow" { &words[..] } else { &words[..words.len() - 4] };
+        let mut bad: Vec<_> = (0..*number).map(|_| mesh.exec_start(BAD, words)).collect::<Result<_, _>>()?;
+        let more = ["--rate", "500", "--conns", "16"];
+        let result = load(&mesh, &target(80), seconds, &path, &header, &more).await?;
+        for one in &mut bad {
+            mesh.wait("the bad client to end", |_| one.ended().is_some()).await?;
+        }
+        let mut line = json!({ "row": beside(name), "p50": result["p50"], "p99": result["p99"], "mib": memory(&pids) });
+        if result["failed"] != 0 {
+            line["failed"] = result["failed"].clone();
+        }
+        print(&line);
     }
     let [speed, resident, median, worst] = of_rules(rules);
     if speed.contains(&only) {
@@ -266,6 +326,29 @@ async fn column() -> Result<(), Failure> {
         print(&json!({ "row": worst, "ms": took[took.len() - 1] }));
     }
     Ok(())
+}
+
+/// How often our waypoint has asked its allocator for memory.
+fn allocations(mesh: &Mesh) -> Option<f64> {
+    let pods = mesh.kubelet.pods();
+    let (_, pod) = pods.into_iter().find(|((ns, name), _)| ns == "bench" && name.starts_with("waypoint-"))?;
+    let page = mesh.http_get(&pod.net.netns, 15000, "/debug/allocator").ok()?;
+    let all: Value = serde_json::from_str(&page).ok()?;
+    let merged = &all["jemalloc"]["stats.arenas"]["merged"];
+    Some(merged["small"]["nmalloc"].as_f64()? + merged["large"]["nmalloc"].as_f64()?)
+}
+
+/// Starts the plain relay; the name of its program.
+async fn start_relay(mesh: &Mesh) -> Result<&'static str, Failure> {
+    let server = mesh.kubelet.pod("bench", "server").ok_or_else(|| Failure::new("no server"))?.net.ips[0];
+    let yaml = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: relay, namespace: bench, labels: {{app: relay}}}}\n\
+         spec: {{nodeName: node1, containers: [{{name: c, command: [{RELAY}, \"8080\", \"{server}:8080\"], \
+         readinessProbe: {{tcpSocket: {{port: 8080}}}}}}]}}\n"
+    );
+    mesh.apply("relay.yaml", &yaml)?;
+    mesh.ready(&["bench/relay"]).await?;
+    Ok(RELAY)
 }
 
 fn knows_waypoint(mesh: &Mesh) -> bool {

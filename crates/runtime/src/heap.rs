@@ -1,6 +1,9 @@
-//! Heap profiles of this process, in the form that `go tool pprof` reads.
+//! Heap profiles of this process, in the form that `go tool pprof` reads, and what the allocator counts.
 //!
-//! Owns the page only; the allocator samples, and does so only in a process that was started for it, for its cost.
+//! Owns the pages only; the allocator samples, and does so only in a process that was started for it, for its cost. It counts
+//! always.
+
+use tikv_jemalloc_ctl::stats_print;
 
 use crate::http::{self, Page, StatusCode};
 
@@ -18,6 +21,21 @@ pub async fn page() -> Page {
     match tokio::task::spawn_blocking(move || control.dump_pprof().map_err(|e| e.to_string())).await {
         Ok(Ok(profile)) => http::bytes("application/octet-stream", profile),
         Ok(Err(error)) => http::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        Err(error) => http::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+/// The page `/debug/allocator`: what the allocator has given out since the start, in its own words (JSON, see jemalloc's
+/// manual).
+pub fn statistics() -> Page {
+    let mut options = stats_print::Options::default();
+    options.json_format = true;
+    options.skip_constants = true;
+    options.skip_per_arena = true;
+    options.skip_mutex_statistics = true;
+    let mut text = Vec::new();
+    match stats_print::stats_print(&mut text, options) {
+        Ok(()) => http::bytes("application/json", text),
         Err(error) => http::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
 }

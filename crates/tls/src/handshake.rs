@@ -87,6 +87,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let (buffered, connection) = tls.get_mut();
     keep_valid(config, connection.peer_certificates(), buffered)?;
+    told("accepted", connection);
     Ok((tls, peer))
 }
 
@@ -110,7 +111,13 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;
     let (buffered, connection) = tls.get_mut();
     keep_valid(config, connection.peer_certificates(), buffered)?;
+    told("connected", connection);
     Ok((tls, peer))
+}
+
+fn told<D>(what: &str, connection: &rustls::ConnectionCommon<D>) {
+    let kx = connection.negotiated_key_exchange_group().map(|group| group.name());
+    tracing::debug!(cipher = ?connection.negotiated_cipher_suite().map(|s| s.suite()), ?kx, "TLS {what}");
 }
 
 /// Refuses a chain of which a certificate is revoked; a later revocation ends the connection.

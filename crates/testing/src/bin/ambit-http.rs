@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! ambit-http serve PORT                    HTTP/1.1 and HTTP/2 without TLS: /bytes/N answers N bytes, everything else `ok`
-//! ambit-http load HOST:PORT SECONDS [--conns N] [--streams N] [--h2] [--rate N] [--path P] [--header N:V] [--close] [--expect S]
+//! ambit-http load HOST:PORT SECONDS [--conns N] [--streams N] [--h2] [--rate N] [--path P] [--header N:V] [--close] [--expect S] [--grpc]
 //!                                          prints answers, failures, seconds, percentiles in microseconds, bytes
 //!   --rate N     open loop: so many a second on all connections together, each timed from when it was due
 //!   --close      each request on a connection of its own
+//!   --grpc       a call of gRPC with one message, over HTTP/2, that must end with status 0
 //! ambit-http await HOST:PORT PATH SECONDS  asks until the answer is 200; prints the microsecond of that since 1970
 //! ambit-http flood HOST:PORT KIND SECONDS sends what no good client sends, as HTTP/2, without reading an answer: resets, pings,
 //!                                          settings, continuation; prints how many frames, and whether it was thrown out
@@ -23,8 +24,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -34,7 +35,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 
 type Outcome<T> = Result<T, String>;
-type NoBody = Empty<Bytes>;
+type Sent = Full<Bytes>;
+
+/// A message of gRPC: not compressed, five bytes.
+const MESSAGE: &[u8] = b"\0\0\0\0\x05hello";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -85,6 +89,9 @@ type Body = http_body_util::combinators::BoxBody<Bytes, Infallible>;
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     static BLOCK: [u8; 1 << 20] = [b'x'; 1 << 20];
+    if request.headers().get(header::CONTENT_TYPE).is_some_and(|t| t == GRPC) {
+        return Ok(call(request).await);
+    }
     let size = request.uri().path().rsplit_once("/bytes/").and_then(|(_, n)| n.parse::<usize>().ok());
     let body = match size {
         None => Full::new(Bytes::from_static(b"ok")).boxed(),
@@ -100,6 +107,19 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible
     Ok(Response::new(body))
 }
 
+const GRPC: &str = "application/grpc";
+
+/// Answers a call with what it said.
+async fn call(request: Request<Incoming>) -> Response<Body> {
+    let said = request.into_body().collect().await.map(|all| all.to_bytes()).unwrap_or_default();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from(0));
+    let frames = [Ok(Frame::data(said)), Ok(Frame::trailers(trailers))];
+    let mut response = Response::new(StreamBody::new(futures::stream::iter(frames)).boxed());
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(GRPC));
+    response
+}
+
 fn option<'a>(words: &[&'a str], name: &str) -> Option<&'a str> {
     words.iter().position(|w| *w == name).and_then(|at| words.get(at + 1)).copied()
 }
@@ -111,13 +131,20 @@ struct Ask {
     path: String,
     header: Option<(HeaderName, HeaderValue)>,
     h2: bool,
+    grpc: bool,
     expect: StatusCode,
 }
 
 impl Ask {
-    fn request(&self) -> Outcome<Request<NoBody>> {
+    fn request(&self) -> Outcome<Request<Sent>> {
         let uri = if self.h2 { format!("http://{}{}", self.target, self.path) } else { self.path.clone() };
-        let mut request = Request::new(NoBody::new());
+        let mut request = Request::new(Sent::default());
+        if self.grpc {
+            *request.method_mut() = Method::POST;
+            *request.body_mut() = Sent::new(Bytes::from_static(MESSAGE));
+            request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(GRPC));
+            request.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
+        }
         *request.uri_mut() = uri.parse().map_err(|e| format!("{uri}: {e}"))?;
         if !self.h2 {
             let host = HeaderValue::from_str(&self.target).map_err(|e| e.to_string())?;
@@ -147,8 +174,8 @@ impl Ask {
 }
 
 enum Sender {
-    H1(http1::SendRequest<NoBody>),
-    H2(http2::SendRequest<NoBody>),
+    H1(http1::SendRequest<Sent>),
+    H2(http2::SendRequest<Sent>),
 }
 
 impl Sender {
@@ -167,9 +194,17 @@ impl Sender {
             None => e.into_error().to_string(),
         })?;
         let status = response.status();
+        let mut code = response.headers().get("grpc-status").cloned();
         let (mut body, mut bytes) = (response.into_body(), 0);
         while let Some(frame) = body.frame().await {
-            bytes += frame.map_err(|e| e.to_string())?.data_ref().map_or(0, |d| d.len() as u64);
+            let frame = frame.map_err(|e| e.to_string())?;
+            bytes += frame.data_ref().map_or(0, |d| d.len() as u64);
+            if let Some(status) = frame.trailers_ref().and_then(|t| t.get("grpc-status")) {
+                code = Some(status.clone());
+            }
+        }
+        if ask.grpc && code.as_ref().is_none_or(|c| c != "0") {
+            return Err(format!("the call has ended with {code:?}"));
         }
         if status == ask.expect { Ok(bytes) } else { Err(format!("answered {status}")) }
     }
@@ -230,7 +265,8 @@ async fn load(target: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
         target: target.to_owned(),
         path: option(words, "--path").unwrap_or("/").to_owned(),
         header,
-        h2: words.contains(&"--h2"),
+        h2: words.contains(&"--h2") || words.contains(&"--grpc"),
+        grpc: words.contains(&"--grpc"),
         expect: StatusCode::from_u16(expect).map_err(|_| "--expect: expected a status")?,
     });
     let seen = Rc::new(RefCell::new(Seen::default()));
@@ -346,7 +382,14 @@ async fn open(ask: Rc<Ask>, conns: usize, rate: usize, end: Instant, seen: Rc<Re
 
 async fn until(target: &str, path: &str, seconds: &str) -> Outcome<()> {
     let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
-    let ask = Ask { target: target.to_owned(), path: path.to_owned(), header: None, h2: false, expect: StatusCode::OK };
+    let ask = Ask {
+        target: target.to_owned(),
+        path: path.to_owned(),
+        header: None,
+        h2: false,
+        grpc: false,
+        expect: StatusCode::OK,
+    };
     let end = Instant::now() + Duration::from_secs_f64(seconds);
     let mut sender = ask.connect().await?;
     println!("asking");

@@ -91,7 +91,10 @@ fn what_cannot_be_honoured_is_refused_with_its_path() {
         ("{tracing: [{randomSamplingPercentage: 101}]}", "spec.tracing[0].randomSamplingPercentage: \"101\""),
         ("{tracing: [{customTags: {a: {}}}]}", "spec.tracing[0].customTags.a"),
         ("{tracing: [{customTags: {a: {environment: {name: X}}}}]}", "environment: unknown field"),
-        ("{metrics: [{overrides: [{match: {metric: GRPC_REQUEST_MESSAGES}}]}]}", "spec.metrics[0].overrides[0].match.metric"),
+        (
+            "{metrics: [{overrides: [{match: {metric: GRPC_REQUEST_MESSAGES}}]}]}",
+            "spec.metrics[0].overrides[0].match.metric",
+        ),
         ("{metrics: [{overrides: [{tagOverrides: {colour: {operation: REMOVE}}}]}]}", "tagOverrides.colour"),
         ("{metrics: [{overrides: [{tagOverrides: {source_app: {value: request.host}}}]}]}", "a text in quotes"),
     ] {
