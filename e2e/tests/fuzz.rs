@@ -315,7 +315,10 @@ fn configurations_of_services() {
         "backends":[],"requestTimeoutMs":1000}]}],"policies":[{"name":"a/p","action":"deny","rules":[{}]}],
         "telemetry":{"logFilter":"response.code >= 400"}}"#;
     feed("configuration of a service", &[config.as_bytes()], |input| {
+        let read = ambit_model::l7::wire::Read::default().read(input);
         let Ok(config) = serde_json::from_slice::<ServiceConfig>(input) else { return };
+        // What is read one way is read the other.
+        assert!(read.is_ok_and(|read| read == config));
         let _ = Telling::new(&config.telemetry);
         PolicyTable::new(&config.policies);
         let Ok(table) = RouteTable::new(&config.routes) else { return };

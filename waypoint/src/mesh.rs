@@ -12,6 +12,7 @@ use ambit_model::NamespacedHostname;
 use ambit_model::l7::policy::PolicyTable;
 use ambit_model::l7::table::RouteTable;
 use ambit_model::l7::traffic::Traffic;
+use ambit_model::l7::wire::Read;
 use ambit_model::l7::{RouteRule, ServiceConfig};
 use ambit_runtime::Readiness;
 use ambit_store::receive::{self, body, decode};
@@ -117,6 +118,8 @@ impl Services {
 pub struct MeshHandler {
     store: Arc<Store>,
     services: Arc<ArcSwap<Services>>,
+    /// Rules that were read before.
+    read: Read,
     /// Compiled, and not in force before what they lead to is known.
     waiting: HashMap<NamespacedHostname, Arc<Bound>>,
     own: Own,
@@ -143,8 +146,8 @@ impl MeshHandler {
     ) -> Self {
         readiness.pending("addresses", "no answer from the controller yet");
         readiness.pending("services", "no answer from the controller yet");
-        let (waiting, absent, limiters, own_names) = Default::default();
-        Self { store, services, waiting, own, own_names, needs, absent, fresh: true, keys, limiters, readiness }
+        let (read, waiting, absent, limiters, own_names) = Default::default();
+        Self { store, services, read, waiting, own, own_names, needs, absent, fresh: true, keys, limiters, readiness }
     }
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
@@ -165,13 +168,17 @@ impl MeshHandler {
                 rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
                 continue;
             };
-            let bound = compile(&key, resource, &self.keys, &self.limiters).unwrap_or_else(|reason| {
+            let before = self.waiting.get(&key).or_else(|| services.bound.get(&key));
+            let routes = before.map(|b| &b.routes);
+            let bound = compile(&key, resource, routes, &mut self.read, &self.keys, &self.limiters);
+            let bound = bound.unwrap_or_else(|reason| {
                 rejected.push((resource.name.clone(), reason.clone()));
                 Bound { closed: Some(reason), leads: Leads::of(&key, &ServiceConfig::default()), ..Bound::default() }
             });
             self.waiting.insert(key, Arc::new(bound));
         }
         self.settle(services);
+        self.read.sweep();
         if self.waiting.is_empty() {
             self.readiness.ready("services");
         }
@@ -224,14 +231,23 @@ impl MeshHandler {
     }
 }
 
-fn compile(key: &NamespacedHostname, resource: &Resource, keys: &Keys, limiters: &Limiters) -> Result<Bound, String> {
+fn compile(
+    key: &NamespacedHostname,
+    resource: &Resource,
+    before: Option<&RouteTable>,
+    read: &mut Read,
+    keys: &Keys,
+    limiters: &Limiters,
+) -> Result<Bound, String> {
     let message = body(resource).and_then(decode::<WaypointService>).map_err(|e| e.to_string())?;
-    let config: ServiceConfig = serde_json::from_slice(&message.config).map_err(|e| format!("config: {e}"))?;
+    let config = read.read(&message.config).map_err(|e| format!("config: {e}"))?;
     let leads = Leads::of(key, &config);
-    let routes = RouteTable::new(&config.routes).map_err(|e| e.to_string())?;
+    let routes = before.map_or_else(|| RouteTable::new(&config.routes), |before| before.next(&config.routes));
+    let routes = routes.map_err(|e| e.to_string())?;
     let tokens = TokenTable::new(&config.tokens, keys)?;
     let treat = |rule: &RouteRule| Treatment::new(rule, limiters).map_err(|e| e.to_string());
-    let treatments = config.routes.iter().flat_map(|r| &r.rules).map(treat).collect::<Result<_, _>>()?;
+    let rules = config.routes.iter().flat_map(|r| &r.rules);
+    let treatments = rules.map(|rule| treat(rule)).collect::<Result<_, _>>()?;
     let traffic = config.traffic.into_iter().map(|(service, of)| {
         let ports = of.ports.into_iter().map(|(port, traffic)| (port, Arc::new(traffic))).collect();
         (service, OfPorts { all: Arc::new(of.all), ports })

@@ -43,7 +43,7 @@ impl Leads {
     /// Those of a service.
     pub fn of(service: &NamespacedHostname, config: &ServiceConfig) -> Self {
         let mut services = BTreeSet::from([service.clone()]);
-        let rules = config.routes.iter().flat_map(|r| &r.rules).chain([&config.default]);
+        let rules = config.routes.iter().flat_map(|r| &r.rules).map(|rule| &**rule).chain([&config.default]);
         rules.flat_map(targets).for_each(|target| {
             if let BackendTarget::Service(service, _) = target {
                 services.insert(service.clone());

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_benches::option;
-use ambit_model::l7::ServiceConfig;
 use ambit_model::l7::table::RouteTable;
+use ambit_model::l7::wire::Read;
 use istiod_lite::index::{Enrolled, Index, Settings};
 use istiod_lite::objects::known::Kind;
 use istiod_lite::objects::{Key, Loaded, Objects, Place, parse};
@@ -172,17 +172,35 @@ fn of_routes(routes: usize, rounds: usize) {
     let mesh = controller.index.update(&controller.objects, &controller.enrolled);
     let bound = mesh.bound.values().next().expect("the service is bound");
     let text = serde_json::to_vec(&bound.config).expect("numbers and texts");
+    let last = bound.config.routes.len() - 1;
     let (mut read, mut compiled) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
+    let (mut read_again, mut compiled_again) = (Vec::new(), Vec::new());
+    let timed = |to: &mut Vec<Duration>, start: Instant| to.push(start.elapsed());
+    for round in 0..rounds {
+        let mut known = Read::default();
         let start = Instant::now();
-        let config: ServiceConfig = serde_json::from_slice(&text).expect("what we write");
-        read.push(start.elapsed());
+        let config = known.read(&text).expect("what we write");
+        timed(&mut read, start);
         let start = Instant::now();
         let table = RouteTable::new(&config.routes).expect("good routes");
-        compiled.push(start.elapsed());
-        drop(table);
+        timed(&mut compiled, start);
+        // One rule is another one.
+        let mut next = config.clone();
+        Arc::make_mut(&mut next.routes[last].rules[0]).request_timeout_ms = Some(round as u64 + 1);
+        let next = serde_json::to_vec(&next).expect("numbers and texts");
+        let start = Instant::now();
+        let next = known.read(&next).expect("what we write");
+        timed(&mut read_again, start);
+        let start = Instant::now();
+        drop(table.next(&next.routes).expect("good routes"));
+        timed(&mut compiled_again, start);
     }
-    for (what, mut times) in [("read by its waypoint", read), ("compiled by its waypoint", compiled)] {
+    for (what, mut times) in [
+        ("read by its waypoint", read),
+        ("compiled by its waypoint", compiled),
+        ("one changes, read by its waypoint", read_again),
+        ("one changes, compiled by its waypoint", compiled_again),
+    ] {
         times.sort();
         let ms = |d: Duration| d.as_secs_f64() * 1e3;
         let (median, worst) = (ms(times[rounds / 2]), ms(times[rounds - 1]));

@@ -9,13 +9,14 @@ use std::sync::{Arc, LazyLock};
 
 use super::lookup::{ENDPOINTS, Entry, World};
 use super::policies::Authentication;
-use super::{Enrolled, Mesh, Settings, build, gateways, pods};
+use super::{Enrolled, Mesh, Settings, build_with, gateways, pods, routes};
 use crate::objects::all::Change;
 use crate::objects::{Key, Loaded, Object, Objects, core};
 
 /// Makes meshes, one after the other.
 pub struct Index {
     settings: Settings,
+    known: routes::Known,
     last: Option<Last>,
 }
 
@@ -28,18 +29,22 @@ struct Last {
 impl Index {
     /// Has made none yet.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, last: None }
+        Self { settings, known: routes::Known::default(), last: None }
     }
 
     /// The mesh of these objects and reports.
     pub fn update(&mut self, objects: &Objects, enrolled: &Enrolled) -> Mesh {
+        let known = &mut self.known;
         let mesh = match &self.last {
-            None => build(objects, enrolled, &self.settings),
-            Some(last) => last.follow(objects, enrolled, &self.settings).unwrap_or_else(|| {
-                let mut mesh = build(objects, enrolled, &self.settings);
-                reuse(&mut mesh, &last.mesh);
-                mesh
-            }),
+            None => build_with(objects, enrolled, &self.settings, known),
+            Some(last) => {
+                known.follow(objects, &last.objects);
+                last.follow(objects, enrolled, &self.settings).unwrap_or_else(|| {
+                    let mut mesh = build_with(objects, enrolled, &self.settings, known);
+                    reuse(&mut mesh, &last.mesh);
+                    mesh
+                })
+            }
         };
         self.last = Some(Last { objects: objects.clone(), enrolled: enrolled.clone(), mesh: mesh.clone() });
         mesh

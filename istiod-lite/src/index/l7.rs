@@ -43,7 +43,7 @@ pub struct Bound {
 const TELL_CLIENT: &str = "ambient.istio.io/xfcc-include-client-identity";
 
 /// Adds what waypoints are told.
-pub fn build(world: &World<'_>, mesh: &mut Mesh) {
+pub fn build(world: &World<'_>, known: &mut routes::Known, mesh: &mut Mesh) {
     let mut bound: BTreeMap<Owner<'_>, Bound> = BTreeMap::new();
     let bind = |gateway: (&str, &str), meta: &Meta, own| {
         // The object's word comes before that of its Gateway.
@@ -78,7 +78,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             bound.insert(("ServiceEntry", namespace, name), bind(gateway, entry.meta, own));
         }
     }
-    attach_routes(world, &mut bound, mesh);
+    attach_routes(world, known, &mut bound, mesh);
     attach_tokens(world, &mut bound, mesh);
     attach_policies(world, &mut bound, mesh);
     close(world, &bound, mesh);
@@ -183,31 +183,32 @@ struct Candidate<'a> {
     key: &'a Key,
     meta: &'a Meta,
     parents: &'a [ParentRef],
-    compiled: Result<routes::Compiled, Invalid>,
+    compiled: routes::Outcome,
 }
 
-fn attach_routes<'a>(world: &World<'a>, bound: &mut BTreeMap<Owner<'a>, Bound>, mesh: &mut Mesh) {
-    let http = world.http_routes.iter().map(|r| Candidate {
-        key: r.key,
-        meta: r.meta,
-        parents: &r.object.spec.parent_refs,
-        compiled: routes::http(world, r.key, &r.object.spec),
-    });
-    let grpc = world.grpc_routes.iter().map(|r| Candidate {
-        key: r.key,
-        meta: r.meta,
-        parents: &r.object.spec.parent_refs,
-        compiled: routes::grpc(world, r.key, &r.object.spec),
-    });
+fn attach_routes<'a>(
+    world: &World<'a>,
+    known: &mut routes::Known,
+    bound: &mut BTreeMap<Owner<'a>, Bound>,
+    mesh: &mut Mesh,
+) {
     // gRPC wins over HTTP; then the older one.
-    let mut all: Vec<Candidate<'_>> = grpc.chain(http).collect();
+    let mut all: Vec<Candidate<'_>> = Vec::with_capacity(world.grpc_routes.len() + world.http_routes.len());
+    for r in &world.grpc_routes {
+        let compiled = known.get(r.key, || routes::grpc(world, r.key, &r.object.spec));
+        all.push(Candidate { key: r.key, meta: r.meta, parents: &r.object.spec.parent_refs, compiled });
+    }
+    for r in &world.http_routes {
+        let compiled = known.get(r.key, || routes::http(world, r.key, &r.object.spec));
+        all.push(Candidate { key: r.key, meta: r.meta, parents: &r.object.spec.parent_refs, compiled });
+    }
     all.sort_by_key(|c| (c.key.kind != "GRPCRoute", c.meta.age()));
     for candidate in &all {
         let statuses = mesh.statuses.entry(candidate.key.clone()).or_default();
         for (n, parent) in candidate.parents.iter().enumerate() {
             statuses.push(attach(candidate, n, parent, world, bound));
         }
-        match &candidate.compiled {
+        match &*candidate.compiled {
             Ok(compiled) if compiled.unresolved.is_empty() => {
                 statuses.push(Condition::yes("ResolvedRefs", "ResolvedRefs", "all references are resolved"));
             }
@@ -262,7 +263,7 @@ fn attach<'a>(
     {
         return no("NoMatchingParent", format!("{kind_of} {namespace}/{} has no port {port}", parent.name));
     }
-    let compiled = match &candidate.compiled {
+    let compiled = match &*candidate.compiled {
         Ok(compiled) => compiled,
         Err(Invalid { path, value, expected }) => {
             return Condition::no("Accepted", "UnsupportedValue", format!("{path}: {value:?}: expected {expected}"));

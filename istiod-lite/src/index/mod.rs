@@ -130,6 +130,11 @@ pub type Enrolled = BTreeMap<String, Arc<BTreeSet<String>>>;
 
 /// Makes the mesh.
 pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mesh {
+    build_with(objects, enrolled, settings, &mut routes::Known::default())
+}
+
+/// The same, with what is known of routes that are as they were.
+fn build_with(objects: &Objects, enrolled: &Enrolled, settings: &Settings, known: &mut routes::Known) -> Mesh {
     let config_key = Key { kind: "ConfigMap", namespace: settings.namespace.clone(), name: "istio".into() };
     let config = match objects.get(&config_key).map(|o| &o.object) {
         Some(Object::MeshConfig(config)) => (**config).clone(),
@@ -142,7 +147,7 @@ pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mes
     entries::services(&world, &mut mesh);
     let authentication = policies::Authentication::new(&world, &mut mesh);
     policies::authorization(&world, &mut mesh);
-    l7::build(&world, &mut mesh);
+    l7::build(&world, known, &mut mesh);
     pods::build(&pods::Context::new(&world, enrolled, &authentication), &mut mesh);
     entries::workloads(&world, &authentication, &mut mesh);
     services::endpoints(&world, &mut mesh);

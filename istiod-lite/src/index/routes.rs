@@ -3,6 +3,9 @@
 //! Owns the meaning of every field and what is refused, with the field's path. Attachment to services is
 //! [`super::l7`]'s.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use ambit_model::l7::traffic::Session;
 use ambit_model::l7::{
     Backend, BackendTarget, Cors, Filter, HeaderChange, Mirror, PathChange, PathMatch, Redirect, RequestMatch, Retry,
@@ -13,15 +16,53 @@ use ambit_model::{NamespacedHostname, Str};
 use super::lookup::World;
 use super::policies::Invalid;
 use super::services;
-use crate::objects::{Key, route};
+use crate::objects::{Key, Objects, route};
 
 /// What is compiled of a route.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
     /// Its rules.
-    pub rules: Vec<RouteRule>,
+    pub rules: Vec<Arc<RouteRule>>,
     /// References that lead nowhere or are not allowed: reason and words.
     pub unresolved: Vec<(&'static str, String)>,
+}
+
+/// What was compiled of routes for the mesh before.
+#[derive(Debug, Default)]
+pub struct Known(HashMap<Key, Outcome>);
+
+/// A route, compiled, or why not.
+pub type Outcome = Arc<Result<Compiled, Invalid>>;
+
+impl Known {
+    /// Kinds that say, besides the route itself, what a route means.
+    const OTHERS: &[&str] = &["ConfigMap", "Namespace", "ReferenceGrant", "Service"];
+
+    /// Forgets what may be another thing in a newer state.
+    pub fn follow(&mut self, objects: &Objects, before: &Objects) {
+        let changed: Vec<&str> = objects.kinds_changed(before).collect();
+        let differs = |kind: &&&str| changed.contains(kind) && !objects.changes(before, kind).is_empty();
+        if Self::OTHERS.iter().any(|kind| differs(&kind)) {
+            self.0.clear();
+        }
+        for kind in ["HTTPRoute", "GRPCRoute"].into_iter().filter(|kind| changed.contains(kind)) {
+            for change in objects.changes(before, kind) {
+                self.0.remove(&**change.key);
+            }
+        }
+    }
+
+    /// What a route is compiled to.
+    pub fn get(&mut self, key: &Key, compile: impl FnOnce() -> Result<Compiled, Invalid>) -> Outcome {
+        match self.0.get(key) {
+            Some(known) => known.clone(),
+            None => {
+                let made = Arc::new(compile());
+                self.0.insert(key.clone(), made.clone());
+                made
+            }
+        }
+    }
 }
 
 fn invalid<T>(path: String, value: impl ToString, expected: &'static str) -> Result<T, Invalid> {
@@ -60,7 +101,7 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
                 None => invalid(format!("{at}.timeouts.{field}"), text, "a duration such as 10s or 500ms (GEP-2257)"),
             },
         };
-        compiled.rules.push(RouteRule {
+        compiled.rules.push(Arc::new(RouteRule {
             name: rule.name.as_deref().map(Str::from),
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
             filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
@@ -70,10 +111,10 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
             retry: rule.retry.as_ref().map(|r| retry(&format!("{at}.retry"), r)).transpose()?,
             session: rule.session_persistence.as_ref().map(|s| session(key, n, s)).transpose()?,
             ..RouteRule::default()
-        });
+        }));
     }
     if spec.rules.is_empty() {
-        compiled.rules.push(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() });
+        compiled.rules.push(Arc::new(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() }));
     }
     Ok(compiled)
 }
@@ -153,17 +194,17 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
                 ..Default::default()
             });
         }
-        compiled.rules.push(RouteRule {
+        compiled.rules.push(Arc::new(RouteRule {
             name: rule.name.as_deref().map(Str::from),
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
             filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
             backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
             session: rule.session_persistence.as_ref().map(|s| session(key, n, s)).transpose()?,
             ..RouteRule::default()
-        });
+        }));
     }
     if spec.rules.is_empty() {
-        compiled.rules.push(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() });
+        compiled.rules.push(Arc::new(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() }));
     }
     Ok(compiled)
 }

@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ambit_model::l7::traffic::{Abort, Ejection, Fault, Limits, RateKey, RateLimit, RetryBudget, SuccessRate, Traffic};
 use ambit_model::l7::{Retry, RouteRule};
@@ -100,7 +101,10 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
                     }
                     Level::Service | Level::Gateway => of_service(c),
                 };
-                treat(rule, &mut candidates, &of_rule);
+                // Most have none, and stay those that others have too.
+                if candidates.iter().any(&of_rule) {
+                    treat(Arc::make_mut(rule), &mut candidates, &of_rule);
+                }
             }
         }
         treat(&mut one.config.default, &mut candidates, &of_service);

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+use ambit_model::l7::wire::Texts;
 use ambit_model::policy::{Action, Policy};
 use ambit_model::workload::Health;
 use ambit_model::{Service, Str, Workload};
@@ -179,6 +180,7 @@ pub struct Resources {
     node_pods: Kind,
     namespaces: Kind,
     waypoint_services: Kind,
+    texts: Texts,
 }
 
 impl Resources {
@@ -212,10 +214,12 @@ impl Resources {
         self.node_pods.take(generation, pods);
         let bound = mesh.bound.changes(&old.bound).into_iter().map(|(key, bound)| {
             let name = key.to_string();
-            let bound = bound.and_then(|bound| of_bound(&name, bound));
+            let bound = bound.and_then(|bound| of_bound(&name, bound, &mut self.texts));
             (name.into(), bound)
         });
         self.waypoint_services.take(generation, bound);
+        drop(old);
+        self.texts.sweep();
     }
 
     /// When the source told of the first change of a kind after a generation, where that is not too long ago.
@@ -267,9 +271,9 @@ fn of_service(s: &Service) -> Encoded {
     Encoded { aliases, ..Encoded::new(&message) }
 }
 
-fn of_bound(name: &str, bound: &Bound) -> Option<Encoded> {
+fn of_bound(name: &str, bound: &Bound, texts: &mut Texts) -> Option<Encoded> {
     // Its types are numbers, texts, lists and options: nothing that JSON does not have.
-    let config = serde_json::to_vec(&bound.config).ok()?.into();
+    let config = texts.write(&bound.config).ok()?.into();
     let message = WaypointService { service: name.to_owned(), config };
     let (namespace, account) = &bound.gateway;
     let audience = std::iter::once(account).chain(&bound.canary).map(|a| waypoint(namespace, a).into()).collect();

@@ -20,8 +20,10 @@ fn a_service_leads_to_backends_mirrors_authorizers_and_key_sets() {
         backends: vec![backend, Backend::default()],
         ..RouteRule::default()
     };
-    let mut config =
-        ServiceConfig { routes: vec![Route { rules: vec![rule], ..Route::default() }], ..ServiceConfig::default() };
+    let mut config = ServiceConfig {
+        routes: vec![Route { rules: vec![rule.into()], ..Route::default() }],
+        ..ServiceConfig::default()
+    };
     config.tokens = serde_json::from_str(r#"[{"name":"ns/t","issuer":"i","jwksUri":"http://keys.idp:8000/jwks"}]"#)
         .expect("tokens");
     config.policies =

@@ -12,11 +12,13 @@ pub mod table;
 pub mod telemetry;
 pub mod token;
 pub mod traffic;
+pub mod wire;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -78,7 +80,7 @@ pub struct Route {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
     /// Its rules.
-    pub rules: Vec<RouteRule>,
+    pub rules: Vec<Arc<RouteRule>>,
 }
 
 /// A rule of a route.

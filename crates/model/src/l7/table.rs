@@ -69,7 +69,9 @@ struct Bucket {
 
 #[derive(Clone, Debug)]
 struct Entry {
-    matcher: Matcher,
+    matcher: Arc<Matcher>,
+    /// Which of its rule's matches that is.
+    part: usize,
     chosen: Chosen,
 }
 
@@ -172,6 +174,12 @@ pub fn whole(expression: &str) -> Result<Regex, BadExpression> {
 impl RouteTable {
     /// Compiles routes, which come with the winner of a tie first.
     pub fn new(routes: &[Route]) -> Result<Self, BadExpression> {
+        Self::default().next(routes)
+    }
+
+    /// The table of other routes; what both have in common is not compiled again.
+    pub fn next(&self, routes: &[Route]) -> Result<Self, BadExpression> {
+        let before = self.matchers();
         let mut table = Self::default();
         let mut order = 0;
         for route in routes {
@@ -185,17 +193,21 @@ impl RouteTable {
             };
             let entries = &mut rules.entries;
             for (index, rule) in route.rules.iter().enumerate() {
-                let rule = Arc::new(rule.clone());
+                let known = before.get(&Arc::as_ptr(rule)).filter(|all| all.len() == rule.matches.len());
                 let named = rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
                 let name: Str = format!("{:?} {} rule {index}{named}", route.kind, route.name).into();
-                for one in &rule.matches {
-                    let matcher = Matcher::new(one)?;
+                for (n, one) in rule.matches.iter().enumerate() {
+                    let matcher = match known {
+                        Some(all) => all[n].clone(),
+                        None => Arc::new(Matcher::new(one)?),
+                    };
                     let prefix = match &matcher.path {
                         Path::Prefix(prefix) => Some(prefix.clone()),
                         Path::Exact(_) | Path::Regex(_) => None,
                     };
                     let (route, kind, rule, name) = (route.name.clone(), route.kind, rule.clone(), name.clone());
-                    entries.push(Entry { matcher, chosen: Chosen { route, name, kind, index, order, rule, prefix } });
+                    let chosen = Chosen { route, name, kind, index, order, rule, prefix };
+                    entries.push(Entry { matcher, part: n, chosen });
                 }
                 order += 1;
             }
@@ -204,6 +216,24 @@ impl RouteTable {
             scope.finish();
         }
         Ok(table)
+    }
+
+    /// What was compiled of each rule, by its address; the table keeps the rules, so no other one has it.
+    fn matchers(&self) -> HashMap<*const RouteRule, Vec<Arc<Matcher>>> {
+        let scopes = std::iter::once(&self.producers).chain(self.consumers.values());
+        let entries = scopes.flat_map(|s| s.by_port.values().chain([&s.other])).flat_map(|r| &r.entries);
+        let mut all: HashMap<_, Vec<(usize, Arc<Matcher>)>> = HashMap::new();
+        for entry in entries {
+            let of = all.entry(Arc::as_ptr(&entry.chosen.rule)).or_default();
+            if of.iter().all(|(part, _)| *part != entry.part) {
+                of.push((entry.part, entry.matcher.clone()));
+            }
+        }
+        let sorted = |mut of: Vec<(usize, Arc<Matcher>)>| {
+            of.sort_by_key(|(part, _)| *part);
+            of.into_iter().map(|(_, matcher)| matcher).collect()
+        };
+        all.into_iter().map(|(at, of)| (at, sorted(of))).collect()
     }
 
     /// The rule of a request that came to `port` from a client of `namespace`.
