@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::{Route, RouteKind, RouteRule, ServiceConfig, is_default, policy, telemetry, token, traffic};
+use super::{Route, RouteKind, RouteRule, ServiceConfig, policy, telemetry, token, traffic};
 use crate::{NamespacedHostname, Str};
 
 /// A [`ServiceConfig`] with its rules as text.
@@ -46,7 +46,7 @@ struct RouteText<'a> {
 struct Written<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     routes: Vec<RouteText<'a>>,
-    #[serde(flatten, skip_serializing_if = "is_default")]
+    #[serde(flatten)]
     rest: &'a ServiceConfig,
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::index::build;
 use crate::index::tests::settings;
 use crate::objects::{Place, parse};
 use crate::push::Resources;
@@ -61,6 +62,35 @@ spec: {targetRefs: [{kind: Service, group: "", name: named}, {kind: Service, gro
 const LATE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: late, namespace: out}\n\
     spec: {clusterIP: 10.96.0.9, selector: {app: c}, ports: [{port: 80}]}\n";
 
+/// What routes to it depend on.
+const GRANT: &str = "apiVersion: gateway.networking.k8s.io/v1beta1\nkind: ReferenceGrant\nmetadata: {name: routes, namespace: out}\n\
+    spec: {from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: in}], to: [{group: '', kind: Service}]}\n";
+
+/// What changes rules of a route that stays as it is.
+const SLOW: &str = "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: slow, namespace: in}\n\
+    spec: {targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: r0}], faults: [{delay: {duration: 1s, percentage: 10}}]}\n";
+
+fn toggle(objects: &mut Objects, (kind, namespace, name): (&'static str, &str, &str), yaml: &str) {
+    let key = Key { kind, namespace: namespace.into(), name: name.into() };
+    if objects.contains_key(&key) {
+        objects.remove(&key);
+    } else {
+        put(objects, yaml);
+        assert!(objects.contains_key(&key), "{key:?}");
+    }
+}
+
+fn route(random: &mut fastrand::Rng) -> String {
+    let (name, parent) = (random.u8(..3), ["named", "numbered", "late"][random.usize(..3)]);
+    let backend = ["{name: numbered, port: 80}", "{name: late, namespace: out, port: 80}"][random.usize(..2)];
+    let path = random.u8(..4);
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r{name}, namespace: in}}\nspec:\n  \
+         parentRefs: [{{group: '', kind: Service, name: {parent}}}]\n  \
+         rules: [{{matches: [{{path: {{value: /{path}}}}}], backendRefs: [{backend}]}}]\n"
+    )
+}
+
 fn slice(pod: &str) -> String {
     format!(
         "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: bare-1, namespace: out, labels: \
@@ -118,7 +148,7 @@ fn many_small_changes_give_what_a_fresh_start_gives() {
         for step in 0..60 {
             for _ in 0..=random.u8(..3) {
                 let (namespace, name, yaml) = pod(&mut random);
-                let what = random.u8(..21);
+                let what = random.u8(..26);
                 match what {
                     0..=10 => put(&mut objects, &yaml),
                     11..=14 => objects.remove(&Key { kind: "Pod", namespace, name }),
@@ -130,14 +160,14 @@ fn many_small_changes_give_what_a_fresh_start_gives() {
                         }
                     }
                     18 => put(&mut objects, &slice(&name)),
-                    19 => {
-                        let key = Key { kind: "Service", namespace: "out".into(), name: "late".into() };
-                        if objects.contains_key(&key) {
-                            objects.remove(&key);
-                        } else {
-                            put(&mut objects, LATE);
-                        }
+                    19 => toggle(&mut objects, ("Service", "out", "late"), LATE),
+                    20 => toggle(&mut objects, ("ReferenceGrant", "out", "routes"), GRANT),
+                    21 => toggle(&mut objects, ("TrafficPolicy", "in", "slow"), SLOW),
+                    22 => {
+                        let name = format!("r{}", random.u8(..3));
+                        objects.remove(&Key { kind: "HTTPRoute", namespace: "in".into(), name });
                     }
+                    23 | 24 => put(&mut objects, &route(&mut random)),
                     _ => {
                         let mode = ["ambient", "none"][random.usize(..2)];
                         let label = format!("istio.io/dataplane-mode: {mode}");
