@@ -68,7 +68,7 @@ const GRANT: &str = "apiVersion: gateway.networking.k8s.io/v1beta1\nkind: Refere
 
 /// What changes rules of a route that stays as it is.
 const SLOW: &str = "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: slow, namespace: in}\n\
-    spec: {targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: r0}], faults: [{delay: {duration: 1s, percentage: 10}}]}\n";
+    spec: {targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: r0}], faults: [{delay: {duration: 1s, percent: 10}}]}\n";
 
 fn toggle(objects: &mut Objects, (kind, namespace, name): (&'static str, &str, &str), yaml: &str) {
     let key = Key { kind, namespace: namespace.into(), name: name.into() };
