@@ -163,6 +163,33 @@ mod tests {
         assert!((1000..=1005).contains(&sum), "{sum}");
     }
 
+    /// Against a bucket of tokens that is reckoned another way.
+    #[test]
+    fn whatever_comes_when_a_request_passes_where_there_is_a_token_and_only_there() {
+        for seed in 0..200 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            // Rates that divide a second, so that both reckon in whole microseconds.
+            let (rate, burst) = ([1, 2, 5, 10, 100, 1000][rng.usize(..6)], rng.u32(1..50));
+            let limiter = Limiter::new(&limit(rate, burst, RateKey::All));
+            let each = S / u64::from(rate);
+            let (mut now, mut credit, most) = (rng.u64(S..100 * S), each * u64::from(burst), each * u64::from(burst));
+            for step in 0..500 {
+                // Bursts, and pauses of up to a few times what one request takes.
+                let pause = if rng.u8(..3) == 0 { rng.u64(..each * 4) } else { 0 };
+                now += pause;
+                credit = (credit + pause).min(most);
+                let answer = limiter.take(None, now);
+                assert_eq!(answer.passes, credit >= each, "seed {seed}, step {step}");
+                if answer.passes {
+                    credit -= each;
+                    assert_eq!(answer.left, credit / each, "seed {seed}, step {step}");
+                } else {
+                    assert_eq!(answer.wait, each - credit, "seed {seed}, step {step}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_is_left_is_told() {
         let limiter = Limiter::new(&limit(3, 3, RateKey::All));

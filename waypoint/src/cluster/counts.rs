@@ -160,6 +160,46 @@ mod tests {
         assert!(counts.request(&Limits::default()).is_ok(), "no limit");
     }
 
+    /// Requests that come as they like and stay as long as they like: never more at once than may be, none refused where there was
+    /// room, nothing left taken.
+    #[tokio::test(start_paused = true)]
+    async fn limits_hold_whatever_comes_and_nothing_is_left_taken() {
+        for seed in 0..30 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let (most, line) = (rng.u32(1..6), rng.u32(0..6));
+            let limits = Limits { connections: Some(most), pending: Some(line), ..Limits::default() };
+            let counts = Arc::new(Counts::default());
+            let patience = Duration::from_millis(rng.u64(20..200));
+            let mut tasks = tokio::task::JoinSet::new();
+            for _ in 0..200 {
+                let (counts, limits, stay) = (counts.clone(), limits.clone(), Duration::from_millis(rng.u64(1..40)));
+                let at = Duration::from_millis(rng.u64(..800));
+                tasks.spawn(async move {
+                    tokio::time::sleep(at).await;
+                    let [.., waiting, open] = counts.now();
+                    let begun = tokio::time::Instant::now();
+                    let place = counts.connection(&limits, patience).await;
+                    let [.., pending, connections] = counts.now();
+                    assert!(connections <= most && pending <= line, "seed {seed}: {connections}, {pending}");
+                    match place {
+                        Ok(_place) => tokio::time::sleep(stay).await,
+                        Err(Overflow::Pending(_)) => {
+                            assert!(open >= most && waiting >= line, "seed {seed}: refused early")
+                        }
+                        Err(Overflow::Connections(..)) => {
+                            assert!(begun.elapsed() >= patience, "seed {seed}: given up early")
+                        }
+                        Err(other) => panic!("seed {seed}: {other}"),
+                    }
+                });
+            }
+            while let Some(task) = tasks.join_next().await {
+                task.expect("no panic");
+            }
+            assert_eq!(counts.now(), [0; 4], "seed {seed}");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_request_waits_for_a_connection_in_a_bounded_line() {
         let counts = Arc::new(Counts::default());
