@@ -20,6 +20,13 @@ pub fn many(pods: &[(&str, &str)]) -> String {
     yaml
 }
 
+/// A service `big` with answers of any size: `/bytes/N`.
+pub const BIG: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: big, namespace: shop}\n\
+    spec: {selector: {app: big}, ports: [{name: http, port: 80, targetPort: 8080}]}\n---\n\
+    apiVersion: v1\nkind: Pod\nmetadata: {name: big, namespace: shop, labels: {app: big}}\n\
+    spec: {nodeName: node1, serviceAccountName: web, containers: [{name: c, command: [ambit-http, serve, '8080'], \
+    readinessProbe: {tcpSocket: {port: 8080}}}]}\n";
+
 /// Starts them and waits until clients reach them by the waypoint.
 pub async fn start(mesh: &Mesh, pods: &[(&str, &str)]) -> Result<(), Failure> {
     mesh.apply("many.yaml", &many(pods))?;

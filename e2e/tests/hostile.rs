@@ -1,5 +1,6 @@
 //! Clients that send what no good client sends: the waypoint's memory stays as it is, and good clients are served.
 
+use ambit_e2e::many::BIG;
 use ambit_e2e::{CLIENT, layer7_shop, request, until};
 use ambit_testing::mesh::Mesh;
 use ambit_testing::{Failure, sandbox};
@@ -62,14 +63,7 @@ fn floods_cost_their_own_connection_only() {
 fn memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte() {
     sandbox::test("memory_is_flat_beside_a_hundred_slow_readers_of_a_gigabyte", || async {
         let mesh = layer7_shop().await?;
-        mesh.apply(
-            "big.yaml",
-            "apiVersion: v1\nkind: Service\nmetadata: {name: big, namespace: shop}\n\
-             spec: {selector: {app: big}, ports: [{name: http, port: 80, targetPort: 8080}]}\n---\n\
-             apiVersion: v1\nkind: Pod\nmetadata: {name: big, namespace: shop, labels: {app: big}}\n\
-             spec: {nodeName: node1, serviceAccountName: web, containers: [{name: c, command: [ambit-http, serve, '8080'], \
-             readinessProbe: {tcpSocket: {port: 8080}}}]}\n",
-        )?;
+        mesh.apply("big.yaml", BIG)?;
         mesh.ready(&["shop/big"]).await?;
         mesh.in_mesh(&["shop/big"]).await?;
         until(&mesh, &["GET", "http://big.shop/"], "ok").await?;

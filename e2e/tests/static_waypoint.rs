@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ambit_e2e::many::BIG;
 use ambit_e2e::{CLIENT, SHOP, expect, request, shop, told, until, waypoint};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Doing, Failure, sandbox};
@@ -90,6 +91,33 @@ fn nothing_new_is_taken_while_memory_is_short() {
             }
         }
         if shed(&mesh)? == 0 { Err(Failure::new("not counted")) } else { Ok(()) }
+    });
+}
+
+#[test]
+fn what_slow_readers_hold_leaves_no_room_for_more_until_they_are_gone() {
+    sandbox::test("what_slow_readers_hold_leaves_no_room_for_more_until_they_are_gone", || async {
+        let mesh = shop(Options::default()).await?;
+        by_hand(&mesh, &[("MEMORY_BUDGET", "96Mi")])?;
+        passes(&mesh).await?;
+        mesh.apply("big.yaml", BIG)?;
+        mesh.ready(&["shop/big"]).await?;
+        mesh.in_mesh(&["shop/big"]).await?;
+        until(&mesh, &["GET", "http://big.shop/"], "ok").await?;
+        if shed(&mesh)? > 0 {
+            return Err(Failure::new("refused before there is anything to do"));
+        }
+        // Each holds what its window has room for.
+        let mut slow = mesh.exec_start(CLIENT, &["ambit-http", "slow", "big.shop:80", "100", "10"])?;
+        let start = std::time::Instant::now();
+        while shed(&mesh)? == 0 {
+            request(&mesh, &["GET", "http://web.shop/"]).await?;
+            if slow.ended().is_some() || start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("nothing is refused: {}", slow.text())));
+            }
+        }
+        mesh.wait("the slow readers to end", |_| slow.ended().is_some()).await?;
+        until(&mesh, &["GET", "http://web.shop/"], "200 OK").await.map(drop)
     });
 }
 
