@@ -100,7 +100,7 @@ pub(super) fn vanished(c: &Cluster) -> Result<String, Failure> {
         }
     })?;
     c.wait("the new one by HBONE", || named(c, "lost", &new))?;
-    c.wait("the old namespace to be let go of", || match c.run_rig("netns", &["b", "held", &namespace])?.as_str() {
+    c.wait("the old namespace to be let go of", || match c.run_rig("netns", &["b", "held", &namespace, &old])?.as_str() {
         "0" => Ok(()),
         held => Err(Failure(format!("held by {held} processes"))),
     })?;
