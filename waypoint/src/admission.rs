@@ -54,7 +54,7 @@ pub(crate) async fn admit(
     original: &Original,
     passed: &mut Consulted,
 ) -> Result<(), Local> {
-    let Some(bound) = context.shared.services.load().get(service).cloned() else { return Ok(()) };
+    let Some(bound) = context.shared.services.load().guard(service).cloned() else { return Ok(()) };
     if let Some(reason) = &bound.closed {
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }

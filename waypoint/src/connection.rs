@@ -96,7 +96,8 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
     };
     let refuse = |facts: &Facts, incoming: Incoming, status, reason: String| {
         incoming.refuse(status, &reason);
-        shared.observer.refused(facts, &Telling::default(), reason);
+        let flag = if status == StatusCode::SERVICE_UNAVAILABLE { "UO" } else { "NR" };
+        shared.observer.refused(facts, &Telling::default(), flag, reason);
     };
     if !shared.store.load().addresses_synced {
         return refuse(&facts, incoming, StatusCode::SERVICE_UNAVAILABLE, "the controller has not answered yet".into());
@@ -150,7 +151,7 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
             let bound = &connection.target.bound;
             let why = bound.closed.clone().unwrap_or_else(|| verdict.to_string());
             incoming.refuse(StatusCode::UNAUTHORIZED, &why);
-            shared.observer.refused(&connection.facts, &bound.telling, why);
+            shared.observer.refused(&connection.facts, &bound.telling, "UAEX", why);
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
             if let Ok(io) = incoming.accept_io(&told) {
@@ -241,7 +242,7 @@ async fn tell_apart(
                     if !permitted {
                         let reason = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
                         let telling = &connection.target.bound.telling;
-                        return context.shared.observer.refused(&connection.facts, telling, reason);
+                        return context.shared.observer.refused(&connection.facts, telling, "UAEX", reason);
                     }
                     let upstream = match upstream {
                         Some(upstream) => upstream,
@@ -302,6 +303,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .initial_connection_window_size(MAX_WINDOW)
         .keep_alive_interval(Some(Duration::from_secs(30)));
     let (moves, of) = (moved.subscribe(), asked_to_move.clone());
+    let (left, mut gone) = (of.target.bound.left.clone(), false);
     let served = server.serve_connection_with_upgrades(TokioIo::new(io), service);
     tokio::pin!(served);
     let asked = rebalance::asked(moves, spread);
@@ -313,6 +315,11 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
                 // The request that is under way is the last one.
                 served.as_mut().graceful_shutdown();
                 break served.await;
+            }
+            () = left.cancelled(), if !gone => {
+                // Its service is not served here any more: the request that is under way is the last one.
+                gone = true;
+                served.as_mut().graceful_shutdown();
             }
             () = asked.as_mut(), if !of.moves.get() => {
                 of.moves.set(true);

@@ -4,11 +4,12 @@
 //! any, tokens of the issuer are refused. A host of the mesh is reached through the mesh, any other one by name.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use ambit_model::Str;
+use ambit_model::{NamespacedHostname, Str};
 use arc_swap::ArcSwapOption;
 use http::header::{self, HeaderValue};
 use http::{Request, StatusCode, Uri};
@@ -32,6 +33,8 @@ const REFRESH: Duration = Duration::from_secs(300);
 const GAP: Duration = Duration::from_secs(5);
 /// A fetch is to be over after this.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How often it is looked whether the controller has said what a host is.
+const SAID: Duration = Duration::from_millis(100);
 /// The longest answer that is read.
 const MAX_BODY: usize = 1024 * 1024;
 /// The longest pause after failures.
@@ -165,11 +168,7 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
     let authority = HeaderValue::from_str(uri.authority().map_or(host, |a| a.as_str())).map_err(|e| e.to_string())?;
     request.headers_mut().insert(header::HOST, authority);
     request.headers_mut().insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-    let of_mesh = {
-        let snapshot = context.shared.store.load();
-        let own = &context.shared.config.identity.namespace;
-        snapshot.service_named(&host.into(), own).map(|s| s.key()).filter(|_| !tls)
-    };
+    let of_mesh = if tls { None } else { in_mesh(context, host).await };
     let response = match of_mesh {
         Some(service) => {
             let endpoint = context.upstream.find(&Wish::plain(&service, port), &[]).await.map_err(|e| e.to_string())?;
@@ -192,6 +191,26 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
     }
     let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
     parse(&body.map_err(|e| format!("the answer: {e}"))?.to_bytes())
+}
+
+/// The service of a host; waits until the controller has said whether there is one, for what is in the mesh is not asked in the
+/// clear. Ends with the deadline of the fetch.
+async fn in_mesh(context: &Rc<Context>, host: &str) -> Option<NamespacedHostname> {
+    if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
+        return None;
+    }
+    let shared = &context.shared;
+    let mut generations = shared.store.generations();
+    loop {
+        // What is outside is known before there is a new generation.
+        let outside = shared.services.load().is_outside(host);
+        let found = shared.store.load().service_named(&host.into(), &shared.config.identity.namespace).map(|s| s.key());
+        if found.is_some() || outside {
+            return found;
+        }
+        // That it is outside may be known a little later than the generation says.
+        let _ = tokio::time::timeout(SAID, generations.changed()).await;
+    }
 }
 
 async fn exchange<S>(stream: S, request: Request<Body>) -> Result<http::Response<hyper::body::Incoming>, String>

@@ -1,8 +1,8 @@
 //! What the controller sends, applied: addresses to the store, services of this waypoint to their compiled tables.
 //!
-//! Owns compiling, once a change and for the changed service alone. A table is in force once all services that it leads to are
-//! known; until then the one before it is. A configuration that cannot be read closes its service: what it was to forbid is
-//! not known.
+//! Owns compiling, once a change and for the changed service alone. Routes are in force once all services that they lead to are
+//! known; until then those before them are. What is forbidden is forbidden at once. A configuration that cannot be read closes
+//! its service: what it was to forbid is not known.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
@@ -23,6 +23,7 @@ use ambit_xds::proto::discovery::Resource;
 use ambit_xds::{ADDRESS, WAYPOINT_SERVICE};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::keys::Keys;
@@ -35,15 +36,15 @@ use crate::wanted::{self, Leads, Names, Own};
 #[cfg(test)]
 mod tests;
 
-/// A service of this waypoint.
-#[derive(Debug, Default)]
+/// A service of this waypoint. Parts are shared with what it was before.
+#[derive(Clone, Debug, Default)]
 pub struct Bound {
     /// Its routes.
-    pub routes: RouteTable,
+    pub routes: Arc<RouteTable>,
     /// Tokens that requests may have.
-    pub tokens: TokenTable,
+    pub tokens: Arc<TokenTable>,
     /// Its policies.
-    pub policies: PolicyTable,
+    pub policies: Arc<PolicyTable>,
     /// Why every request is refused.
     pub closed: Option<String>,
     /// Servers are told who the client is.
@@ -51,17 +52,19 @@ pub struct Bound {
     /// What requests follow where no route is attached.
     pub default: Arc<RouteRule>,
     /// What rules do to requests besides, in the order of the routes' rules, and what the default does.
-    pub treatments: (Vec<Treatment>, Treatment),
+    pub treatments: Arc<(Vec<Treatment>, Treatment)>,
     /// What is told of its requests.
     pub telling: Arc<Telling>,
     /// What holds for the endpoints of services.
     pub traffic: HashMap<NamespacedHostname, OfPorts>,
     /// Where requests may be led.
-    pub leads: Leads,
+    pub leads: Arc<Leads>,
+    /// It is bound to this waypoint no more, and clients are to go elsewhere.
+    pub left: CancellationToken,
 }
 
 /// What holds for all ports of a service, and for some in place of that.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OfPorts {
     all: Arc<Traffic>,
     ports: BTreeMap<u16, Arc<Traffic>>,
@@ -74,6 +77,21 @@ impl Bound {
         match self.traffic.get(service) {
             Some(of) => of.ports.get(&port).unwrap_or(&of.all).clone(),
             None => PLAIN.clone(),
+        }
+    }
+
+    /// What it was before, guarded as it is to be.
+    fn guarding(&self, before: &Self) -> Self {
+        // What its authorizers need, and what its routes of before do.
+        let mut traffic = before.traffic.clone();
+        traffic.extend(self.traffic.clone());
+        Self {
+            routes: before.routes.clone(),
+            default: before.default.clone(),
+            treatments: before.treatments.clone(),
+            leads: before.leads.clone(),
+            traffic,
+            ..self.clone()
         }
     }
 
@@ -90,6 +108,10 @@ const LEAVING: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Default)]
 pub struct Services {
     bound: HashMap<NamespacedHostname, Arc<Bound>>,
+    /// As they are to be once all that they lead to is known.
+    waiting: HashMap<NamespacedHostname, Arc<Bound>>,
+    /// Hosts of which the controller has said that they are not in the mesh.
+    outside: Arc<BTreeSet<String>>,
     /// No longer bound, and until when they are served.
     leaving: HashMap<NamespacedHostname, (Arc<Bound>, Instant)>,
 }
@@ -101,13 +123,25 @@ impl Services {
         self.bound.get(key).or_else(leaving)
     }
 
-    /// All that are bound.
+    /// What guards a service that a request is led to, also where it does not serve yet.
+    pub fn guard(&self, key: &NamespacedHostname) -> Option<&Arc<Bound>> {
+        self.waiting.get(key).or_else(|| self.get(key))
+    }
+
+    /// All that are bound, or are to be.
     pub fn values(&self) -> impl Iterator<Item = &Arc<Bound>> {
-        self.bound.values()
+        self.bound.values().chain(self.waiting.values())
+    }
+
+    /// Whether the controller has said that a host is not in the mesh.
+    pub fn is_outside(&self, host: &str) -> bool {
+        self.outside.contains(host)
     }
 
     fn leave(&mut self, key: NamespacedHostname) {
+        self.waiting.remove(&key);
         if let Some(bound) = self.bound.remove(&key) {
+            bound.left.cancel();
             self.leaving.insert(key, (bound, Instant::now() + LEAVING));
         }
     }
@@ -120,13 +154,13 @@ pub struct MeshHandler {
     services: Arc<ArcSwap<Services>>,
     /// Rules that were read before.
     read: Read,
-    /// Compiled, and not in force before what they lead to is known.
-    waiting: HashMap<NamespacedHostname, Arc<Bound>>,
     own: Own,
     own_names: Names,
     needs: watch::Sender<Names>,
-    /// Names of which the controller has said that there is no such thing.
-    absent: BTreeSet<String>,
+    /// Names that have been needed and not given back since.
+    asked: Names,
+    /// Those of them of which the controller has said that there is no such thing.
+    absent: Names,
     /// The next answer about services is the first of its stream, so it is the whole truth.
     fresh: bool,
     keys: Keys,
@@ -146,8 +180,8 @@ impl MeshHandler {
     ) -> Self {
         readiness.pending("addresses", "no answer from the controller yet");
         readiness.pending("services", "no answer from the controller yet");
-        let (read, waiting, absent, limiters, own_names) = Default::default();
-        Self { store, services, read, waiting, own, own_names, needs, absent, fresh: true, keys, limiters, readiness }
+        let (read, asked, absent, limiters, own_names) = Default::default();
+        Self { store, services, read, own, own_names, needs, asked, absent, fresh: true, keys, limiters, readiness }
     }
 
     fn services(&mut self, resources: &[Resource], removed: &[String]) -> Vec<(String, String)> {
@@ -156,52 +190,52 @@ impl MeshHandler {
             let there = |key: &NamespacedHostname| resources.iter().any(|r| r.name == key.to_string());
             let gone: Vec<_> = services.bound.keys().filter(|key| !there(key)).cloned().collect();
             gone.into_iter().for_each(|key| services.leave(key));
-            self.waiting.retain(|key, _| there(key));
+            services.waiting.retain(|key, _| there(key));
         }
-        for key in removed.iter().filter_map(|n| NamespacedHostname::parse(n)) {
-            self.waiting.remove(&key);
-            services.leave(key);
-        }
+        removed.iter().filter_map(|n| NamespacedHostname::parse(n)).for_each(|key| services.leave(key));
         let mut rejected = Vec::new();
         for resource in resources {
             let Some(key) = NamespacedHostname::parse(&resource.name) else {
                 rejected.push((resource.name.clone(), "expected NAMESPACE/HOSTNAME".to_owned()));
                 continue;
             };
-            let before = self.waiting.get(&key).or_else(|| services.bound.get(&key));
-            let routes = before.map(|b| &b.routes);
-            let bound = compile(&key, resource, routes, &mut self.read, &self.keys, &self.limiters);
-            let bound = bound.unwrap_or_else(|reason| {
+            let before = services.waiting.get(&key).or_else(|| services.bound.get(&key));
+            let bound = compile(&key, resource, before.map(|b| &*b.routes), &mut self.read, &self.keys, &self.limiters);
+            let mut bound = bound.unwrap_or_else(|reason| {
                 rejected.push((resource.name.clone(), reason.clone()));
-                Bound { closed: Some(reason), leads: Leads::of(&key, &ServiceConfig::default()), ..Bound::default() }
+                let leads = Arc::new(Leads::of(&key, &ServiceConfig::default()));
+                Bound { closed: Some(reason), leads, ..Bound::default() }
             });
-            self.waiting.insert(key, Arc::new(bound));
+            if let Some(before) = before {
+                bound.left = before.left.clone();
+            }
+            services.waiting.insert(key, Arc::new(bound));
         }
         self.settle(services);
         self.read.sweep();
-        if self.waiting.is_empty() {
-            self.readiness.ready("services");
-        }
         rejected
     }
 
     fn addresses(&mut self, resources: &[Resource], removed: Vec<String>) -> Vec<(String, String)> {
-        self.absent.extend(removed.iter().cloned());
+        let before = self.absent.len();
+        self.absent.extend(removed.iter().filter(|name| self.asked.contains(*name)).cloned());
         let (changes, rejected) = receive::changes(ADDRESS, resources, removed);
         for resource in resources {
             self.absent.remove(&resource.name);
-        }
-        self.store.apply(changes);
-        // Of what cannot be read, nothing better is to come.
-        self.absent.extend(rejected.iter().map(|(name, _)| name.clone()));
-        self.readiness.ready("addresses");
-        // Most changes are of endpoints, and change neither.
-        if !self.waiting.is_empty() || self.own.names(&self.store.load()) != self.own_names {
-            let waited = !self.waiting.is_empty();
-            self.settle(Services::clone(&self.services.load()));
-            if waited && self.waiting.is_empty() {
-                self.readiness.ready("services");
+            // One that was asked for by its host alone.
+            if let Some(key) = NamespacedHostname::parse(&resource.name) {
+                self.absent.remove(&*key.hostname);
             }
+        }
+        // Of what cannot be read, nothing better is to come.
+        self.absent.extend(rejected.iter().map(|(name, _)| name.clone()).filter(|name| self.asked.contains(name)));
+        self.store.apply(changes);
+        self.readiness.ready("addresses");
+        // Most changes are of endpoints, and change nothing of this.
+        let services = self.services.load();
+        let settled = services.waiting.is_empty() && self.absent.len() == before;
+        if !settled || self.own.names(&self.store.load()) != self.own_names {
+            self.settle(Services::clone(&services));
         }
         rejected
     }
@@ -214,14 +248,25 @@ impl MeshHandler {
             snapshot.service(service).is_some() || self.absent.contains(&service.to_string())
         };
         let settled = |bound: &Bound| bound.leads.services.iter().all(known);
-        for (key, bound) in self.waiting.extract_if(|_, bound| settled(bound)) {
+        for (key, bound) in services.waiting.extract_if(|_, bound| settled(bound)) {
             services.leaving.remove(&key);
             services.bound.insert(key, bound);
         }
+        for (key, bound) in &services.waiting {
+            if let Some(before) = services.bound.get_mut(key)
+                && bound.policies.authorizers().all(|a| known(&a.service))
+            {
+                *before = Arc::new(bound.guarding(before));
+            }
+        }
         self.own_names = self.own.names(&snapshot);
         let mut needs = self.own_names.clone();
-        needs.extend(services.bound.values().chain(self.waiting.values()).flat_map(|bound| bound.leads.names()));
-        self.absent.retain(|name| needs.contains(name));
+        needs.extend(services.values().flat_map(|bound| bound.leads.names()));
+        self.asked.extend(needs.iter().cloned());
+        services.outside = Arc::new(self.absent.clone());
+        if services.waiting.is_empty() && !self.fresh {
+            self.readiness.ready("services");
+        }
         self.services.store(Arc::new(services));
         self.needs.send_if_modified(|before| {
             let changed = *before != needs;
@@ -248,17 +293,18 @@ fn compile(
     let treat = |rule: &RouteRule| Treatment::new(rule, limiters).map_err(|e| e.to_string());
     let rules = config.routes.iter().flat_map(|r| &r.rules);
     let treatments = rules.map(|rule| treat(rule)).collect::<Result<_, _>>()?;
+    let treatments = Arc::new((treatments, treat(&config.default)?));
     let traffic = config.traffic.into_iter().map(|(service, of)| {
         let ports = of.ports.into_iter().map(|(port, traffic)| (port, Arc::new(traffic))).collect();
         (service, OfPorts { all: Arc::new(of.all), ports })
     });
     Ok(Bound {
-        routes,
-        tokens,
-        policies: PolicyTable::new(&config.policies),
+        routes: Arc::new(routes),
+        tokens: Arc::new(tokens),
+        policies: Arc::new(PolicyTable::new(&config.policies)),
         closed: None,
         tell_client: config.tell_client,
-        treatments: (treatments, treat(&config.default)?),
+        treatments,
         default: Arc::new(config.default),
         // What is told of requests is no reason to refuse them.
         telling: Arc::new(Telling::new(&config.telemetry).unwrap_or_else(|reason| {
@@ -266,7 +312,8 @@ fn compile(
             Telling::default()
         })),
         traffic: traffic.collect(),
-        leads,
+        leads: Arc::new(leads),
+        left: CancellationToken::new(),
     })
 }
 
@@ -280,6 +327,10 @@ impl Handler for MeshHandler {
     }
 
     fn unwanted(&mut self, _: &str, names: &[String]) -> Vec<String> {
+        for name in names {
+            self.asked.remove(name);
+            self.absent.remove(name);
+        }
         let changes = wanted::dropped(&self.store.load(), names, &self.needs.borrow());
         let name = |change: &Change| match change {
             Change::RemoveAddress(name) => Some(name.to_string()),

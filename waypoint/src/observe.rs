@@ -151,8 +151,8 @@ impl Observer {
     }
 
     /// A stream or a connection was refused.
-    pub fn refused(&self, facts: &Facts, telling: &Telling, reason: String) {
-        let ended = tcp::Ended::refused(self, facts, &reason);
+    pub fn refused(&self, facts: &Facts, telling: &Telling, flag: &'static str, reason: String) {
+        let ended = tcp::Ended::refused(self, facts, flag, &reason);
         if !telling.logs(&ended) {
             return;
         }

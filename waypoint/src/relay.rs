@@ -86,7 +86,13 @@ pub async fn relay(
         }
         // Dropping the stream resets it.
         Err(error) => {
-            context.shared.observer.refused(&connection.facts, &connection.target.bound.telling, error.to_string())
+            let flag = match &error {
+                Unreachable::Overflow(_) => "UO",
+                Unreachable::NoEndpoint(..) => "UH",
+                _ => "UF",
+            };
+            let telling = &connection.target.bound.telling;
+            context.shared.observer.refused(&connection.facts, telling, flag, error.to_string());
         }
     }
 }

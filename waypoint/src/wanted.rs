@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_model::l7::{BackendTarget, Filter, RouteRule, ServiceConfig};
-use ambit_model::{NamespacedHostname, NetworkAddress, Str};
+use ambit_model::{NamespacedHostname, NetworkAddress, Str, Workload};
 use ambit_store::{Change, Snapshot};
 use ambit_xds::bound_to;
 use tokio::sync::watch;
@@ -51,7 +51,8 @@ impl Leads {
         });
         services.extend(config.policies.iter().filter_map(|p| p.authorizer.as_ref()).map(|a| a.service.clone()));
         let uris = config.tokens.iter().filter_map(|t| t.jwks_uri.as_deref()?.parse::<http::Uri>().ok());
-        let hosts = uris.filter_map(|uri| uri.host().map(ToOwned::to_owned)).collect();
+        let hosts = uris.filter_map(|uri| uri.host().map(ToOwned::to_owned));
+        let hosts = hosts.filter(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().is_err()).collect();
         Self { services, hosts }
     }
 
@@ -102,18 +103,24 @@ impl Own {
             let own = NetworkAddress { network: self.network.clone(), address }.to_string();
             names.extend([bound_to(&own), own]);
         }
+        // What ports of pods that are bound to it declare is said by their services.
+        let bound = |w: &&Arc<Workload>| {
+            w.waypoint.as_ref().is_some_and(|waypoint| names.contains(&bound_to(&waypoint.destination.to_string())))
+        };
+        let services: Vec<String> =
+            snapshot.workloads().filter(bound).flat_map(|w| w.services.keys()).map(ToString::to_string).collect();
+        names.extend(services);
         names
     }
 }
 
 /// What goes with names that are wanted no more, and nothing that another name still asks for.
 pub fn dropped(snapshot: &Snapshot, names: &[String], still: &Names) -> Vec<Change> {
-    let gone: Vec<NamespacedHostname> = names
-        .iter()
-        .filter(|name| !still.contains(*name))
-        .filter_map(|name| NamespacedHostname::parse(name))
-        .filter(|key| snapshot.service(key).is_some())
-        .collect();
+    // By its own name, or by its host.
+    let asked = |key: &NamespacedHostname, by: &dyn Fn(&str) -> bool| by(&key.to_string()) || by(&key.hostname);
+    let (before, after) = (|name: &str| names.iter().any(|n| n == name), |name: &str| still.contains(name));
+    let keys = snapshot.services().map(|s| s.key());
+    let gone: Vec<NamespacedHostname> = keys.filter(|key| asked(key, &before) && !asked(key, &after)).collect();
     let wanted = |key: &NamespacedHostname| !gone.contains(key) && snapshot.service(key).is_some();
     let mut changes: Vec<Change> = Vec::new();
     for key in &gone {

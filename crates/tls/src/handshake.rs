@@ -57,6 +57,9 @@ pub enum HandshakeError {
     /// A certificate of the peer's chain has been taken back.
     #[error("certificate {0} of the peer has been revoked")]
     Revoked(String),
+    /// A certificate of the peer's chain cannot be read, so it may have been taken back.
+    #[error("certificate {0} of the peer's chain cannot be read")]
+    Unreadable(usize),
     /// The client comes from another trust domain.
     #[error("the peer {found} is of another trust domain; expected {expected}")]
     TrustDomain {
@@ -127,7 +130,7 @@ fn keep_valid<S>(
     stream: &mut Buffered<S>,
 ) -> Result<(), HandshakeError> {
     let (Some(revocations), Some(chain)) = (&config.revocations, chain) else { return Ok(()) };
-    let marks = Marks::of(chain);
+    let marks = Marks::of(chain).map_err(HandshakeError::Unreadable)?;
     if let Some(serial) = revocations.first(&marks) {
         return Err(HandshakeError::Revoked(serial));
     }

@@ -6,9 +6,9 @@
 
 use std::collections::HashSet;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
@@ -81,13 +81,13 @@ impl Revocations {
 pub(crate) struct Marks(Vec<Mark>);
 
 impl Marks {
-    /// Of a chain that has been verified, so each can be read.
-    pub(crate) fn of(chain: &[CertificateDer<'_>]) -> Self {
-        let mark = |der: &CertificateDer<'_>| {
-            let (_, cert) = X509Certificate::from_der(der).ok()?;
-            Some((cert.issuer().as_raw().into(), number(cert.raw_serial()).into()))
+    /// Of a chain; which of its certificates cannot be read, where one cannot: it may be one that was taken back.
+    pub(crate) fn of(chain: &[CertificateDer<'_>]) -> Result<Self, usize> {
+        let mark = |(n, der): (usize, &CertificateDer<'_>)| match X509Certificate::from_der(der) {
+            Ok((_, cert)) => Ok((cert.issuer().as_raw().into(), number(cert.raw_serial()).into())),
+            Err(_) => Err(n),
         };
-        Self(chain.iter().filter_map(mark).collect())
+        chain.iter().enumerate().map(mark).collect::<Result<_, _>>().map(Self)
     }
 
     fn revoked(&self, list: &HashSet<Mark>) -> Option<String> {
@@ -112,8 +112,8 @@ fn read(file: &[u8]) -> Result<HashSet<Mark>, ListError> {
             }
             one(at, &block.contents, &mut all)?;
         }
-        // A file of something else must not pass for a list of nothing.
-        if all.is_empty() && !file.trim_ascii().is_empty() && !contains(file, b"-----BEGIN X509 CRL") {
+        // A file of something else, or one that is just being written, must not pass for a list of nothing: that one has a block.
+        if !contains(file, b"-----BEGIN X509 CRL") {
             return Err(ListError::Parse(0, "no PEM block".into()));
         }
         return Ok(all);
@@ -159,35 +159,51 @@ pub fn follow(path: PathBuf) -> Revocations {
 async fn watch_file(path: PathBuf, revocations: Revocations) {
     let mut before = None;
     loop {
-        let meta = tokio::fs::metadata(&path).await;
-        let stamp = meta.map(|m| (m.modified().ok(), m.len())).map_err(|e| e.to_string());
-        if before.as_ref() != Some(&stamp) {
-            take_over(&path, &stamp, &revocations).await;
-            before = Some(stamp);
+        let now = stamp(&path).await;
+        // What changes while it is read is read again.
+        if before.as_ref() != Some(&now) && take_over(&path, &now, &revocations).await {
+            before = Some(now);
         }
         tokio::time::sleep(LOOKS).await;
     }
 }
 
-async fn take_over<T>(path: &std::path::Path, stamp: &Result<(T, u64), String>, revocations: &Revocations) {
-    let path = path.display();
-    let length = match stamp {
-        Ok((_, length)) => *length,
-        Err(error) => return warn!(%path, error, "no list of revoked certificates; those of before stay in force"),
-    };
-    if length > MAX_FILE {
-        return error!(%path, length, most = MAX_FILE, "the list of revoked certificates is too long to be read");
-    }
-    let read = match tokio::fs::read(path.to_string()).await {
-        Ok(file) => revocations.set(&file).map_err(|e| e.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    match read {
-        Ok(certificates) => info!(%path, certificates, "revoked certificates"),
-        Err(error) => {
-            error!(%path, error, "the list of revoked certificates cannot be used; the one before stays in force")
+/// What a file looks like from outside: when it was changed, and its length.
+type Stamp = Result<(Option<SystemTime>, u64), String>;
+
+async fn stamp(path: &Path) -> Stamp {
+    let meta = tokio::fs::metadata(path).await;
+    meta.map(|m| (m.modified().ok(), m.len())).map_err(|e| e.to_string())
+}
+
+/// Whether that is all that there is to say of this state of the file.
+async fn take_over(path: &Path, now: &Stamp, revocations: &Revocations) -> bool {
+    let name = path.display();
+    match now {
+        Err(error) => warn!(path = %name, error, "no list of revoked certificates; those of before stay in force"),
+        Ok((_, length)) if *length > MAX_FILE => {
+            error!(path = %name, length, most = MAX_FILE, "the list of revoked certificates is too long to be read");
+        }
+        Ok(_) => {
+            let file = match tokio::fs::read(path).await {
+                Ok(file) => file,
+                Err(error) => {
+                    error!(path = %name, %error, "the list of revoked certificates cannot be read; the one before stays in force");
+                    return false;
+                }
+            };
+            if stamp(path).await != *now {
+                return false;
+            }
+            match revocations.set(&file) {
+                Ok(certificates) => info!(path = %name, certificates, "revoked certificates"),
+                Err(error) => {
+                    error!(path = %name, %error, "the list of revoked certificates cannot be used; the one before stays in force");
+                }
+            }
         }
     }
+    true
 }
 
 #[cfg(test)]

@@ -100,9 +100,11 @@ pub(super) fn vanished(c: &Cluster) -> Result<String, Failure> {
         }
     })?;
     c.wait("the new one by HBONE", || named(c, "lost", &new))?;
-    c.wait("the old namespace to be let go of", || match c.run_rig("netns", &["b", "held", &namespace, &old])?.as_str() {
-        "0" => Ok(()),
-        held => Err(Failure(format!("held by {held} processes"))),
+    c.wait("the old namespace to be let go of", || {
+        match c.run_rig("netns", &["b", "held", &namespace, &old])?.as_str() {
+            "0" => Ok(()),
+            held => Err(Failure(format!("held by {held} processes"))),
+        }
     })?;
     let output = load.wait_with_output().doing("load")?;
     let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();

@@ -31,6 +31,8 @@ use crate::index::Mesh;
 
 /// Resources of one response, where there are many: what is urgent is in the first of them.
 const TOGETHER: usize = 500;
+/// Begins names of workloads, of which there may be many and which bring nothing along; see [`ambit_xds::bound_to`].
+const BOUND: &str = "bound:";
 /// Responses under way to a client.
 const QUEUE: usize = 4;
 
@@ -248,6 +250,8 @@ impl Client {
             Some(wanted) => {
                 let Some(names) = &mut wanted.names else { return Ok(()) };
                 names.retain(|n| !unsubscribe.contains(n));
+                // It says itself what it has dropped; nobody needs to be told of its end.
+                wanted.own.retain(|n| !unsubscribe.contains(n));
                 let new: Vec<String> = subscribe.into_iter().filter(|n| n != "*").collect();
                 names.extend(new.iter().cloned());
                 // A pure unsubscribe gets no answer.
@@ -463,6 +467,24 @@ fn difference(
     type_url: &str,
     node: &str,
 ) -> Result<(Vec<Resource>, BTreeSet<String>), Status> {
+    let changes = if wanted.fresh { None } else { kind.changes_since(wanted.sent) };
+    // A service that was asked for by another name brings its endpoints along, also those that were there before it.
+    let mut brought: BTreeSet<&str> = BTreeSet::new();
+    if let Some(names) = &mut wanted.names {
+        let by_other = |e: &Encoded| e.aliases.iter().any(|a| !a.starts_with(BOUND) && names.contains(&**a));
+        let found = |(name, e): (&Str, &Arc<Encoded>)| {
+            (e.is_for(node) && by_other(e) && !names.contains(&**name)).then(|| name.to_string())
+        };
+        let new: Vec<String> = match &changes {
+            None => kind.iter().filter_map(found).collect(),
+            Some(changes) => changes.iter().filter_map(|name| kind.get_key_value(name)).filter_map(found).collect(),
+        };
+        if !new.is_empty() && changes.is_some() {
+            let of = |e: &Encoded| e.services.iter().any(|s| new.iter().any(|n| **n == **s));
+            brought = kind.iter().filter(|(_, e)| e.is_for(node) && of(e)).map(|(name, _)| &**name).collect();
+        }
+        names.extend(new);
+    }
     let visible = |encoded: &Encoded, name: &str, names: Option<&BTreeSet<String>>| {
         encoded.is_for(node)
             && names.is_none_or(|names| {
@@ -492,11 +514,11 @@ fn difference(
         }
         return Ok((added, removed));
     }
-    let Some(changes) = kind.changes_since(wanted.sent) else {
+    let Some(changes) = changes else {
         // What it holds is not known here; it says so when it comes back.
         return Err(Status::aborted("too far behind; come back and resume"));
     };
-    for name in changes {
+    for name in changes.union(&brought).copied() {
         match kind.get(name).filter(|e| visible(e, name, wanted.names.as_ref())) {
             Some(encoded) => {
                 added.push(encoded.resource(type_url, name));

@@ -121,6 +121,11 @@ impl Kind {
         self.resources.get(name)
     }
 
+    /// A resource by name, with its name.
+    pub fn get_key_value(&self, name: &str) -> Option<(&Str, &Arc<Encoded>)> {
+        self.resources.get_key_value(name)
+    }
+
     /// All resources.
     pub fn iter(&self) -> impl Iterator<Item = (&Str, &Arc<Encoded>)> {
         self.resources.iter()

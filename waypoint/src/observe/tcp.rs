@@ -94,16 +94,9 @@ pub(super) struct Ended<'a> {
 
 impl<'a> Ended<'a> {
     /// One that was refused.
-    pub(super) fn refused(observer: &'a Observer, facts: &'a Facts, reason: &'a str) -> Self {
-        Self {
-            observer,
-            facts,
-            moved: (0, 0),
-            took: Duration::ZERO,
-            flag: "UAEX",
-            error: Some(reason),
-            principal: facts.src_identity.to_string(),
-        }
+    pub(super) fn refused(observer: &'a Observer, facts: &'a Facts, flag: &'static str, reason: &'a str) -> Self {
+        let principal = facts.src_identity.to_string();
+        Self { observer, facts, moved: (0, 0), took: Duration::ZERO, flag, error: Some(reason), principal }
     }
 }
 

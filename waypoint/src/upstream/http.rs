@@ -118,7 +118,13 @@ impl Pools {
     /// The next connection that is done with its request.
     fn wait(&self, key: &Key) -> oneshot::Receiver<Kept> {
         let (sender, receiver) = oneshot::channel();
-        self.waiting.borrow_mut().entry(key.clone()).or_default().push_back(sender);
+        let mut all = self.waiting.borrow_mut();
+        let waiting = all.entry(key.clone()).or_default();
+        // Those that were refused meanwhile, or have found a place.
+        if waiting.len() >= 64 {
+            waiting.retain(|w| !w.is_closed());
+        }
+        waiting.push_back(sender);
         receiver
     }
 

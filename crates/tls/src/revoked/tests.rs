@@ -124,13 +124,14 @@ fn what_is_no_list_is_refused_with_its_place() {
     let authority = Authority::new("a");
     let good = authority.list(&[1, 2]);
     let revocations = Revocations::default();
-    assert_eq!(revocations.set(b""), Ok(0));
     assert_eq!(revocations.set(good.as_bytes()), Ok(2));
     let der = Pem::iter_from_buffer(good.as_bytes()).next().expect("block").expect("PEM").contents;
     assert_eq!(revocations.set(&der), Ok(2));
     let certificate = format!("{good}{}", authority.certificate.pem());
     for (bad, place) in [
         (&b"rubbish"[..], "list 0: no PEM block"),
+        (b"", "list 0: no PEM block"),
+        (&good.as_bytes()[..20], "list 0: "),
         (certificate.as_bytes(), "list 1: a block of \"CERTIFICATE\""),
         (&der[..der.len() - 3], "list 0: "),
         (&[&der[..], b"x"].concat(), "list 0: 1 bytes after its end"),
