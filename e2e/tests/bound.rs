@@ -1,8 +1,8 @@
 //! A waypoint knows what it serves and what that leads to, not the whole mesh.
 
-use ambit_e2e::{CLIENT, layer7_shop, route, until, waypoint};
+use ambit_e2e::{CLIENT, layer7_shop, route, told, until, waypoint};
 use ambit_testing::mesh::Mesh;
-use ambit_testing::{Failure, sandbox};
+use ambit_testing::{Doing, Failure, sandbox};
 
 /// Services of another namespace, each with a pod, to which routes of the shop may lead.
 fn elsewhere(number: usize) -> String {
@@ -29,6 +29,36 @@ fn known(mesh: &Mesh, kind: &str) -> Option<usize> {
     let page = mesh.http_get(&pod.net.netns, 15020, "/metrics").ok()?;
     let line = page.lines().find_map(|l| l.strip_prefix(&format!("ambit_waypoint_addresses{{kind=\"{kind}\"}} ")))?;
     line.parse().ok()
+}
+
+/// A connection that is kept goes on through a waypoint that serves it no more, unless it is told to end.
+#[test]
+fn clients_of_a_service_that_leaves_its_waypoint_go_elsewhere() {
+    sandbox::test("clients_of_a_service_that_leaves_its_waypoint_go_elsewhere", || async {
+        let mesh = layer7_shop().await?;
+        let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "8"])?;
+        let mut kept = mesh.exec_start(CLIENT, &["ambit-http", "load", "web.shop:80", "8", "--h2", "--path", "/"])?;
+        mesh.wait("the load to go through the waypoint", |m| told(m).len() > 20).await?;
+        let text = std::fs::read_to_string(mesh.directory.join("shop.yaml")).doing("read shop.yaml")?;
+        mesh.apply("shop.yaml", &text.replace("\n    istio.io/use-waypoint: waypoint", ""))?;
+        // None of the connections that were kept goes through it any more.
+        let start = std::time::Instant::now();
+        loop {
+            let before = told(&mesh).len();
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            if told(&mesh).len() == before && load.ended().is_none() {
+                break;
+            }
+            if load.ended().is_some() || start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure(format!("{} requests have gone through it", told(&mesh).len())));
+            }
+        }
+        mesh.wait("the load to end", |_| load.ended().is_some() && kept.ended().is_some()).await?;
+        if !load.text().contains(" failed=0") || !kept.text().contains("\"failed\":0") {
+            return Err(Failure(format!("requests failed: {} {}", load.text(), kept.text())));
+        }
+        Ok(())
+    });
 }
 
 #[test]

@@ -298,6 +298,32 @@ fn on_demand_clients_get_what_they_name() {
         if answer.removed_resources != ["/192.0.2.99"] {
             return Err(Failure(format!("removed: {:?}", answer.removed_resources)));
         }
+        // A host that nobody has yet, and then a service has it.
+        const HOST: &str = "late.shop.svc.cluster.local";
+        stream.send(subscribe(&[HOST])).await?;
+        let answer = stream.next().await?;
+        if answer.removed_resources != [HOST] {
+            return Err(Failure(format!("removed: {:?}", answer.removed_resources)));
+        }
+        mesh.apply(
+            "late.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: late, namespace: shop}\n\
+             spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}\n",
+        )?;
+        let whole = |seen: &[String]| {
+            ["shop/late.shop.svc.cluster.local", "Kubernetes//Pod/shop/web"].iter().all(|n| seen.iter().any(|s| s == n))
+        };
+        let mut seen = Vec::new();
+        while !whole(&seen) {
+            seen.extend(stream.next().await?.resources.into_iter().map(|r| r.name));
+        }
+        // One that comes back, or comes later, gets both at once.
+        let mut stream = Stream::open(&as_node(&mesh, "node1")?).await?;
+        stream.send(subscribe(&[HOST])).await?;
+        let seen: Vec<String> = stream.next().await?.resources.into_iter().map(|r| r.name).collect();
+        if !whole(&seen) {
+            return Err(Failure(format!("asked for {HOST}, got {seen:?}")));
+        }
         Ok(())
     });
 }

@@ -5,12 +5,9 @@ use super::*;
 use crate::config::Config;
 
 fn resource(name: &str, config: &str) -> Resource {
-    // Field 1 is text, field 2 bytes; both shorter than 128.
-    let mut value = vec![0x0a, name.len() as u8];
-    value.extend(name.bytes());
-    value.extend([0x12, config.len() as u8]);
-    value.extend(config.bytes());
-    let any = Any { type_url: WAYPOINT_SERVICE.into(), value: value.into() };
+    use prost::Message;
+    let message = WaypointService { service: name.into(), config: config.to_owned().into_bytes().into() };
+    let any = Any { type_url: WAYPOINT_SERVICE.into(), value: message.encode_to_vec().into() };
     Resource { name: name.into(), resource: Some(any), ..Resource::default() }
 }
 
@@ -61,6 +58,71 @@ fn a_table_is_in_force_once_all_that_it_leads_to_is_known() {
     assert_eq!(leads(), Some(1));
     handler.apply(ADDRESS, vec![], vec!["ns/b".into()]);
     assert_eq!(leads(), Some(2));
+}
+
+const GUARDED_TO_B: &str = r#"{"policies":[{"name":"ns/p","action":"Deny","rules":[{}]}],
+    "routes":[{"rules":[{"backends":[{"target":{"service":["ns/b",80]},"weight":1}]}]}]}"#;
+
+#[test]
+fn what_is_forbidden_is_so_before_all_that_routes_lead_to_is_known() {
+    let services = Arc::new(ArcSwap::default());
+    let (mut handler, _needed) = handler(&services);
+    let (a, c) = (NamespacedHostname::new("ns", "a"), NamespacedHostname::new("ns", "c"));
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", "{}")], vec![]);
+    handler.apply(ADDRESS, vec![address("ns/a")], vec![]);
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", GUARDED_TO_B), resource("ns/c", GUARDED_TO_B)], vec![]);
+    let now = services.load();
+    let bound = now.get(&a).expect("bound");
+    assert!(!bound.policies.is_empty() && bound.leads.services.len() == 1, "routes as before");
+    // One that does not serve yet guards what leads to it.
+    assert!(now.get(&c).is_none() && now.guard(&c).is_some_and(|b| b.is_guarded()));
+    assert!(now.values().any(|b| b.is_guarded()));
+    handler.apply(ADDRESS, vec![address("ns/b"), address("ns/c")], vec![]);
+    let leads = |key| services.load().get(key).map(|b| b.leads.services.len());
+    assert_eq!((leads(&a), leads(&c)), (Some(2), Some(2)));
+}
+
+#[test]
+fn that_a_service_is_not_there_holds_as_long_as_it_is_asked_for() {
+    let services = Arc::new(ArcSwap::default());
+    let (mut handler, _needed) = handler(&services);
+    let a = NamespacedHostname::new("ns", "a");
+    let leads = || services.load().get(&a).map(|b| b.leads.services.len());
+    let mut to = |handler: &mut MeshHandler, config| {
+        drop(handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", config)], vec![]))
+    };
+    to(&mut handler, TO_B);
+    handler.apply(ADDRESS, vec![address("ns/a")], vec!["ns/b".into()]);
+    assert_eq!(leads(), Some(2));
+    // It is still asked for while it lingers, so nobody says it again.
+    to(&mut handler, "{}");
+    assert_eq!(leads(), Some(1));
+    to(&mut handler, TO_B);
+    assert_eq!(leads(), Some(2));
+    // What is told of a name that nobody asks for any more says nothing of later.
+    to(&mut handler, "{}");
+    handler.unwanted(ADDRESS, &["ns/b".into()]);
+    handler.apply(ADDRESS, vec![], vec!["ns/b".into(), "pods/that/are/gone".into()]);
+    to(&mut handler, TO_B);
+    assert_eq!(leads(), Some(1), "it may be there again");
+    assert!(handler.absent.is_empty());
+}
+
+#[test]
+fn a_service_that_leaves_tells_its_connections_and_one_that_changes_does_not() {
+    let services = Arc::new(ArcSwap::default());
+    let (mut handler, _needed) = handler(&services);
+    let a = NamespacedHostname::new("ns", "a");
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", "{}")], vec![]);
+    handler.apply(ADDRESS, vec![address("ns/a")], vec![]);
+    let first = services.load().get(&a).cloned().expect("bound");
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", TO_B)], vec![]);
+    handler.apply(ADDRESS, vec![address("ns/b")], vec![]);
+    assert!(!first.left.is_cancelled());
+    handler.apply(WAYPOINT_SERVICE, vec![], vec!["ns/a".into()]);
+    assert!(first.left.is_cancelled());
+    handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", "{}")], vec![]);
+    assert!(services.load().get(&a).is_some_and(|b| !b.left.is_cancelled()), "it has come back");
 }
 
 #[test]
