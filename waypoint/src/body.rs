@@ -147,12 +147,12 @@ impl Body {
         recording
     }
 
-    /// A second body with the same frames.
-    pub fn copy(&mut self) -> Self {
+    /// A second body with the same frames. One that is not read at once, for its receiver `waits`, may fall further behind.
+    pub fn copy(&mut self, waits: bool) -> Self {
         if let Source::Whole(bytes) = &self.source {
             return Self::of(Source::Whole(bytes.clone()));
         }
-        let (sender, receiver) = mpsc::channel(COPIES);
+        let (sender, receiver) = mpsc::channel(if waits { COPIES * 4 } else { COPIES });
         self.copies.push(sender);
         Self::of(Source::Fed(receiver))
     }

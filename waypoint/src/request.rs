@@ -237,10 +237,11 @@ async fn respond(
     for (mirror, headers) in change.mirrors.into_iter().zip(before.iter().cycle()) {
         let BackendTarget::Service(service, port) = mirror.target else { continue };
         let Some(place) = context.upstream.mirror_place() else { break };
+        let guard = context.shared.services.load().guard(&service).cloned();
         let copy = Copied {
             wanted: (service, port),
             head: Head { headers: headers.clone(), ..head.clone() },
-            body: body.copy(),
+            body: body.copy(guard.is_some_and(|bound| bound.policies.has_authorizers())),
             original: original.clone(),
             passed: passed.clone(),
             span: exchange.span,
