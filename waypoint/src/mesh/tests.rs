@@ -60,7 +60,7 @@ fn a_table_is_in_force_once_all_that_it_leads_to_is_known() {
     assert_eq!(leads(), Some(2));
 }
 
-const GUARDED_TO_B: &str = r#"{"policies":[{"name":"ns/p","action":"Deny","rules":[{}]}],
+const GUARDED_TO_B: &str = r#"{"policies":[{"name":"ns/p","action":"DENY","rules":[{}]}],
     "routes":[{"rules":[{"backends":[{"target":{"service":["ns/b",80]},"weight":1}]}]}]}"#;
 
 #[test]
@@ -88,7 +88,7 @@ fn that_a_service_is_not_there_holds_as_long_as_it_is_asked_for() {
     let (mut handler, _needed) = handler(&services);
     let a = NamespacedHostname::new("ns", "a");
     let leads = || services.load().get(&a).map(|b| b.leads.services.len());
-    let mut to = |handler: &mut MeshHandler, config| {
+    let to = |handler: &mut MeshHandler, config| {
         drop(handler.apply(WAYPOINT_SERVICE, vec![resource("ns/a", config)], vec![]))
     };
     to(&mut handler, TO_B);

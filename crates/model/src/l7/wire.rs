@@ -136,7 +136,7 @@ mod tests {
         });
         let mut config = ServiceConfig { routes: routes.collect(), tell_client: true, ..ServiceConfig::default() };
         config.default.request_timeout_ms = Some(7);
-        config.policies = serde_json::from_str(r#"[{"name":"ns/p","action":"Deny"}]"#).expect("a policy");
+        config.policies = serde_json::from_str(r#"[{"name":"ns/p","action":"DENY"}]"#).expect("a policy");
         config
     }
 
