@@ -1,5 +1,6 @@
 //! A waypoint knows what it serves and what that leads to, not the whole mesh.
 
+use ambit_e2e::many::BIG;
 use ambit_e2e::{CLIENT, layer7_shop, route, told, until, waypoint};
 use ambit_testing::mesh::Mesh;
 use ambit_testing::{Doing, Failure, sandbox};
@@ -36,8 +37,12 @@ fn known(mesh: &Mesh, kind: &str) -> Option<usize> {
 fn clients_of_a_service_that_leaves_its_waypoint_go_elsewhere() {
     sandbox::test("clients_of_a_service_that_leaves_its_waypoint_go_elsewhere", || async {
         let mesh = layer7_shop().await?;
+        mesh.apply("big.yaml", BIG)?;
+        mesh.ready(&["shop/big"]).await?;
+        mesh.in_mesh(&["shop/big"]).await?;
+        until(&mesh, &["GET", "http://big.shop/"], "ok").await?;
         let mut load = mesh.exec_start(CLIENT, &["ambit-app", "load", "http://web.shop/", "8"])?;
-        let mut kept = mesh.exec_start(CLIENT, &["ambit-http", "load", "web.shop:80", "8", "--h2", "--path", "/"])?;
+        let mut kept = mesh.exec_start(CLIENT, &["ambit-http", "load", "big.shop:80", "8", "--h2", "--path", "/"])?;
         mesh.wait("the load to go through the waypoint", |m| told(m).len() > 20).await?;
         let text = std::fs::read_to_string(mesh.directory.join("shop.yaml")).doing("read shop.yaml")?;
         mesh.apply("shop.yaml", &text.replace("\n    istio.io/use-waypoint: waypoint", ""))?;
