@@ -215,8 +215,22 @@ fn ten_thousand_documents_in_a_file() {
 
 #[test]
 fn a_file_of_fifty_megabytes() {
+    const OBJECTS: usize = 5000;
     let mut dirs = Dirs::new("large");
-    let filler = format!("# {}\n", "x".repeat(1000)).repeat(50_000);
-    dirs.write("user/large.yaml", &format!("{}{filler}---\n{}", namespace("one"), namespace("two")));
-    assert_eq!(dirs.scan(), (vec!["Namespace one".to_owned(), "Namespace two".to_owned()], vec![]));
+    // What fills it is part of the objects; one of them is not valid.
+    let text = "all work and no play ".repeat(500);
+    let object = |n: usize| {
+        let kind = if n == 4321 { "labels: [not, a, map]" } else { "labels: {istio.io/dataplane-mode: ambient}" };
+        format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: n{n}\n  {kind}\n  annotations:\n    text: {text}\n"
+        )
+    };
+    let all: Vec<String> = (0..OBJECTS).map(object).collect();
+    let all = all.join("---\n");
+    assert!(all.len() > 50 << 20, "{}", all.len());
+    dirs.write("user/large.yaml", &all);
+    let (objects, problems) = dirs.scan();
+    assert_eq!((objects.len(), problems.len()), (OBJECTS - 1, 1));
+    let line = 1 + 4321 * 8;
+    assert!(problems[0].contains(&format!("large.yaml:{}", line + 4)), "{}", problems[0]);
 }
