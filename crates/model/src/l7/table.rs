@@ -193,12 +193,11 @@ impl RouteTable {
             };
             let entries = &mut rules.entries;
             for (index, rule) in route.rules.iter().enumerate() {
-                let known = before.get(&Arc::as_ptr(rule)).filter(|all| all.len() == rule.matches.len());
                 let named = rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
                 let name: Str = format!("{:?} {} rule {index}{named}", route.kind, route.name).into();
                 for (n, one) in rule.matches.iter().enumerate() {
-                    let matcher = match known {
-                        Some(all) => all[n].clone(),
+                    let matcher = match before.get(&(Arc::as_ptr(rule), n)) {
+                        Some(known) => known.clone(),
                         None => Arc::new(Matcher::new(one)?),
                     };
                     let prefix = match &matcher.path {
@@ -218,22 +217,13 @@ impl RouteTable {
         Ok(table)
     }
 
-    /// What was compiled of each rule, by its address; the table keeps the rules, so no other one has it.
-    fn matchers(&self) -> HashMap<*const RouteRule, Vec<Arc<Matcher>>> {
+    /// What was compiled of each match of a rule, by the rule's address, where compiling is dear. The table keeps its rules, so no
+    /// other one has that address.
+    fn matchers(&self) -> HashMap<(*const RouteRule, usize), Arc<Matcher>> {
         let scopes = std::iter::once(&self.producers).chain(self.consumers.values());
         let entries = scopes.flat_map(|s| s.by_port.values().chain([&s.other])).flat_map(|r| &r.entries);
-        let mut all: HashMap<_, Vec<(usize, Arc<Matcher>)>> = HashMap::new();
-        for entry in entries {
-            let of = all.entry(Arc::as_ptr(&entry.chosen.rule)).or_default();
-            if of.iter().all(|(part, _)| *part != entry.part) {
-                of.push((entry.part, entry.matcher.clone()));
-            }
-        }
-        let sorted = |mut of: Vec<(usize, Arc<Matcher>)>| {
-            of.sort_by_key(|(part, _)| *part);
-            of.into_iter().map(|(_, matcher)| matcher).collect()
-        };
-        all.into_iter().map(|(at, of)| (at, sorted(of))).collect()
+        let dear = entries.filter(|e| e.matcher.has_expressions());
+        dear.map(|e| ((Arc::as_ptr(&e.chosen.rule), e.part), e.matcher.clone())).collect()
     }
 
     /// The rule of a request that came to `port` from a client of `namespace`.
@@ -356,6 +346,11 @@ impl Matcher {
         };
         let tests = |all: &[ValueMatch]| all.iter().map(ValueTest::new).collect::<Result<Vec<_>, _>>();
         Ok(Self { path, method: m.method.clone(), headers: tests(&m.headers)?, query: tests(&m.query)? })
+    }
+
+    fn has_expressions(&self) -> bool {
+        let any = |all: &[ValueTest]| all.iter().any(|t| matches!(t.test, Test::Regex(_)));
+        matches!(self.path, Path::Regex(_)) || any(&self.headers) || any(&self.query)
     }
 
     fn rank(&self) -> (u8, usize, bool, usize, usize) {
