@@ -217,7 +217,6 @@ impl MeshHandler {
     }
 
     fn addresses(&mut self, resources: &[Resource], removed: Vec<String>) -> Vec<(String, String)> {
-        let before = self.absent.len();
         self.absent.extend(removed.iter().filter(|name| self.asked.contains(*name)).cloned());
         let (changes, rejected) = receive::changes(ADDRESS, resources, removed);
         for resource in resources {
@@ -233,7 +232,7 @@ impl MeshHandler {
         self.readiness.ready("addresses");
         // Most changes are of endpoints, and change nothing of this.
         let services = self.services.load();
-        let settled = services.waiting.is_empty() && self.absent.len() == before;
+        let settled = services.waiting.is_empty() && *services.outside == self.absent;
         if !settled || self.own.names(&self.store.load()) != self.own_names {
             self.settle(Services::clone(&services));
         }
