@@ -46,6 +46,10 @@ fn floods_cost_their_own_connection_only() {
                 mesh.wait("the flood to end", |_| one.ended().is_some()).await?;
             }
             let told: Vec<String> = floods.iter().map(|f| f.text()).collect();
+            // Who goes on is thrown out.
+            if matches!(kind, "pings" | "settings") && !told.iter().all(|t| t.contains("\"out\":true")) {
+                return Err(Failure(format!("{kind} are borne: {told:?}")));
+            }
             if told.iter().any(|t| !t.contains("\"sent\":")) {
                 return Err(Failure(format!("{kind}: {told:?}")));
             }

@@ -6,6 +6,7 @@
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use ambit_hbone::headers::{Baggage, TraceParent};
@@ -24,6 +25,7 @@ use hyper_util::server::conn::auto;
 use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 
+use crate::flood::Flood;
 use crate::observe::{Facts, Meter, Observer, Telling};
 use crate::rebalance;
 use crate::relay::{dial, relay, relay_with};
@@ -278,6 +280,8 @@ async fn first(
 
 async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind<TunnelIo>) {
     let (drain, begun) = (context.shared.drain.clone(), connection.begun.clone());
+    let (io, shared) = (io.watched(), context.shared.clone());
+    let flooded = io.flooded.clone();
     // A client that was let in before it heard of the end gets its answer.
     let last = async {
         drain.cancelled().await;
@@ -330,7 +334,10 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
             }
         }
     };
-    if let Err(error) = ended {
+    if flooded.load(Relaxed) {
+        shared.overload.cut();
+        shared.observer.refused(&of.facts, &of.target.bound.telling, "DPE", Flood.to_string());
+    } else if let Err(error) = ended {
         tracing::debug!(%error, "HTTP");
     }
 }

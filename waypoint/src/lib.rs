@@ -5,7 +5,8 @@
 //! - [`config`], [`app`]: the process. [`mesh`]: what the controller sends; [`wanted`]: what it is asked for. [`worker`]: accepting on each worker. [`rebalance`]: more
 //!   replicas than before.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP; [`relay`]: the
-//!   latter; [`rewind`]: what was read to tell.
+//!   latter; [`rewind`]: what was read to tell;
+//!   [`flood`]: frames that are too many.
 //! - [`request`]: one request from its head to its answer; [`admission`]: whether it may go on; [`plan`]: its rule and backend;
 //!   [`filters`]: what routes do to it; [`local`]: answers of our own; [`token`]: its JWT, [`keys`] where those are fetched;
 //!   [`authorizer`]: asking somebody else.
@@ -22,6 +23,7 @@ pub mod config;
 pub mod connection;
 pub mod explain;
 pub mod filters;
+pub mod flood;
 pub mod forward;
 pub mod keys;
 pub mod local;

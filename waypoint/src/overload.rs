@@ -48,6 +48,11 @@ impl Overload {
         Err(why)
     }
 
+    /// A connection was ended to protect the process.
+    pub fn cut(&self) {
+        self.shed.inc();
+    }
+
     /// Looks at the memory of the process, for ever.
     pub async fn watch(self: Arc<Self>) {
         let Some(budget) = self.budget else { return };
