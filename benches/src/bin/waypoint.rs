@@ -340,7 +340,8 @@ fn allocations(mesh: &Mesh) -> Option<f64> {
     let page = mesh.http_get(&pod.net.netns, 15000, "/debug/allocator").ok()?;
     let all: Value = serde_json::from_str(&page).ok()?;
     let merged = &all["jemalloc"]["stats.arenas"]["merged"];
-    Some(merged["small"]["nmalloc"].as_f64()? + merged["large"]["nmalloc"].as_f64()?)
+    // What was asked for, not what went from the arenas to the threads' caches.
+    Some(merged["small"]["nrequests"].as_f64()? + merged["large"]["nrequests"].as_f64()?)
 }
 
 /// Starts the plain relay; the name of its program.
