@@ -307,11 +307,16 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .initial_connection_window_size(MAX_WINDOW)
         .keep_alive_interval(Some(Duration::from_secs(30)));
     let (moves, of) = (moved.subscribe(), asked_to_move.clone());
-    let (left, mut gone) = (of.target.bound.left.clone(), false);
+    // One that comes while its client has not heard of it yet gets its answer too.
+    let (left, first, mut gone) = (of.target.bound.left.clone(), of.begun.clone(), false);
+    let leaves = async {
+        left.cancelled().await;
+        first.cancelled().await;
+    };
     let served = server.serve_connection_with_upgrades(TokioIo::new(io), service);
     tokio::pin!(served);
     let asked = rebalance::asked(moves, spread);
-    tokio::pin!(last, asked);
+    tokio::pin!(last, asked, leaves);
     let ended = loop {
         tokio::select! {
             ended = served.as_mut() => break ended,
@@ -320,7 +325,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
                 served.as_mut().graceful_shutdown();
                 break served.await;
             }
-            () = left.cancelled(), if !gone => {
+            () = leaves.as_mut(), if !gone => {
                 // Its service is not served here any more: the request that is under way is the last one.
                 gone = true;
                 served.as_mut().graceful_shutdown();
