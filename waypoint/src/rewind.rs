@@ -51,11 +51,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for Rewind<T> {
             n
         };
         this.got.fetch_add(n as u64, Relaxed);
-        if let Some((frames, since)) = &mut this.watched {
-            if let Err(flood) = frames.see(&buf.filled()[before..], since.elapsed()) {
-                this.flooded.store(true, Relaxed);
-                return Poll::Ready(Err(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, flood)));
-            }
+        if let Some((frames, since)) = &mut this.watched
+            && let Err(flood) = frames.see(&buf.filled()[before..], since.elapsed())
+        {
+            this.flooded.store(true, Relaxed);
+            return Poll::Ready(Err(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, flood)));
         }
         Poll::Ready(Ok(()))
     }

@@ -3,6 +3,7 @@
 //! Owns the two memories: texts of rules that were written ([`Texts`]), and rules that were read ([`Read`]). The text is that of
 //! [`ServiceConfig`]; whoever remembers nothing reads and writes the same.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Weak};
@@ -58,9 +59,8 @@ impl Texts {
     /// The text of a configuration.
     pub fn write(&mut self, config: &ServiceConfig) -> serde_json::Result<Vec<u8>> {
         for rule in config.routes.iter().flat_map(|r| &r.rules) {
-            let at = Arc::as_ptr(rule) as usize;
-            if !self.0.contains_key(&at) {
-                self.0.insert(at, (rule.clone(), to_raw_value(&**rule)?.into()));
+            if let Entry::Vacant(free) = self.0.entry(Arc::as_ptr(rule) as usize) {
+                free.insert((rule.clone(), to_raw_value(&**rule)?.into()));
             }
         }
         let text = |rule: &Arc<RouteRule>| self.0.get(&(Arc::as_ptr(rule) as usize)).map(|(_, text)| &**text);
