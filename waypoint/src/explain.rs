@@ -72,7 +72,7 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
                 (false, _) => "does not match",
             };
             let backends: Vec<Value> = chosen.rule.backends.iter().map(|b| backend(shared, b)).collect();
-            json!({ "route": &*chosen.route, "rule": chosen.index, "name": chosen.rule.name, "outcome": why, "backends": backends })
+            json!({ "route": &*chosen.route.name, "rule": chosen.index, "name": chosen.rule.name, "outcome": why, "backends": backends })
         })
         .collect();
     let outcome = match (&bound.closed, rules.is_empty(), taken) {

@@ -171,7 +171,9 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
     let of_mesh = if tls { None } else { in_mesh(context, host).await };
     let response = match of_mesh {
         Some(service) => {
-            let endpoint = context.upstream.find(&Wish::plain(&service, port), &[]).await.map_err(|e| e.to_string())?;
+            let traffic = context.shared.services.load().traffic(&service, port);
+            let wish = Wish { traffic, ..Wish::plain(&service, port) };
+            let endpoint = context.upstream.find(&wish, &[]).await.map_err(|e| e.to_string())?;
             context.upstream.send(&endpoint, Version::Http1, request).await.map_err(|(e, _)| e.to_string())?
         }
         None => {

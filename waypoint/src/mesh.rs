@@ -30,7 +30,7 @@ use crate::keys::Keys;
 use crate::observe::Telling;
 use crate::rate::Limiters;
 use crate::token::TokenTable;
-use crate::treatment::Treatment;
+use crate::treatment::Treatments;
 use crate::wanted::{self, Leads, Names, Own};
 
 #[cfg(test)]
@@ -51,8 +51,8 @@ pub struct Bound {
     pub tell_client: bool,
     /// What requests follow where no route is attached.
     pub default: Arc<RouteRule>,
-    /// What rules do to requests besides, in the order of the routes' rules, and what the default does.
-    pub treatments: Arc<(Vec<Treatment>, Treatment)>,
+    /// What rules do to requests besides.
+    pub treatments: Arc<Treatments>,
     /// What is told of its requests.
     pub telling: Arc<Telling>,
     /// What holds for the endpoints of services.
@@ -131,6 +131,12 @@ impl Services {
     /// All that are bound, or are to be.
     pub fn values(&self) -> impl Iterator<Item = &Arc<Bound>> {
         self.bound.values().chain(self.waiting.values())
+    }
+
+    /// What holds for the endpoints of a service's port, for a request of the waypoint's own.
+    pub fn traffic(&self, service: &NamespacedHostname, port: u16) -> Arc<Traffic> {
+        let told = self.values().find(|bound| bound.traffic.contains_key(service));
+        told.map(|bound| bound.traffic(service, port)).unwrap_or_default()
     }
 
     /// Whether the controller has said that a host is not in the mesh.
@@ -289,10 +295,7 @@ fn compile(
     let routes = before.map_or_else(|| RouteTable::new(&config.routes), |before| before.next(&config.routes));
     let routes = routes.map_err(|e| e.to_string())?;
     let tokens = TokenTable::new(&config.tokens, keys)?;
-    let treat = |rule: &RouteRule| Treatment::new(rule, limiters).map_err(|e| e.to_string());
-    let rules = config.routes.iter().flat_map(|r| &r.rules);
-    let treatments = rules.map(|rule| treat(rule)).collect::<Result<_, _>>()?;
-    let treatments = Arc::new((treatments, treat(&config.default)?));
+    let treatments = Treatments::new(&config, limiters).map_err(|e| e.to_string())?;
     let traffic = config.traffic.into_iter().map(|(service, of)| {
         let ports = of.ports.into_iter().map(|(port, traffic)| (port, Arc::new(traffic))).collect();
         (service, OfPorts { all: Arc::new(of.all), ports })
@@ -303,7 +306,7 @@ fn compile(
         policies: Arc::new(PolicyTable::new(&config.policies)),
         closed: None,
         tell_client: config.tell_client,
-        treatments,
+        treatments: Arc::new(treatments),
         default: Arc::new(config.default),
         // What is told of requests is no reason to refuse them.
         telling: Arc::new(Telling::new(&config.telemetry).unwrap_or_else(|reason| {

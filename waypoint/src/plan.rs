@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ambit_model::l7::table::{Found, RequestView};
+use ambit_model::l7::table::{self, Found, RequestView};
 use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteRule};
 use ambit_model::{NamespacedHostname, Str, Workload};
 use http::header::HeaderValue;
@@ -26,9 +26,8 @@ use crate::worker::Context;
 /// What is done with a request.
 pub(crate) struct Plan {
     pub(crate) rule: Arc<RouteRule>,
-    prefix: Option<Str>,
-    /// Index of the rule among all of the service; `None` for the default.
-    order: Option<usize>,
+    /// Index of the rule among all of the service, and which of its matches it was; `None` for the default.
+    found: Option<(u32, u32)>,
     /// Where it goes; `None` where the rule answers by itself.
     pub(crate) to: Option<(NamespacedHostname, u16)>,
     pub(crate) backend: Option<Backend>,
@@ -39,8 +38,13 @@ pub(crate) struct Plan {
 impl Plan {
     /// What its rule does besides.
     pub(crate) fn treatment<'a>(&self, bound: &'a Bound) -> &'a Treatment {
-        let of_rule = self.order.and_then(|n| bound.treatments.0.get(n));
-        of_rule.unwrap_or(&bound.treatments.1)
+        bound.treatments.of(self.found.map(|(order, _)| order))
+    }
+
+    /// The prefix by which the rule was found, for rewrites.
+    fn prefix(&self) -> Option<&str> {
+        let (_, part) = self.found?;
+        table::prefix(self.rule.matches.get(part as usize)?.path.as_ref())
     }
 }
 
@@ -73,14 +77,14 @@ pub(crate) fn plan(
             let of_workload = |w: &Arc<Workload>| NamespacedHostname::new(w.namespace.clone(), w.name.clone());
             let key = target.service.as_ref().map(|s| s.key()).or_else(|| target.workload.as_ref().map(of_workload));
             let to = key.map(|key| (key, target.port));
-            Ok(Plan { rule: bound.default.clone(), prefix: None, order: None, to, backend: None, session: None })
+            Ok(Plan { rule: bound.default.clone(), found: None, to, backend: None, session: None })
         }
         Found::None(_) => {
             // A gRPC client is told UNIMPLEMENTED (Gateway API).
             Err(Local::new(StatusCode::NOT_FOUND, "NR", "no route matches\n", "no rule of the attached routes matches"))
         }
         Found::Rule(chosen) => {
-            exchange.route = Some(chosen.name.clone());
+            exchange.route = Some(chosen.name().clone());
             let session = chosen.rule.session.as_ref().and_then(|s| session::named(s, original, seconds()));
             let of_session = session.and_then(|s| of_session(context, bound, &chosen.rule.backends, s));
             let backend = of_session.or_else(|| pick(&chosen.rule.backends)).cloned();
@@ -96,8 +100,8 @@ pub(crate) fn plan(
                 }
                 None => None,
             };
-            let (rule, prefix, order) = (chosen.rule.clone(), chosen.prefix.clone(), Some(chosen.order));
-            Ok(Plan { rule, prefix, order, to, backend, session })
+            let (rule, found) = (chosen.rule.clone(), Some((chosen.order, chosen.part)));
+            Ok(Plan { rule, found, to, backend, session })
         }
     }
 }
@@ -156,12 +160,12 @@ pub(crate) fn apply(
         Filter::RequestHeaders(h) => filters::change(headers, h),
         Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
         Filter::Redirect(r) => {
-            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix.as_deref())));
+            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix())));
         }
         Filter::Rewrite(r) => {
             change.host = r.hostname.clone().or(change.host.take());
             if let Some(p) = &r.path {
-                change.path = filters::path(path, p, plan.prefix.as_deref());
+                change.path = filters::path(path, p, plan.prefix());
             }
         }
         Filter::Mirror(m) => {

@@ -2,15 +2,22 @@
 //!
 //! Owns dialling and moving. Whether it may be is decided before.
 
+use std::future::poll_fn;
+use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context as TaskContext, Poll, ready};
 use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::TraceParent;
 use ambit_hbone::io::TunnelIo;
 use ambit_model::l7::traffic::{Balancing, HashKey};
-use bytes::Bytes;
-use tokio::io::copy_bidirectional;
+use ambit_net::relay::BatchSize;
+use ambit_net::turn::Turn;
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::io::poll_read_buf;
 
 use crate::cluster::eject::Outcome;
 use crate::connection::Connection;
@@ -113,14 +120,87 @@ pub async fn relay_with(
     let (from, to) = (io.got.clone(), up.got.clone());
     let mut stream = Stream::begin(&context.shared.observer, facts, connection.target.bound.telling.clone());
     let mut tick = tokio::time::interval(TELLS);
-    let moving = copy_bidirectional(&mut io, &mut up);
-    tokio::pin!(moving);
+    let (mut there, mut back) = (OneWay::default(), OneWay::default());
     let ended = loop {
+        let moving = poll_fn(|cx| {
+            let sent = there.poll(cx, &mut io, &mut up)?;
+            let received = back.poll(cx, &mut up, &mut io)?;
+            if sent.is_ready() && received.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        });
         tokio::select! {
-            ended = &mut moving => break ended,
+            ended = moving => break ended,
             _ = tick.tick() => stream.moved(from.load(Relaxed), to.load(Relaxed)),
         }
     };
     stream.moved(from.load(Relaxed), to.load(Relaxed));
-    stream.complete(ended.err().map(|error| error.to_string()));
+    stream.complete(ended.err().map(|error: io::Error| error.to_string()));
 }
+
+/// One direction of a connection: as much at a time as there is, in a buffer that is there only while there is something, and
+/// in turns with others where that is much.
+#[derive(Default)]
+struct OneWay {
+    held: BytesMut,
+    batch: BatchSize,
+    turn: Turn,
+    at: At,
+}
+
+#[derive(Default)]
+enum At {
+    #[default]
+    Moving,
+    /// Nothing more comes.
+    Ending,
+    Ended,
+}
+
+impl OneWay {
+    /// Ready when the end has been passed on.
+    fn poll(
+        &mut self,
+        cx: &mut TaskContext<'_>,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+    ) -> Poll<io::Result<()>> {
+        loop {
+            while !self.held.is_empty() {
+                let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.held))?;
+                if n == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.held.advance(n);
+                self.turn.moved(n);
+            }
+            match self.at {
+                At::Ended => return Poll::Ready(Ok(())),
+                At::Ending => {
+                    ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                    self.at = At::Ended;
+                }
+                At::Moving => {
+                    ready!(self.turn.poll(cx));
+                    // Dropped where nothing has come.
+                    let mut buf = BytesMut::with_capacity(self.batch.get());
+                    match poll_read_buf(Pin::new(&mut *from), cx, &mut buf) {
+                        Poll::Ready(Ok(0)) => self.at = At::Ending,
+                        Poll::Ready(Ok(n)) => {
+                            self.batch.saw(n);
+                            self.held = buf;
+                        }
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                        Poll::Pending => {
+                            self.held = BytesMut::new();
+                            // What was written may still lie in a buffer of TLS.
+                            ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                            return Poll::Pending;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,12 +2,13 @@
 //!
 //! Owns the decisions and the answers' headers. Waiting and answering is [`crate::request`]'s.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_model::l7::RouteRule;
 use ambit_model::l7::table::{BadExpression, HeaderTests};
 use ambit_model::l7::traffic::{Abort, Fault, RateKey};
+use ambit_model::l7::{RouteRule, ServiceConfig};
 use ambit_model::{Identity, Str};
 use http::{HeaderMap, HeaderValue};
 
@@ -19,6 +20,35 @@ use crate::rate::{Limiter, Limiters};
 pub struct Treatment {
     limits: Vec<(HeaderTests, Arc<Limiter>)>,
     faults: Vec<(HeaderTests, Fault)>,
+}
+
+/// Of a service: most of its rules do nothing besides.
+#[derive(Debug, Default)]
+pub struct Treatments {
+    of_rules: HashMap<u32, Treatment>,
+    of_default: Treatment,
+}
+
+impl Treatments {
+    /// Compiles those of all rules.
+    pub fn new(config: &ServiceConfig, limiters: &Limiters) -> Result<Self, BadExpression> {
+        let mut of_rules = HashMap::new();
+        for (order, rule) in (0..).zip(config.routes.iter().flat_map(|r| &r.rules)) {
+            if !(rule.faults.is_empty() && rule.rate_limits.is_empty()) {
+                of_rules.insert(order, Treatment::new(rule, limiters)?);
+            }
+        }
+        Ok(Self { of_rules, of_default: Treatment::new(&config.default, limiters)? })
+    }
+
+    /// That of a rule, by its index among all, or of requests that follow none.
+    pub fn of(&self, order: Option<u32>) -> &Treatment {
+        static NOTHING: Treatment = Treatment { limits: Vec::new(), faults: Vec::new() };
+        match order {
+            None => &self.of_default,
+            Some(order) => self.of_rules.get(&order).unwrap_or(&NOTHING),
+        }
+    }
 }
 
 /// A limit that a request has gone over.

@@ -48,6 +48,8 @@ impl TlsConfig {
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(failed)?;
         server.alpn_protocols = vec![b"h2".to_vec()];
+        // Records are ours: crate::record.
+        server.enable_secret_extraction = true;
         // Peers never resume: no ticket is worth sending.
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
@@ -59,6 +61,7 @@ impl TlsConfig {
             .with_client_auth_cert(chain.clone(), key)
             .map_err(failed)?;
         client.alpn_protocols = vec![b"h2".to_vec()];
+        client.enable_secret_extraction = true;
         client.enable_sni = false;
         client.resumption = rustls::client::Resumption::disabled();
         let (server, client) = (Arc::new(server), Arc::new(client));

@@ -7,17 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ambit_model::Identity;
-use rustls_pki_types::{IpAddr as PkiIp, ServerName};
+use rustls::CommonState;
+use rustls::client::UnbufferedClientConnection;
+use rustls::server::UnbufferedServerConnection;
+use rustls_pki_types::{CertificateDer, IpAddr as PkiIp, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::buffered::Buffered;
+use crate::agree::agree;
 use crate::certificate::LeafFacts;
 use crate::config::TlsConfig;
 use crate::revoked::Marks;
-
-/// Ciphertext that one write may hand to the socket; rustls's own limit makes a full packet and a stub of each 64 KiB.
-const WRITE: usize = 128 * 1024;
+use crate::stream::{Keys, TlsStream};
 
 /// A verified peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,81 +73,77 @@ pub enum HandshakeError {
 /// Accepts a client: any identity of our trust domain, proven by its certificate.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     config: &TlsConfig,
-    stream: S,
+    mut stream: S,
     deadline: Duration,
-) -> Result<(tokio_rustls::server::TlsStream<Buffered<S>>, Peer), HandshakeError> {
+) -> Result<(TlsStream<S>, Peer), HandshakeError> {
     if config.expired(SystemTime::now()) {
         return Err(HandshakeError::OwnExpired(config.identity.clone()));
     }
-    let accepting = TlsAcceptor::from(config.server.clone()).accept(Buffered::new(stream));
-    let mut tls = tokio::time::timeout(deadline, accepting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
-    let (_, connection) = tls.get_mut();
-    connection.set_buffer_limit(Some(WRITE));
-    let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), None)?;
+    let mut side = UnbufferedServerConnection::new(config.server.clone()).map_err(io::Error::other)?;
+    let agreed = tokio::time::timeout(deadline, agree(&mut side, &mut stream)).await;
+    let received = agreed.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let peer = peer_of(&side, None)?;
     if peer.identity.trust_domain != config.identity.trust_domain {
         let expected = config.identity.trust_domain.to_string();
         return Err(HandshakeError::TrustDomain { expected, found: peer.identity });
     }
-    let (buffered, connection) = tls.get_mut();
-    keep_valid(config, connection.peer_certificates(), buffered)?;
-    told("accepted", connection);
+    let revoked = keep_valid(config, side.peer_certificates())?;
+    told("accepted", &side);
+    let (secrets, keys) = side.dangerous_into_kernel_connection().map_err(io::Error::other)?;
+    let mut tls = TlsStream::new(stream, Keys::Server(Box::new(keys)), &secrets, received)?;
+    revoked.into_iter().for_each(|revoked| tls.until(revoked));
     Ok((tls, peer))
 }
 
 /// Connects as `config`'s identity to a server that must be one of `expected` (URI names).
 pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     config: &TlsConfig,
-    stream: S,
+    mut stream: S,
     address: std::net::IpAddr,
     expected: &[Arc<str>],
     deadline: Duration,
-) -> Result<(tokio_rustls::client::TlsStream<Buffered<S>>, Peer), HandshakeError> {
+) -> Result<(TlsStream<S>, Peer), HandshakeError> {
     if config.expired(SystemTime::now()) {
         return Err(HandshakeError::OwnExpired(config.identity.clone()));
     }
     let name = ServerName::IpAddress(PkiIp::from(address));
-    let connecting = TlsConnector::from(config.client.clone()).connect(name, Buffered::new(stream));
-    let mut tls =
-        tokio::time::timeout(deadline, connecting).await.map_err(|_| HandshakeError::Deadline(deadline))??;
-    let (_, connection) = tls.get_mut();
-    connection.set_buffer_limit(Some(WRITE));
-    let peer = peer_of(connection.peer_certificates(), connection.alpn_protocol(), Some(expected))?;
-    let (buffered, connection) = tls.get_mut();
-    keep_valid(config, connection.peer_certificates(), buffered)?;
-    told("connected", connection);
+    let mut side = UnbufferedClientConnection::new(config.client.clone(), name).map_err(io::Error::other)?;
+    let agreed = tokio::time::timeout(deadline, agree(&mut side, &mut stream)).await;
+    let received = agreed.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let peer = peer_of(&side, Some(expected))?;
+    let revoked = keep_valid(config, side.peer_certificates())?;
+    told("connected", &side);
+    let (secrets, keys) = side.dangerous_into_kernel_connection().map_err(io::Error::other)?;
+    let mut tls = TlsStream::new(stream, Keys::Client(Box::new(keys)), &secrets, received)?;
+    revoked.into_iter().for_each(|revoked| tls.until(revoked));
     Ok((tls, peer))
 }
 
-fn told<D>(what: &str, connection: &rustls::ConnectionCommon<D>) {
+fn told(what: &str, connection: &CommonState) {
     let kx = connection.negotiated_key_exchange_group().map(|group| group.name());
     tracing::debug!(cipher = ?connection.negotiated_cipher_suite().map(|s| s.suite()), ?kx, "TLS {what}");
 }
 
-/// Refuses a chain of which a certificate is revoked; a later revocation ends the connection.
-fn keep_valid<S>(
+/// Refuses a chain of which a certificate is revoked; a later revocation is told by what is returned.
+fn keep_valid(
     config: &TlsConfig,
-    chain: Option<&[rustls_pki_types::CertificateDer<'_>]>,
-    stream: &mut Buffered<S>,
-) -> Result<(), HandshakeError> {
-    let (Some(revocations), Some(chain)) = (&config.revocations, chain) else { return Ok(()) };
+    chain: Option<&[CertificateDer<'_>]>,
+) -> Result<Option<impl Future<Output = String> + Send + use<>>, HandshakeError> {
+    let (Some(revocations), Some(chain)) = (&config.revocations, chain) else { return Ok(None) };
     let marks = Marks::of(chain).map_err(HandshakeError::Unreadable)?;
     if let Some(serial) = revocations.first(&marks) {
         return Err(HandshakeError::Revoked(serial));
     }
     let revoked = revocations.wait(marks);
-    stream.until(async move { HandshakeError::Revoked(revoked.await).to_string() });
-    Ok(())
+    Ok(Some(async move { HandshakeError::Revoked(revoked.await).to_string() }))
 }
 
-fn peer_of(
-    chain: Option<&[rustls_pki_types::CertificateDer<'_>]>,
-    alpn: Option<&[u8]>,
-    expected: Option<&[Arc<str>]>,
-) -> Result<Peer, HandshakeError> {
-    if alpn != Some(b"h2") {
+fn peer_of(connection: &CommonState, expected: Option<&[Arc<str>]>) -> Result<Peer, HandshakeError> {
+    if connection.alpn_protocol() != Some(b"h2") {
         return Err(HandshakeError::Alpn);
     }
-    let leaf = chain.and_then(|c| c.first()).ok_or_else(|| HandshakeError::NoIdentity(Vec::new()))?;
+    let leaf =
+        connection.peer_certificates().and_then(|c| c.first()).ok_or_else(|| HandshakeError::NoIdentity(Vec::new()))?;
     let facts = LeafFacts::of(leaf).map_err(io::Error::other)?;
     if let Some(expected) = expected
         && !facts.uris.iter().any(|uri| expected.iter().any(|e| **e == **uri))

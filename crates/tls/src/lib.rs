@@ -8,10 +8,10 @@
 //! - [`config`]: the rustls configurations of one certificate.
 //! - [`handshake`]: accepting and connecting with a deadline, and who the peer is.
 //! - [`revoked`]: certificates that were taken back.
-//! - [`buffered`]: large reads below rustls.
+//! - [`stream`]: the connection after its handshake, with its records in `record`; the handshake itself is rustls's (`agree`).
 //! - [`control`]: server-authenticated TLS to the controller.
 
-pub mod buffered;
+mod agree;
 pub mod certificate;
 pub mod config;
 pub mod control;
@@ -19,10 +19,15 @@ pub mod csr;
 pub mod handshake;
 pub mod outside;
 pub mod provider;
+mod record;
 pub mod renew;
 pub mod revoked;
+pub mod stream;
+#[cfg(test)]
+mod testing;
 
 pub use certificate::{TrustBundle, WorkloadCertificate};
 pub use config::TlsConfig;
 pub use handshake::{HandshakeError, Peer};
 pub use revoked::Revocations;
+pub use stream::TlsStream;

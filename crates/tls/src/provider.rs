@@ -16,7 +16,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     PROVIDER
         .get_or_init(|| {
             Arc::new(CryptoProvider {
-                cipher_suites: fastest().suites(),
+                cipher_suites: aead().suites(),
                 kx_groups: vec![aws_lc_rs::kx_group::X25519, aws_lc_rs::kx_group::SECP256R1],
                 ..aws_lc_rs::default_provider()
             })
@@ -24,9 +24,15 @@ pub fn provider() -> Arc<CryptoProvider> {
         .clone()
 }
 
+/// Whose AES-GCM this process uses.
+pub(crate) fn aead() -> Aead {
+    static AEAD: OnceLock<Aead> = OnceLock::new();
+    *AEAD.get_or_init(fastest)
+}
+
 /// Whose AES-GCM encrypts records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Aead {
+pub(crate) enum Aead {
     AwsLc,
     Ring,
 }

@@ -114,6 +114,11 @@ fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mes
             }));
         }
         services.extend(one.config.policies.iter().filter_map(|p| Some(p.authorizer.as_ref()?.service.clone())));
+        // Keys are fetched as everything else is.
+        let uris = one.config.tokens.iter().filter_map(|t| t.jwks_uri.as_deref()?.parse::<http::Uri>().ok());
+        for host in uris.filter_map(|uri| uri.host().map(ToOwned::to_owned)) {
+            services.extend(mesh.services.values().filter(|s| *s.hostname == *host).map(|s| s.key()));
+        }
         // Most routes of a service lead to the same few.
         services.sort();
         services.dedup();

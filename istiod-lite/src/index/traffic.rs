@@ -84,7 +84,7 @@ impl<'a> Rules<'a> {
             match (&entry.object.spec.broken, compiled) {
                 (Some(reason), _) => refused(reason.clone()),
                 (None, Ok(traffic)) => owned(traffic.clone(), world, entry, gateway),
-                (None, Err(e)) if asks_for_tls(&entry.object.spec.traffic_policy) => refused(e.to_string()),
+                (None, Err(e)) if entry.object.spec.traffic_policy.asks_for_tls() => refused(e.to_string()),
                 (None, Err(_)) => ServiceTraffic::default(),
             }
         });
@@ -162,11 +162,6 @@ fn usable(entry: &Entry<'_, DestinationRule>) -> bool {
     entry.object.spec.workload_selector.is_none()
 }
 
-fn asks_for_tls(policy: &TrafficSettings) -> bool {
-    let all = policy.tls.iter().chain(policy.port_level_settings.iter().filter_map(|p| p.tls.as_ref()));
-    all.into_iter().any(|t| !matches!(t.mode.as_str(), "DISABLE" | "ISTIO_MUTUAL"))
-}
-
 fn refused(reason: String) -> ServiceTraffic {
     let tls = Some(Origination::Refused(format!("TLS was asked for and cannot be done: {reason}").into()));
     ServiceTraffic { all: Traffic { tls, ..Traffic::default() }, ..ServiceTraffic::default() }
@@ -238,7 +233,7 @@ fn describe(
         return no("UnsupportedValue", text.into());
     }
     if let Err(e) = compiled {
-        let then = if asks_for_tls(&spec.traffic_policy) {
+        let then = if spec.traffic_policy.asks_for_tls() {
             "until then nothing is sent to its host, for it asks for TLS"
         } else {
             "nothing of it is in force"

@@ -83,6 +83,16 @@ impl Object {
             _ => false,
         }
     }
+
+    /// Whether it stays in force while what it was changed to cannot be read; `closed` is what would stand for that. What went out
+    /// in the clear does not go on doing so where TLS is asked for.
+    pub fn outlives(&self, closed: Option<&Self>) -> bool {
+        let opens = |closed: &Self| match (self, closed) {
+            (Self::DestinationRule(rule), Self::DestinationRule(_)) => !rule.spec.traffic_policy.asks_for_tls(),
+            _ => false,
+        };
+        !self.is_broken() && !closed.is_some_and(opens)
+    }
 }
 
 /// Where an object was read.

@@ -39,6 +39,14 @@ pub struct TrafficSettings {
     pub proxy_protocol: Option<Value>,
 }
 
+impl TrafficSettings {
+    /// Whether connections are to be in TLS, for any port.
+    pub fn asks_for_tls(&self) -> bool {
+        let mut all = self.tls.iter().chain(self.port_level_settings.iter().filter_map(|p| p.tls.as_ref()));
+        all.any(|t| !matches!(t.mode.as_str(), "DISABLE" | "ISTIO_MUTUAL"))
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PortSettings {

@@ -213,11 +213,13 @@ impl Directory {
                     Err(error) => {
                         let (key, kept) = match &*error.of {
                             Suspect::Key(key) => {
-                                let kept = self.objects.get(key).is_some_and(|o| !o.object.is_broken());
-                                let value = serde_yaml::from_str(text).ok().filter(|_| !kept);
-                                match value.and_then(|v| parse::stand_in(key, &v, &error.reason)) {
+                                let value = serde_yaml::from_str(text).ok();
+                                let stand_in = value.and_then(|v| parse::stand_in(key, &v, &error.reason));
+                                let stands = stand_in.as_ref().map(|c| &c.object);
+                                let kept = self.objects.get(key).is_some_and(|o| o.object.outlives(stands));
+                                match stand_in {
+                                    _ if kept => drop(keep_keys.insert(key.clone())),
                                     Some(parsed) => closed.push((place.clone(), parsed)),
-                                    None if kept => drop(keep_keys.insert(key.clone())),
                                     None => {}
                                 }
                                 (Some(key.clone()), kept)

@@ -286,14 +286,15 @@ impl Cluster {
                 self.objects.insert(key, Arc::new(Loaded { object, meta, place }));
             }
             Err(reason) => {
-                let kept = self.objects.get(&key).is_some_and(|o| !o.object.is_broken());
+                let closed = parse::stand_in(&key, object, &reason);
+                let stands = closed.as_ref().map(|c| &c.object);
+                let kept = self.objects.get(&key).is_some_and(|o| o.object.outlives(stands));
                 warn!(object = %key, reason, kept, "object refused");
                 if !kept {
                     // What stood for an earlier mistake has had its time.
                     self.objects.remove(&key);
                 }
-                if let (false, Some(closed)) = (kept, parse::stand_in(&key, object, &reason)) {
-                    let Parsed { object, meta, .. } = closed;
+                if let (false, Some(Parsed { object, meta, .. })) = (kept, closed) {
                     self.objects.insert(key.clone(), Arc::new(Loaded { object, meta, place }));
                 }
                 let key = (*key).clone();

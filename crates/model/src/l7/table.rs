@@ -4,8 +4,9 @@
 //! method, number of headers, number of query parameters; then the older route and the earlier rule. A client's own
 //! namespace comes before everything: where it has consumer routes, only these apply to it.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use http::{HeaderMap, Method};
 use regex::Regex;
@@ -51,47 +52,77 @@ struct Scope {
 /// many others there are.
 #[derive(Clone, Debug, Default)]
 struct Rules {
+    /// Those with the same path, which is no expression, are side by side.
     entries: Vec<Entry>,
-    exact: HashMap<Str, Bucket>,
+    exact: HashMap<Str, Span>,
     /// By prefix, without a slash at the end.
-    prefixes: HashMap<Str, Bucket>,
-    regexes: Vec<usize>,
+    prefixes: HashMap<Str, Span>,
+    regexes: Span,
+    /// Of spans that are not short, by their first entry.
+    by_header: HashMap<u32, ByHeader>,
+}
+
+/// Entries from one on, up to another.
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    from: u32,
+    to: u32,
 }
 
 /// Rules with the same path, by their first header with an exact value.
 #[derive(Clone, Debug, Default)]
-struct Bucket {
-    all: Vec<usize>,
-    by_header: Vec<(Str, HashMap<Str, Vec<usize>>)>,
+struct ByHeader {
+    named: Vec<(Str, HashMap<Str, Vec<u32>>)>,
     /// Those without such a header.
-    rest: Vec<usize>,
+    rest: Vec<u32>,
 }
 
 #[derive(Clone, Debug)]
 struct Entry {
-    matcher: Arc<Matcher>,
-    /// Which of its rule's matches that is.
-    part: usize,
     chosen: Chosen,
+    /// What of its match was compiled, where it has expressions.
+    compiled: Option<Arc<Compiled>>,
 }
 
-/// The rule that a request follows.
+/// The rule that a request follows. There are many of them, and most are never followed: small.
 #[derive(Clone, Debug)]
 pub struct Chosen {
-    /// `namespace/name` of its route.
-    pub route: Str,
-    /// Kind, route and rule in words, for the log.
-    pub name: Str,
-    /// Kind of the route.
-    pub kind: RouteKind,
-    /// Its index in the route.
-    pub index: usize,
-    /// Its index among the rules of all routes of the table.
-    pub order: usize,
+    /// Its route.
+    pub route: Arc<RouteName>,
     /// Itself.
     pub rule: Arc<RouteRule>,
-    /// The prefix by which it was found, for rewrites.
-    pub prefix: Option<Str>,
+    /// Its index in the route.
+    pub index: u32,
+    /// Its index among the rules of all routes of the table.
+    pub order: u32,
+    /// Which of its matches that is.
+    pub part: u32,
+    /// Made when it is asked for.
+    name: OnceLock<Str>,
+}
+
+/// A route as its rules know it.
+#[derive(Clone, Debug)]
+pub struct RouteName {
+    /// `namespace/name`.
+    pub name: Str,
+    /// Its kind.
+    pub kind: RouteKind,
+}
+
+impl Chosen {
+    /// Kind, route and rule in words, for the log.
+    pub fn name(&self) -> &Str {
+        self.name.get_or_init(|| {
+            let named = self.rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
+            format!("{:?} {} rule {}{named}", self.route.kind, self.route.name, self.index).into()
+        })
+    }
+
+    fn matched(&self) -> &RequestMatch {
+        // Entries are made of the matches that their rules have.
+        &self.rule.matches[self.part as usize]
+    }
 }
 
 /// What was found for a request.
@@ -115,20 +146,12 @@ pub struct BadExpression {
     pub reason: String,
 }
 
-#[derive(Clone, Debug)]
-struct Matcher {
-    path: Path,
-    method: Option<Str>,
-    headers: Vec<ValueTest>,
-    query: Vec<ValueTest>,
-}
-
-#[derive(Clone, Debug)]
-enum Path {
-    Exact(Str),
-    Regex(Regex),
-    /// Without a slash at the end.
-    Prefix(Str),
+/// The expressions of one match, each where it has one.
+#[derive(Debug)]
+struct Compiled {
+    path: Option<Regex>,
+    headers: Vec<Option<Regex>>,
+    query: Vec<Option<Regex>>,
 }
 
 /// Tests of headers, compiled; all must hold.
@@ -143,20 +166,14 @@ impl HeaderTests {
 
     /// Whether all hold.
     pub fn match_all(&self, headers: &HeaderMap) -> bool {
-        self.0.iter().all(|t| t.matches_header(headers))
+        self.0.iter().all(|t| t.tested.matches_header(t.compiled.as_ref(), headers))
     }
 }
 
 #[derive(Clone, Debug)]
 struct ValueTest {
-    name: Str,
-    test: Test,
-}
-
-#[derive(Clone, Debug)]
-enum Test {
-    Exact(Str),
-    Regex(Regex),
+    tested: ValueMatch,
+    compiled: Option<Regex>,
 }
 
 /// Compiles an expression that is to match as a whole. Matching takes time linear in the text, whatever the expression.
@@ -179,7 +196,7 @@ impl RouteTable {
 
     /// The table of other routes; what both have in common is not compiled again.
     pub fn next(&self, routes: &[Route]) -> Result<Self, BadExpression> {
-        let before = self.matchers();
+        let before = self.compiled();
         let mut table = Self::default();
         let mut order = 0;
         for route in routes {
@@ -191,22 +208,15 @@ impl RouteTable {
                 None => &mut scope.other,
                 Some(port) => scope.by_port.entry(port).or_default(),
             };
-            let entries = &mut rules.entries;
-            for (index, rule) in route.rules.iter().enumerate() {
-                let named = rule.name.as_deref().map(|n| format!(" ({n})")).unwrap_or_default();
-                let name: Str = format!("{:?} {} rule {index}{named}", route.kind, route.name).into();
-                for (n, one) in rule.matches.iter().enumerate() {
-                    let matcher = match before.get(&(Arc::as_ptr(rule), n)) {
-                        Some(known) => known.clone(),
-                        None => Arc::new(Matcher::new(one)?),
+            let of = Arc::new(RouteName { name: route.name.clone(), kind: route.kind });
+            for (index, rule) in (0..).zip(&route.rules) {
+                for (part, one) in (0..).zip(&rule.matches) {
+                    let compiled = match before.get(&(Arc::as_ptr(rule), part)) {
+                        Some(known) => Some(known.clone()),
+                        None => Compiled::new(one)?.map(Arc::new),
                     };
-                    let prefix = match &matcher.path {
-                        Path::Prefix(prefix) => Some(prefix.clone()),
-                        Path::Exact(_) | Path::Regex(_) => None,
-                    };
-                    let (route, kind, rule, name) = (route.name.clone(), route.kind, rule.clone(), name.clone());
-                    let chosen = Chosen { route, name, kind, index, order, rule, prefix };
-                    entries.push(Entry { matcher, part: n, chosen });
+                    let (route, rule, name) = (of.clone(), rule.clone(), OnceLock::new());
+                    rules.entries.push(Entry { chosen: Chosen { route, rule, index, order, part, name }, compiled });
                 }
                 order += 1;
             }
@@ -217,13 +227,13 @@ impl RouteTable {
         Ok(table)
     }
 
-    /// What was compiled of each match of a rule, by the rule's address, where compiling is dear. The table keeps its rules, so no
-    /// other one has that address.
-    fn matchers(&self) -> HashMap<(*const RouteRule, usize), Arc<Matcher>> {
+    /// What was compiled of each match of a rule, by the rule's address. The table keeps its rules, so no other one has that
+    /// address.
+    fn compiled(&self) -> HashMap<(*const RouteRule, u32), Arc<Compiled>> {
         let scopes = std::iter::once(&self.producers).chain(self.consumers.values());
         let entries = scopes.flat_map(|s| s.by_port.values().chain([&s.other])).flat_map(|r| &r.entries);
-        let dear = entries.filter(|e| e.matcher.has_expressions());
-        dear.map(|e| ((Arc::as_ptr(&e.chosen.rule), e.part), e.matcher.clone())).collect()
+        let key = |e: &Entry| (Arc::as_ptr(&e.chosen.rule), e.chosen.part);
+        entries.filter_map(|e| Some((key(e), e.compiled.clone()?))).collect()
     }
 
     /// The rule of a request that came to `port` from a client of `namespace`.
@@ -232,7 +242,7 @@ impl RouteTable {
         let Some(first) = rules.entries.first() else { return Found::Default };
         match rules.find(request) {
             Some(entry) => Found::Rule(&entry.chosen),
-            None => Found::None(first.chosen.kind),
+            None => Found::None(first.chosen.route.kind),
         }
     }
 
@@ -248,7 +258,7 @@ impl RouteTable {
         port: u16,
         namespace: Option<&str>,
     ) -> impl Iterator<Item = (&'a Chosen, bool)> {
-        self.rules(port, namespace).entries.iter().map(|e| (&e.chosen, e.matcher.matches(request)))
+        self.rules(port, namespace).entries.iter().map(|e| (&e.chosen, e.matches(request)))
     }
 }
 
@@ -269,26 +279,44 @@ impl Scope {
 impl Rules {
     /// Sorts, and makes the index; the sort is stable, so that ties stay as the routes came.
     fn finish(&mut self) {
-        self.entries.sort_by_key(|e| std::cmp::Reverse(e.matcher.rank()));
-        for (n, entry) in self.entries.iter().enumerate() {
-            match &entry.matcher.path {
-                Path::Exact(path) => self.exact.entry(path.clone()).or_default().add(n, &entry.matcher),
-                Path::Prefix(prefix) => self.prefixes.entry(prefix.clone()).or_default().add(n, &entry.matcher),
-                Path::Regex(_) => self.regexes.push(n),
+        self.entries.shrink_to_fit();
+        self.entries.sort_by(|a, b| a.rank().cmp(&b.rank()));
+        let mut from = 0;
+        for group in self.entries.chunk_by(|a, b| a.path() == b.path()) {
+            // As many rules as fit into memory are fewer.
+            let span = Span { from, to: from + u32::try_from(group.len()).unwrap_or(u32::MAX) };
+            from = span.to;
+            match group[0].path() {
+                // A path with a slash at its end is the only one that is another text than the rule's.
+                Path::Exact(path) => drop(self.exact.insert(path.clone(), span)),
+                Path::Prefix(path) => drop(self.prefixes.insert(group[0].prefix_key(path), span)),
+                Path::Regex => self.regexes = span,
+            }
+            if group.len() >= FEW && !matches!(group[0].path(), Path::Regex) {
+                self.by_header.insert(span.from, ByHeader::new(span.from, group));
             }
         }
+        self.exact.shrink_to_fit();
+        self.prefixes.shrink_to_fit();
+    }
+
+    fn of(&self, span: Span) -> &[Entry] {
+        &self.entries[span.from as usize..span.to as usize]
     }
 
     /// The first entry that matches. Exact paths rank before expressions, these before prefixes, and longer prefixes before
-    /// shorter ones, so each bucket is looked at in the order of the entries.
+    /// shorter ones, so each span is looked at in the order of the entries.
     fn find(&self, request: &RequestView<'_>) -> Option<&Entry> {
-        let in_bucket = |bucket: &Bucket| bucket.find(&self.entries, request);
-        let exact = self.exact.get(request.path).and_then(in_bucket);
-        let regex = || self.regexes.iter().map(|n| &self.entries[*n]).find(|e| e.matcher.matches(request));
+        let within = |span: &Span| match self.by_header.get(&span.from) {
+            Some(index) => index.find(self, *span, request),
+            None => self.of(*span).iter().find(|e| e.matches(request)),
+        };
+        let exact = self.exact.get(request.path).and_then(within);
+        let regex = || self.of(self.regexes).iter().find(|e| e.matches(request));
         exact.or_else(regex).or_else(|| {
             let mut end = request.path.len();
             loop {
-                if let Some(found) = self.prefixes.get(&request.path[..end]).and_then(in_bucket) {
+                if let Some(found) = self.prefixes.get(&request.path[..end]).and_then(within) {
                     return Some(found);
                 }
                 // Whole segments: before the last slash; the last prefix is the empty one.
@@ -298,115 +326,165 @@ impl Rules {
     }
 }
 
-impl Bucket {
-    fn add(&mut self, n: usize, matcher: &Matcher) {
-        self.all.push(n);
-        let exact = matcher.headers.iter().find_map(|t| match &t.test {
-            Test::Exact(value) => Some((&t.name, value)),
-            Test::Regex(_) => None,
-        });
-        let Some((name, value)) = exact else { return self.rest.push(n) };
-        let at = self.by_header.iter().position(|(of, _)| of == name).unwrap_or_else(|| {
-            self.by_header.push((name.clone(), HashMap::new()));
-            self.by_header.len() - 1
-        });
-        self.by_header[at].1.entry(value.clone()).or_default().push(n);
+impl ByHeader {
+    fn new(from: u32, group: &[Entry]) -> Self {
+        let mut index = Self::default();
+        for (n, entry) in (from..).zip(group) {
+            let Some(exact) = entry.chosen.matched().headers.iter().find(|t| !t.regex) else {
+                index.rest.push(n);
+                continue;
+            };
+            let at = index.named.iter().position(|(of, _)| *of == exact.name).unwrap_or_else(|| {
+                index.named.push((exact.name.clone(), HashMap::new()));
+                index.named.len() - 1
+            });
+            index.named[at].1.entry(exact.value.clone()).or_default().push(n);
+        }
+        index
     }
 
-    fn find<'a>(&self, entries: &'a [Entry], request: &RequestView<'_>) -> Option<&'a Entry> {
-        let first = |list: &[usize], before: usize| {
+    fn find<'a>(&self, rules: &'a Rules, span: Span, request: &RequestView<'_>) -> Option<&'a Entry> {
+        let first = |list: &[u32], before: u32| {
             let mut list = list.iter().copied().take_while(|n| *n < before);
-            list.find(|n| entries[*n].matcher.matches(request))
+            list.find(|n| rules.entries[*n as usize].matches(request))
         };
         // A header that comes several times has a value that is in no index.
         let single = |name: &Str| {
             let mut values = request.headers.get_all(&**name).iter();
             (values.next(), values.next().is_none())
         };
-        if self.all.len() < FEW || self.by_header.iter().any(|(name, _)| !single(name).1) {
-            return first(&self.all, usize::MAX).map(|n| &entries[n]);
+        if self.named.iter().any(|(name, _)| !single(name).1) {
+            return rules.of(span).iter().find(|e| e.matches(request));
         }
-        let mut best = first(&self.rest, usize::MAX);
-        for (name, by_value) in &self.by_header {
+        let mut best = first(&self.rest, u32::MAX);
+        for (name, by_value) in &self.named {
             let value = single(name).0.and_then(|v| v.to_str().ok());
             let Some(list) = value.and_then(|v| by_value.get(v)) else { continue };
-            best = first(list, best.unwrap_or(usize::MAX)).or(best);
+            best = first(list, best.unwrap_or(u32::MAX)).or(best);
         }
-        best.map(|n| &entries[n])
+        best.map(|n| &rules.entries[n as usize])
     }
 }
 
-impl Matcher {
-    fn new(m: &RequestMatch) -> Result<Self, BadExpression> {
-        let path = match &m.path {
-            None => Path::Prefix("".into()),
-            Some(PathMatch::Exact(path)) => Path::Exact(path.clone()),
-            Some(PathMatch::Prefix(path)) => Path::Prefix(path.trim_end_matches('/').into()),
-            Some(PathMatch::Regex(expression)) => Path::Regex(whole(expression)?),
+impl Compiled {
+    fn new(of: &RequestMatch) -> Result<Option<Self>, BadExpression> {
+        let value = |m: &ValueMatch| m.regex.then(|| whole(&m.value)).transpose();
+        let values = |all: &[ValueMatch]| all.iter().map(value).collect::<Result<Vec<_>, _>>();
+        let path = match &of.path {
+            Some(PathMatch::Regex(expression)) => Some(whole(expression)?),
+            None | Some(PathMatch::Exact(_) | PathMatch::Prefix(_)) => None,
         };
-        let tests = |all: &[ValueMatch]| all.iter().map(ValueTest::new).collect::<Result<Vec<_>, _>>();
-        Ok(Self { path, method: m.method.clone(), headers: tests(&m.headers)?, query: tests(&m.query)? })
+        let compiled = Self { path, headers: values(&of.headers)?, query: values(&of.query)? };
+        let any = compiled.path.is_some() || compiled.headers.iter().chain(&compiled.query).any(Option::is_some);
+        Ok(any.then_some(compiled))
+    }
+}
+
+/// What the path of an entry is compared with.
+#[derive(PartialEq)]
+enum Path<'a> {
+    Exact(&'a Str),
+    /// All expressions are looked at, one after the other.
+    Regex,
+    /// Without a slash at the end.
+    Prefix(&'a str),
+}
+
+/// Kind and length of the path, the path itself, and what else is asked for.
+type Rank<'a> = (Reverse<(u8, usize)>, &'a str, Reverse<(bool, usize, usize)>);
+
+/// A prefix as it is compared: of whole segments, without a slash at the end.
+pub fn prefix(path: Option<&PathMatch>) -> Option<&str> {
+    match path {
+        None => Some(""),
+        Some(PathMatch::Prefix(path)) => Some(path.trim_end_matches('/')),
+        Some(PathMatch::Exact(_) | PathMatch::Regex(_)) => None,
+    }
+}
+
+impl Entry {
+    fn path(&self) -> Path<'_> {
+        match &self.chosen.matched().path {
+            Some(PathMatch::Exact(path)) => Path::Exact(path),
+            Some(PathMatch::Regex(_)) => Path::Regex,
+            other => Path::Prefix(prefix(other.as_ref()).unwrap_or_default()),
+        }
     }
 
-    fn has_expressions(&self) -> bool {
-        let any = |all: &[ValueTest]| all.iter().any(|t| matches!(t.test, Test::Regex(_)));
-        matches!(self.path, Path::Regex(_)) || any(&self.headers) || any(&self.query)
+    /// The rule's own text where that is what is compared.
+    fn prefix_key(&self, prefix: &str) -> Str {
+        match &self.chosen.matched().path {
+            Some(PathMatch::Prefix(path)) if **path == *prefix => path.clone(),
+            _ => prefix.into(),
+        }
     }
 
-    fn rank(&self) -> (u8, usize, bool, usize, usize) {
-        let (kind, length) = match &self.path {
-            Path::Exact(path) => (2, path.len()),
-            Path::Regex(expression) => (1, expression.as_str().len()),
-            Path::Prefix(path) => (0, path.len()),
+    /// Sorts what comes first first, and the same paths together.
+    fn rank(&self) -> Rank<'_> {
+        let of = self.chosen.matched();
+        let (kind, length, text) = match &of.path {
+            Some(PathMatch::Exact(path)) => (2, path.len(), &**path),
+            Some(PathMatch::Regex(expression)) => (1, expression.len(), ""),
+            other => {
+                let text = prefix(other.as_ref()).unwrap_or_default();
+                (0, text.len(), text)
+            }
         };
-        (kind, length, self.method.is_some(), self.headers.len(), self.query.len())
+        (Reverse((kind, length)), text, Reverse((of.method.is_some(), of.headers.len(), of.query.len())))
     }
 
     fn matches(&self, r: &RequestView<'_>) -> bool {
-        let path = match &self.path {
-            Path::Exact(path) => r.path == &**path,
-            Path::Regex(expression) => expression.is_match(r.path),
-            Path::Prefix(prefix) => {
-                let rest = r.path.strip_prefix(&**prefix);
+        let of = self.chosen.matched();
+        let compiled = self.compiled.as_deref();
+        let path = match &of.path {
+            None => true,
+            Some(PathMatch::Exact(path)) => r.path == &**path,
+            Some(PathMatch::Regex(_)) => compiled.and_then(|c| c.path.as_ref()).is_some_and(|e| e.is_match(r.path)),
+            Some(PathMatch::Prefix(path)) => {
+                let rest = r.path.strip_prefix(path.trim_end_matches('/'));
                 rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
             }
         };
-        path && self.method.as_ref().is_none_or(|m| r.method.as_str() == &**m)
-            && self.headers.iter().all(|t| t.matches_header(r.headers))
-            && self.query.iter().all(|t| t.matches_query(r.query))
+        let header = |n: usize| compiled.and_then(|c| c.headers[n].as_ref());
+        let query = |n: usize| compiled.and_then(|c| c.query[n].as_ref());
+        path && of.method.as_ref().is_none_or(|m| r.method.as_str() == &**m)
+            && of.headers.iter().enumerate().all(|(n, t)| t.matches_header(header(n), r.headers))
+            && of.query.iter().enumerate().all(|(n, t)| t.matches_query(query(n), r.query))
     }
 }
 
 impl ValueTest {
     fn new(m: &ValueMatch) -> Result<Self, BadExpression> {
-        let test = if m.regex { Test::Regex(whole(&m.value)?) } else { Test::Exact(m.value.clone()) };
-        Ok(Self { name: m.name.clone(), test })
+        let compiled = m.regex.then(|| whole(&m.value)).transpose()?;
+        Ok(Self { tested: m.clone(), compiled })
     }
+}
 
-    fn fits(&self, value: &str) -> bool {
-        match &self.test {
-            Test::Exact(wanted) => value == &**wanted,
-            Test::Regex(expression) => expression.is_match(value),
+impl ValueMatch {
+    fn fits(&self, compiled: Option<&Regex>, value: &str) -> bool {
+        match (self.regex, compiled) {
+            (false, _) => value == &*self.value,
+            (true, compiled) => compiled.is_some_and(|e| e.is_match(value)),
         }
     }
 
-    fn matches_header(&self, headers: &HeaderMap) -> bool {
+    fn matches_header(&self, compiled: Option<&Regex>, headers: &HeaderMap) -> bool {
         let mut values = headers.get_all(&*self.name).iter();
         let Some(first) = values.next() else { return false };
         match (first.to_str(), values.next()) {
-            (Ok(one), None) => self.fits(one),
+            (Ok(one), None) => self.fits(compiled, one),
             // Several values are one, with commas between (RFC 9110 section 5.3).
             (Ok(_), Some(_)) => {
                 let all: Option<Vec<&str>> = headers.get_all(&*self.name).iter().map(|v| v.to_str().ok()).collect();
-                all.is_some_and(|all| self.fits(&all.join(",")))
+                all.is_some_and(|all| self.fits(compiled, &all.join(",")))
             }
             (Err(_), _) => false,
         }
     }
 
     /// The first value of a parameter counts (Gateway API, `HTTPQueryParamMatch`).
-    fn matches_query(&self, query: &str) -> bool {
+    fn matches_query(&self, compiled: Option<&Regex>, query: &str) -> bool {
         let mut pairs = form_urlencoded::parse(query.as_bytes());
-        pairs.find(|(name, _)| *name == *self.name).is_some_and(|(_, value)| self.fits(&value))
+        pairs.find(|(name, _)| *name == *self.name).is_some_and(|(_, value)| self.fits(compiled, &value))
     }
 }

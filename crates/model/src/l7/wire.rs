@@ -4,14 +4,14 @@
 //! [`ServiceConfig`]; whoever remembers nothing reads and writes the same.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::{Route, RouteKind, RouteRule, ServiceConfig, policy, telemetry, token, traffic};
+use super::{BackendTarget, Route, RouteKind, RouteRule, ServiceConfig, policy, telemetry, token, traffic};
 use crate::{NamespacedHostname, Str};
 
 /// A [`ServiceConfig`] with its rules as text.
@@ -86,6 +86,8 @@ impl Texts {
 pub struct Read {
     hashers: (RandomState, RandomState),
     rules: HashMap<(u64, u64), Weak<RouteRule>>,
+    /// Names that rules have in common.
+    names: HashSet<Str>,
 }
 
 impl Read {
@@ -107,14 +109,45 @@ impl Read {
         if let Some(known) = self.rules.get(&key).and_then(Weak::upgrade) {
             return Ok(known);
         }
-        let rule: Arc<RouteRule> = Arc::new(serde_json::from_str(text.get())?);
+        let mut rule: RouteRule = serde_json::from_str(text.get())?;
+        self.compact(&mut rule);
+        let rule = Arc::new(rule);
         self.rules.insert(key, Arc::downgrade(&rule));
         Ok(rule)
+    }
+
+    /// There may be thousands of them: lists without room for more, and no name twice.
+    fn compact(&mut self, rule: &mut RouteRule) {
+        let RouteRule { matches, filters, backends, .. } = rule;
+        matches.shrink_to_fit();
+        filters.shrink_to_fit();
+        backends.shrink_to_fit();
+        for one in matches {
+            one.headers.shrink_to_fit();
+            one.query.shrink_to_fit();
+            one.headers.iter_mut().chain(&mut one.query).for_each(|test| self.share(&mut test.name));
+        }
+        for backend in backends {
+            backend.filters.shrink_to_fit();
+            if let BackendTarget::Service(service, _) = &mut backend.target {
+                self.share(&mut service.namespace);
+                self.share(&mut service.hostname);
+            }
+        }
+    }
+
+    fn share(&mut self, name: &mut Str) {
+        match self.names.get(name) {
+            Some(known) => *name = known.clone(),
+            None => drop(self.names.insert(name.clone())),
+        }
     }
 
     /// Forgets rules that nobody has any more.
     pub fn sweep(&mut self) {
         self.rules.retain(|_, rule| rule.strong_count() > 0);
+        self.rules.shrink_to_fit();
+        self.names.retain(|name| Arc::strong_count(name) > 1);
     }
 }
 

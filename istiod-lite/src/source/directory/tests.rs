@@ -77,6 +77,27 @@ fn a_broken_document_keeps_its_object_and_harms_no_other() {
 }
 
 #[test]
+fn a_rule_that_is_to_ask_for_tls_and_is_broken_does_not_stay_as_it_was() {
+    let broken = |dirs: &mut Dirs, policy: &str| {
+        dirs.write(
+            "user/d.yaml",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: d, namespace: ns}}\n\
+                 spec: {{host: a.example, trafficPolicy: {policy}}}\n"
+            ),
+        );
+        let state = dirs.source.scan();
+        state.objects.values().map(|o| o.object.is_broken()).collect::<Vec<_>>()
+    };
+    let mut dir = Dirs::new("tls");
+    assert_eq!(broken(&mut dir, "{connectionPool: {tcp: {maxConnections: 5}}}"), [false]);
+    assert_eq!(broken(&mut dir, "{connectionPoool: {}}"), [false], "the last good state stays");
+    assert_eq!(broken(&mut dir, "{tls: {mode: SIMPLE, snni: x}}"), [true], "closed");
+    assert_eq!(broken(&mut dir, "{tls: {mode: SIMPLE, sni: x}}"), [false]);
+    assert_eq!(broken(&mut dir, "{tls: {mode: SIMPLE, snni: x}}"), [false], "the last good state has TLS");
+}
+
+#[test]
 fn wrong_types_unknown_fields_and_kinds_are_told_with_their_place() {
     let mut dirs = Dirs::new("wrong");
     let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: p\nspec:\n";

@@ -1,6 +1,7 @@
 //! Reading objects as an API server sends them.
 
 use super::*;
+use crate::objects::Object;
 use serde_json::json;
 
 fn policy(name: &str, spec: &Value) -> Value {
@@ -39,6 +40,29 @@ fn the_last_good_state_of_an_object_stays() {
     assert!(!list(&mut cluster, vec![rest]), "the same again is no change");
     assert!(list(&mut cluster, Vec::new()), "what is not listed is gone");
     assert!(cluster.state(std::time::Instant::now()).objects.is_empty());
+}
+
+#[test]
+fn a_last_good_state_in_the_clear_gives_way_to_tls_that_cannot_be_read() {
+    let kind = Kind::named("DestinationRule").expect("known");
+    let tls = |more: Value| json!({ "host": "a.example", "trafficPolicy": { "tls": more } });
+    let clear =
+        json!({ "host": "a.example", "trafficPolicy": { "connectionPool": { "tcp": { "maxConnections": 5 } } } });
+    let wrong = tls(json!({ "mode": "SIMPLE", "snni": "a.example" }));
+    let asks = |cluster: &mut Cluster, spec: &Value| {
+        cluster.apply(kind, Change::Apply(policy("d", spec)));
+        let state = cluster.state(std::time::Instant::now());
+        let one = state.objects.values().next().expect("an object").object.clone();
+        let Object::DestinationRule(rule) = one else { panic!("{one:?}") };
+        (rule.spec.broken.is_some(), rule.spec.traffic_policy.asks_for_tls())
+    };
+    let mut cluster = Cluster::default();
+    assert_eq!(asks(&mut cluster, &clear), (false, false));
+    assert_eq!(asks(&mut cluster, &json!({ "host": "a.example", "trafficPolicy": { "x": 1 } })), (false, false));
+    assert_eq!(asks(&mut cluster, &wrong), (true, false), "closed");
+    let good = tls(json!({ "mode": "SIMPLE", "sni": "a.example" }));
+    assert_eq!(asks(&mut cluster, &good), (false, true));
+    assert_eq!(asks(&mut cluster, &wrong), (false, true), "the last good state has TLS");
 }
 
 #[test]

@@ -1,0 +1,296 @@
+//! Our connections with rustls's at the other end, and with each other.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+
+use super::*;
+use crate::testing::Authority;
+use crate::{TlsConfig, handshake};
+
+const DEADLINE: Duration = Duration::from_secs(5);
+
+fn pair() -> (TlsConfig, TlsConfig) {
+    let authority = Authority::new("a");
+    (authority.leaf("alice", 1), authority.leaf("bob", 2))
+}
+
+async fn connect(from: &TlsConfig, to: &TlsConfig, stream: DuplexStream) -> TlsStream<DuplexStream> {
+    let expected = [to.identity.to_string().into()];
+    handshake::connect(from, stream, Ipv4Addr::LOCALHOST.into(), &expected, DEADLINE).await.expect("connect").0
+}
+
+async fn accept(config: &TlsConfig, stream: DuplexStream) -> TlsStream<DuplexStream> {
+    handshake::accept(config, stream, DEADLINE).await.expect("accept").0
+}
+
+type TheirClient = client::TlsStream<DuplexStream>;
+type TheirServer = server::TlsStream<DuplexStream>;
+
+async fn their_client(from: &TlsConfig, stream: DuplexStream) -> TheirClient {
+    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    TlsConnector::from(from.client.clone()).connect(name, stream).await.expect("their client")
+}
+
+/// Our client and a server of rustls that sends tickets.
+async fn our_client(size: usize) -> (TlsStream<DuplexStream>, TheirServer) {
+    let ((alice, bob), (near, far)) = (pair(), duplex(size));
+    let mut config = (*bob.server).clone();
+    (config.send_tls13_tickets, config.session_storage) = (3, rustls::server::ServerSessionMemoryCache::new(4));
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let (ours, theirs) = tokio::join!(connect(&alice, &bob, near), acceptor.accept(far));
+    (ours, theirs.expect("their server"))
+}
+
+async fn our_server(size: usize) -> (TheirClient, TlsStream<DuplexStream>) {
+    let ((alice, bob), (near, far)) = (pair(), duplex(size));
+    tokio::join!(their_client(&alice, near), accept(&bob, far))
+}
+
+fn bytes(n: usize, seed: u8) -> Vec<u8> {
+    (0..n).map(|at| (at * 7 % 251) as u8 ^ seed).collect()
+}
+
+/// Writes in pieces of many sizes, says that it is all, and reads what the other says, in pieces of many sizes.
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, says: Vec<u8>, seed: usize) -> Vec<u8> {
+    let (mut read, mut write) = split(stream);
+    let writing = async move {
+        let (mut rest, mut size) = (&says[..], seed);
+        while !rest.is_empty() {
+            size = size * 31 % 70_001 + 1;
+            let (now, later) = rest.split_at(size.min(rest.len()));
+            // Several pieces in one call.
+            let (a, b) = now.split_at(now.len() / 3);
+            let n = write.write_vectored(&[IoSlice::new(a), IoSlice::new(&[]), IoSlice::new(b)]).await.expect("write");
+            write.flush().await.expect("flush");
+            rest = if n == now.len() { later } else { &rest[n..] };
+        }
+        write.shutdown().await.expect("shutdown");
+    };
+    let reading = async move {
+        let (mut got, mut size) = (Vec::new(), seed);
+        loop {
+            size = size * 17 % 50_021 + 1;
+            let mut buf = vec![0; size];
+            let n = read.read(&mut buf).await.expect("read");
+            if n == 0 {
+                return got;
+            }
+            got.extend_from_slice(&buf[..n]);
+        }
+    };
+    tokio::join!(writing, reading).1
+}
+
+#[tokio::test]
+async fn bytes_go_both_ways_with_rustls_and_with_ourselves() {
+    for (round, size) in [1 << 12, 1 << 16, 1 << 20].into_iter().enumerate() {
+        let (here, there) = (bytes(1_500_000, round as u8), bytes(900_000, 0x55));
+        let check = |(a, b): (Vec<u8>, Vec<u8>)| assert!(a == there && b == here, "buffers of {size} bytes");
+        let (a, b) = our_client(size).await;
+        check(tokio::join!(talk(a, here.clone(), 3), talk(b, there.clone(), 5)));
+        let (a, b) = our_server(size).await;
+        check(tokio::join!(talk(a, here.clone(), 7), talk(b, there.clone(), 11)));
+        let ((alice, bob), (near, far)) = (pair(), duplex(size));
+        let (a, b) = tokio::join!(connect(&alice, &bob, near), accept(&bob, far));
+        check(tokio::join!(talk(a, here.clone(), 13), talk(b, there.clone(), 17)));
+    }
+}
+
+#[tokio::test]
+async fn the_peer_may_take_other_keys_at_any_time() {
+    let (mut theirs, mut ours) = our_server(1 << 16).await;
+    for round in 0..20u8 {
+        theirs.get_mut().1.refresh_traffic_keys().expect("asked for");
+        let said = bytes(50_000, round);
+        let (writes, reads) = split(&mut theirs);
+        let (mut reads, mut writes) = (writes, reads);
+        let both = async {
+            writes.write_all(&said).await.expect("write");
+            writes.flush().await.expect("flush");
+            let mut back = vec![0; said.len()];
+            reads.read_exact(&mut back).await.expect("read");
+            back
+        };
+        let echo = async {
+            let mut got = vec![0; said.len()];
+            ours.read_exact(&mut got).await.expect("read");
+            ours.write_all(&got).await.expect("write");
+            ours.flush().await.expect("flush");
+        };
+        assert!(tokio::join!(both, echo).0 == said, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn we_take_other_keys_before_ours_are_worn() {
+    let (mut ours, mut theirs) = our_client(1 << 16).await;
+    for round in 0..5u8 {
+        // As if so many records had been sent: both ends count them.
+        ours.update().expect("other keys");
+        let said = bytes(40_000, round);
+        ours.write_all(&said).await.expect("write");
+        ours.flush().await.expect("flush");
+        let mut got = vec![0; said.len()];
+        theirs.read_exact(&mut got).await.expect("read");
+        assert!(got == said, "round {round}");
+    }
+    ours.send.wear();
+    ours.write_all(b"with another key").await.expect("write");
+    assert!(!ours.send.is_worn(), "changed before the record");
+}
+
+#[tokio::test]
+async fn an_end_without_a_word_is_no_end() {
+    let (ours, mut theirs) = our_client(1 << 16).await;
+    // A socket that is closed, by whoever.
+    drop(ours);
+    assert_eq!(theirs.read(&mut [0; 8]).await.expect_err("cut").kind(), io::ErrorKind::UnexpectedEof);
+    let (theirs, mut ours) = our_server(1 << 16).await;
+    drop(theirs);
+    assert_eq!(ours.read(&mut [0; 8]).await.expect_err("cut").kind(), io::ErrorKind::UnexpectedEof);
+    let (mut theirs, mut ours) = our_server(1 << 16).await;
+    theirs.write_all(b"all").await.expect("write");
+    theirs.shutdown().await.expect("shutdown");
+    let mut all = Vec::new();
+    ours.read_to_end(&mut all).await.expect("in order");
+    assert_eq!(all, b"all");
+    assert_eq!(ours.read(&mut [0; 8]).await.expect("again"), 0);
+}
+
+/// The keys of two ends without a handshake between them and the wire, so that a test can write records of its own.
+async fn by_hand() -> (TlsStream<DuplexStream>, TlsStream<DuplexStream>, DuplexStream, DuplexStream) {
+    let (alice, bob) = pair();
+    let (near, far) = duplex(1 << 16);
+    let (mut a, mut b) = tokio::join!(connect(&alice, &bob, near), accept(&bob, far));
+    let ((a_wire, a_end), (b_wire, b_end)) = (duplex(1 << 20), duplex(1 << 20));
+    (a.inner, b.inner) = (a_end, b_end);
+    (a, b, a_wire, b_wire)
+}
+
+/// What the reader of a record with this content says, and the alert that its peer is told.
+async fn heard(kind: Kind, content: &[u8]) -> (io::Result<usize>, Option<Broken>) {
+    let (mut a, mut b, mut a_wire, mut b_wire) = by_hand().await;
+    a.send.seal(kind, &mut a.out, |out| out.extend_from_slice(content));
+    a.send.seal(Kind::Data, &mut a.out, |out| out.extend_from_slice(b"after"));
+    b_wire.write_all(&a.out).await.expect("wire");
+    let said = b.read(&mut [0; 16]).await;
+    drop(b);
+    let mut answer = Vec::new();
+    b_wire.read_to_end(&mut answer).await.expect("wire");
+    a_wire.write_all(&answer).await.expect("wire");
+    drop(a_wire);
+    let _ = a.read(&mut [0; 16]).await;
+    (said, a.broken)
+}
+
+#[tokio::test]
+async fn what_has_no_place_after_a_handshake_ends_the_connection() {
+    let finished = [&[20, 0, 0, 2][..], &[0; 2]].concat();
+    let ticket_of_a_client = [4, 0, 0, 1, 0];
+    for (kind, content) in [
+        (Kind::Handshake, &finished[..]),
+        (Kind::Handshake, &ticket_of_a_client),
+        (Kind::Handshake, &[24, 0, 0, 1, 2]),
+        (Kind::Handshake, &[24, 0, 0, 2, 0, 0]),
+        (Kind::Handshake, &[24, 0, 0, 1, 0, 24]),
+        (Kind::Handshake, &[24, 1, 0, 1]),
+        // The rest of a message does not come: data does.
+        (Kind::Handshake, &[24, 0]),
+        (Kind::Alert, &[1]),
+        (Kind::Alert, &[1, 0, 0]),
+    ] {
+        let (said, told) = heard(kind, content).await;
+        assert_eq!(said.expect_err("refused").kind(), io::ErrorKind::InvalidData, "{content:?}");
+        assert!(matches!(told, Some(Broken::Alert(UNEXPECTED_MESSAGE))), "{content:?}: {told:?}");
+    }
+    let (said, told) = heard(Kind::Alert, &[2, 40]).await;
+    assert_eq!(said.expect_err("given up").kind(), io::ErrorKind::ConnectionAborted);
+    assert!(matches!(told, None | Some(Broken::Record(_))), "nobody is told twice: {told:?}");
+    assert_eq!(heard(Kind::Alert, &[1, USER_CANCELED]).await.0.expect("goes on"), 5);
+    assert_eq!(heard(Kind::Data, &[]).await.0.expect("goes on"), 5);
+    assert_eq!(heard(Kind::Alert, &[1, CLOSE_NOTIFY]).await.0.expect("the end"), 0);
+}
+
+#[tokio::test]
+async fn records_without_data_do_not_keep_us_busy() {
+    let (mut a, mut b, _a_wire, mut b_wire) = by_hand().await;
+    for _ in 0..100 {
+        a.send.seal(Kind::Data, &mut a.out, |_| {});
+    }
+    b_wire.write_all(&a.out).await.expect("wire");
+    let error = b.read(&mut [0; 16]).await.expect_err("refused");
+    assert!(error.to_string().contains("without data"), "{error}");
+    // Updates of keys are such records too, and are answered once for all that wait.
+    let (mut a, mut b, _a_wire, mut b_wire) = by_hand().await;
+    for _ in 0..10 {
+        a.send.seal(Kind::Handshake, &mut a.out, |out| out.extend_from_slice(&[KEY_UPDATE, 0, 0, 1, 1]));
+        a.send = a.next(Keys::next_to_send).expect("keys");
+    }
+    a.send.seal(Kind::Data, &mut a.out, |out| out.extend_from_slice(b"after"));
+    b_wire.write_all(&a.out).await.expect("wire");
+    assert_eq!(b.read(&mut [0; 16]).await.expect("data"), 5);
+}
+
+#[tokio::test]
+async fn rubbish_never_passes_and_never_panics() {
+    let mut rng = fastrand::Rng::with_seed(5);
+    let (mut a, ..) = by_hand().await;
+    for _ in 0..8 {
+        let n = rng.usize(0..20_000).min(MAX_PLAIN);
+        a.send.seal(Kind::Data, &mut a.out, |out| out.resize(out.len() + n, 1));
+    }
+    for round in 0..300 {
+        let (_, mut b, _a_wire, mut b_wire) = by_hand().await;
+        let mut wire = match round % 3 {
+            0 => (0..rng.usize(0..3000)).map(|_| rng.u8(..)).collect::<Vec<u8>>(),
+            // Records of another connection.
+            1 => a.out.clone(),
+            _ => [&[23, 3, 3, 0, rng.u8(..)][..], &[0; 400]].concat(),
+        };
+        if !wire.is_empty() {
+            let at = rng.usize(..wire.len());
+            wire[at] ^= 1 << rng.u32(0..8);
+        }
+        b_wire.write_all(&wire).await.expect("wire");
+        drop(b_wire);
+        let mut got = Vec::new();
+        assert!(b.read_to_end(&mut got).await.is_err() && got.is_empty(), "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn who_is_refused_in_the_handshake_is_told_why() {
+    let (alice, stranger) = (Authority::new("a").leaf("alice", 1), Authority::new("b").leaf("eve", 2));
+    let (near, far) = duplex(1 << 16);
+    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    let connecting = async {
+        // In TLS 1.3 a client has finished before its certificate is refused.
+        let mut theirs = TlsConnector::from(stranger.client.clone()).connect(name, near).await?;
+        theirs.read(&mut [0; 1]).await
+    };
+    let (theirs, ours) = tokio::join!(connecting, handshake::accept(&alice, far, DEADLINE));
+    let error = theirs.expect_err("refused").to_string();
+    assert!(error.contains("certificate") || error.contains("UnknownCA"), "{error}");
+    assert!(ours.is_err());
+}
+
+#[tokio::test]
+async fn an_idle_connection_holds_no_buffer() {
+    let (mut theirs, mut ours) = our_server(1 << 20).await;
+    let said = bytes(300_000, 1);
+    let (sent, mut got) = (said.clone(), vec![0; said.len()]);
+    let writing = async {
+        theirs.write_all(&sent).await.expect("write");
+        theirs.flush().await.expect("flush");
+    };
+    tokio::join!(writing, async { ours.read_exact(&mut got).await.expect("read") });
+    ours.write_all(&got).await.expect("write");
+    ours.flush().await.expect("flush");
+    assert!(got == said);
+    assert_eq!((ours.held.capacity(), ours.out.capacity(), ours.message.capacity()), (0, 0, 0));
+}
