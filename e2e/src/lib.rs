@@ -6,6 +6,7 @@ pub mod demo;
 pub mod exec;
 pub mod kubernetes;
 pub mod many;
+pub mod static_waypoint;
 pub mod trace;
 
 use ambit_testing::Failure;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ambit_e2e::{expect, layer7_shop, request, told, until};
-use ambit_testing::mesh::{Mesh, PATIENCE};
+use ambit_testing::mesh::{Mesh, PATIENCE, start_in};
 use ambit_testing::{Doing, Failure, sandbox};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
@@ -137,6 +137,49 @@ fn a_waypoint_makes_tls_to_what_is_declared() {
         until(&mesh, &words, "with a certificate").await?;
         // A host that nobody has declared is nobody's.
         expect(&request(&mesh, &["GET", "http://other.example/"]).await?, false, "")
+    });
+}
+
+#[test]
+fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
+    sandbox::test("blocks_of_addresses_outside_are_reached_with_tls_as_well", || async {
+        let mesh = layer7_shop().await?;
+        let dir = certificates()?;
+        let file = |name: &str| dir.join(name).display().to_string();
+        // Not a pod: a host beside the cluster.
+        let words = ["ambit-app", "tls", "--port", "8443", "--name", "partner", "--cert"].map(str::to_owned);
+        let files = [file("server.crt"), "--key".into(), file("server.key"), "--client-ca".into(), file("ca.crt")];
+        let command = [&words[..], &files[..]].concat();
+        let (null, ip) = (std::process::Stdio::null, mesh.control.ip);
+        let _server = start_in(&mesh.control.netns, mesh.files.join("resolv.conf"), &command, null(), null())?;
+        mesh.apply(
+            "block.yaml",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: block, namespace: shop}}\nspec:\n  \
+                 hosts: [block.example]\n  addresses: [{ip}/32]\n  ports: [{{number: 8443, name: http, protocol: HTTP}}]\n  \
+                 resolution: NONE\n"
+            ),
+        )?;
+        let rule = |tls: &str| rule(tls).replace("api.example", "block.example");
+        let mutual = format!(
+            "mode: MUTUAL, sni: api.example, clientCertificate: {}, privateKey: {}, caCertificates: {}",
+            file("client.crt"),
+            file("client.key"),
+            file("ca.crt")
+        );
+        mesh.apply("rule.yaml", &rule(&mutual))?;
+        let url = format!("http://{ip}:8443/");
+        until(&mesh, &["GET", &url], "hello from partner").await?;
+        let output = request(&mesh, &["GET", &url]).await?;
+        expect(&output, true, "with a certificate")?;
+        // Who is not believed is sent nothing.
+        mesh.apply("rule.yaml", &rule(&mutual.replace(&file("ca.crt"), &file("other.crt"))))?;
+        until(&mesh, &["GET", &url], "503 Service Unavailable").await?;
+        let last = told(&mesh).pop().unwrap_or_default();
+        match last["error"].as_str().is_some_and(|e| e.contains("invalid peer certificate")) {
+            true => Ok(()),
+            false => Err(Failure(format!("{last}"))),
+        }
     });
 }
 

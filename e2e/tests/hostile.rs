@@ -50,6 +50,12 @@ fn floods_cost_their_own_connection_only() {
             if matches!(kind, "pings" | "settings") && !told.iter().all(|t| t.contains("\"out\":true")) {
                 return Err(Failure(format!("{kind} are borne: {told:?}")));
             }
+            if matches!(kind, "pings" | "settings") {
+                let line = |l: &serde_json::Value| {
+                    l["flags"] == "DPE" && l["error"].as_str().is_some_and(|e| e.contains("flood"))
+                };
+                mesh.wait("its reason to be told", |m| ambit_e2e::told(m).iter().any(line)).await?;
+            }
             if told.iter().any(|t| !t.contains("\"sent\":")) {
                 return Err(Failure(format!("{kind}: {told:?}")));
             }

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use ambit_e2e::{CLIENT, expect, shop};
-use ambit_testing::mesh::Options;
+use ambit_e2e::static_waypoint::{by_hand, passes};
+use ambit_e2e::{CLIENT, expect, request, shop, until, waypoint};
+use ambit_testing::mesh::{Mesh, Options, PATIENCE};
 use ambit_testing::{Doing, Failure, sandbox};
 use rcgen::{
     CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType, Issuer, KeyIdMethod, KeyPair,
@@ -36,6 +37,17 @@ fn list(serials: &[Vec<u8>]) -> Result<String, Failure> {
     params.signed_by(&issuer).and_then(|list| list.pem()).doing("list")
 }
 
+/// The number of the client's certificate.
+fn serial(mesh: &Mesh) -> Result<Vec<u8>, Failure> {
+    let dump = mesh.dump(0)?;
+    let of_client = |c: &&serde_json::Value| c["identity"] == "spiffe://cluster.local/ns/front/sa/client";
+    let serial = dump["certificates"].as_array().into_iter().flatten().find(of_client).and_then(|c| {
+        let hex = c["certChain"][0]["serialNumber"].as_str()?;
+        (0..hex.len() / 2).map(|n| u8::from_str_radix(hex.get(2 * n..2 * n + 2)?, 16).ok()).collect::<Option<Vec<u8>>>()
+    });
+    serial.ok_or_else(|| Failure(format!("no serial number: {}", dump["certificates"])))
+}
+
 #[test]
 fn a_revoked_certificate_opens_nothing_and_what_it_opened_is_closed() {
     sandbox::test("a_revoked_certificate_opens_nothing_and_what_it_opened_is_closed", || async {
@@ -46,15 +58,7 @@ fn a_revoked_certificate_opens_nothing_and_what_it_opened_is_closed() {
         expect(&mesh.exec(CLIENT, &get).await?, true, "hello")?;
         let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
         mesh.wait("lines to come back", |_| held.text().contains("held 3")).await?;
-        let dump = mesh.dump(0)?;
-        let of_client = |c: &&serde_json::Value| c["identity"] == "spiffe://cluster.local/ns/front/sa/client";
-        let serial = dump["certificates"].as_array().into_iter().flatten().find(of_client).and_then(|c| {
-            let hex = c["certChain"][0]["serialNumber"].as_str()?;
-            (0..hex.len() / 2)
-                .map(|n| u8::from_str_radix(hex.get(2 * n..2 * n + 2)?, 16).ok())
-                .collect::<Option<Vec<u8>>>()
-        });
-        let serial = serial.ok_or_else(|| Failure(format!("no serial number: {}", dump["certificates"])))?;
+        let serial = serial(&mesh)?;
         // Somebody else's changes nothing.
         std::fs::write(&file, list(&[vec![1, 2, 3]])?).doing("write the list")?;
         mesh.wait("the list to be read", |m| m.log("ztunnel-node2").contains("revoked certificates")).await?;
@@ -83,5 +87,29 @@ fn a_revoked_certificate_opens_nothing_and_what_it_opened_is_closed() {
             }
         }
         Ok(())
+    });
+}
+
+#[test]
+fn a_waypoint_believes_no_revoked_certificate_either() {
+    sandbox::test("a_waypoint_believes_no_revoked_certificate_either", || async {
+        let file = Path::new(sandbox::FILES).join("ambit/revoked.pem");
+        let mesh = shop(Options::default()).await?;
+        by_hand(&mesh, &[("CRL_PATH", &file.display().to_string())])?;
+        passes(&mesh).await?;
+        let serial = serial(&mesh)?;
+        std::fs::write(&file, list(&[vec![1, 2, 3]])?).doing("write the list")?;
+        expect(&request(&mesh, &["GET", "http://web.shop/"]).await?, true, "200 OK")?;
+        std::fs::write(&file, list(&[vec![1, 2, 3], serial])?).doing("write the list")?;
+        let start = std::time::Instant::now();
+        while request(&mesh, &["GET", "http://web.shop/"]).await?.text.contains("200 OK") {
+            if start.elapsed() > PATIENCE {
+                return Err(Failure::new("a revoked certificate is believed"));
+            }
+        }
+        let log = || std::fs::read_to_string(waypoint(&mesh)?.logs.join("waypoint.log")).doing("its log");
+        mesh.wait("the reason to be told", |_| log().is_ok_and(|l| l.contains("has been revoked"))).await?;
+        std::fs::write(&file, list(&[vec![1, 2, 3]])?).doing("write the list")?;
+        until(&mesh, &["GET", "http://web.shop/"], "200 OK").await.map(drop)
     });
 }

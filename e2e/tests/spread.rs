@@ -1,7 +1,7 @@
 //! How work is spread: over the cores of a waypoint, and over a waypoint and its canary.
 
-use ambit_e2e::{CLIENT, layer7, layer7_shop, shop, until, waypoint};
-use ambit_testing::mesh::{Mesh, Options};
+use ambit_e2e::{CLIENT, layer7, layer7_shop, request, shop, until, waypoint};
+use ambit_testing::mesh::{Mesh, Options, PATIENCE};
 use ambit_testing::{Failure, sandbox};
 
 #[test]
@@ -115,5 +115,46 @@ fn a_waypoint_is_replaced_by_weight_and_no_request_fails() {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
         if load.text().contains("\"failed\":0,") { Ok(()) } else { Err(Failure(load.text())) }
+    });
+}
+
+#[test]
+fn what_is_addressed_to_pods_is_shared_with_a_canary_too() {
+    sandbox::test("what_is_addressed_to_pods_is_shared_with_a_canary_too", || async {
+        let mesh = layer7_shop().await?;
+        let first = ambit_e2e::WAYPOINT.replace(
+            "metadata: {name: waypoint, namespace: shop}",
+            "metadata: {name: waypoint, namespace: shop, labels: {istio.io/waypoint-for: all}}",
+        );
+        mesh.apply("waypoint.yaml", &first)?;
+        let pod = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
+        let url = format!("http://{pod}:8080/");
+        let ask = async |mesh: &Mesh| request(mesh, &["GET", &url]).await.map(|output| output.text.contains("200 OK"));
+        let start = std::time::Instant::now();
+        while counted(&mesh, "waypoint") == 0.0 && start.elapsed() < PATIENCE {
+            ask(&mesh).await?;
+        }
+        let metadata = "name: next\n  namespace: shop\n";
+        let canary = next(100).replace(metadata, &format!("{metadata}  labels: {{istio.io/waypoint-for: all}}\n"));
+        mesh.apply("next.yaml", &canary)?;
+        mesh.wait("the canary to be ready", |m| {
+            let pods = m.kubelet.pods();
+            pods.iter().any(|((ns, name), pod)| ns == "shop" && name.starts_with("next-") && pod.ready)
+        })
+        .await?;
+        // Each of these is a connection of its own, and none fails on the way over.
+        let (start, mut failed) = (std::time::Instant::now(), 0);
+        while counted(&mesh, "next") == 0.0 && start.elapsed() < PATIENCE {
+            failed += u32::from(!ask(&mesh).await?);
+        }
+        let (old, new) = (counted(&mesh, "waypoint"), counted(&mesh, "next"));
+        for _ in 0..20 {
+            failed += u32::from(!ask(&mesh).await?);
+        }
+        if failed > 0 || counted(&mesh, "waypoint") > old || counted(&mesh, "next") < new + 20.0 {
+            let now = (counted(&mesh, "waypoint"), counted(&mesh, "next"));
+            return Err(Failure(format!("{failed} failed; {old} and {new} before, {now:?} now")));
+        }
+        Ok(())
     });
 }

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use ambit_e2e::many::BIG;
-use ambit_e2e::{CLIENT, SHOP, expect, request, shop, told, until, waypoint};
+use ambit_e2e::static_waypoint::{by_hand, passes};
+use ambit_e2e::{CLIENT, expect, request, shop, told, until, waypoint};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Doing, Failure, sandbox};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-
-const BY_HAND: &str = include_str!("../../manifests/static-waypoint/waypoint.yaml");
 
 #[test]
 fn a_waypoint_by_hand_serves() {
@@ -17,34 +16,6 @@ fn a_waypoint_by_hand_serves() {
         by_hand(&mesh, &[])?;
         passes(&mesh).await
     });
-}
-
-/// Applies it, with more in its environment.
-fn by_hand(mesh: &Mesh, env: &[(&str, &str)]) -> Result<(), Failure> {
-    const MODE: &str = "name: shop\n  labels:\n    istio.io/dataplane-mode: ambient";
-    const ENV: &str = "          env:\n";
-    let env: Vec<String> =
-        env.iter().map(|(name, value)| format!("            - {{name: {name}, value: \"{value}\"}}\n")).collect();
-    // What kustomize and a cluster's DNS do: the namespace, and where the controller is.
-    let yaml = BY_HAND
-        .replace("metadata: {name: waypoint", "metadata: {namespace: shop, name: waypoint")
-        .replace("https://istiod.istio-system.svc:15012", &format!("https://{}:15012", mesh.control.ip))
-        .replacen(ENV, &format!("{ENV}{}", env.concat()), 1);
-    mesh.apply("waypoint.yaml", &yaml)?;
-    mesh.apply("shop.yaml", &SHOP.replace(MODE, &format!("{MODE}\n    istio.io/use-waypoint: waypoint")))
-}
-
-/// Waits until requests pass it.
-async fn passes(mesh: &Mesh) -> Result<(), Failure> {
-    let start = std::time::Instant::now();
-    while !told(mesh).iter().any(|l| l["status"] == 200 && l["dst.workload"] == "web") {
-        // Until its waypoint serves, a service is closed.
-        request(mesh, &["GET", "http://web.shop/"]).await?;
-        if start.elapsed() > ambit_testing::mesh::PATIENCE {
-            return Err(Failure(format!("no request passes it: {}", mesh.debug("/debug/objects")?)));
-        }
-    }
-    Ok(())
 }
 
 /// What the waypoint has refused to protect itself.

@@ -1,6 +1,6 @@
 //! What goes wrong around a waypoint: pods that are dead or slow, clients that leave or stall, policies that only watch.
 
-use ambit_e2e::{CLIENT, WEB, expect, layer7, waypoint};
+use ambit_e2e::{CLIENT, WEB, expect, layer7, told, waypoint};
 use ambit_testing::mesh::{Mesh, Options, Output};
 use ambit_testing::{Failure, sandbox};
 
@@ -197,6 +197,54 @@ fn what_failed_is_tried_again_elsewhere() {
             if start.elapsed() > ambit_testing::mesh::PATIENCE {
                 return Err(Failure::new("no retry is told"));
             }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn connections_that_are_refused_are_told_with_their_flag() {
+    sandbox::test("connections_that_are_refused_are_told_with_their_flag", || async {
+        let mesh = layer7_shop().await?;
+        // Nobody listens, nobody is there, and room for one.
+        let service = |name: &str, app: &str| {
+            format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+                 spec: {{selector: {{app: {app}}}, ports: [{{name: tcp, port: 9000, targetPort: 9000}}]}}\n---\n"
+            )
+        };
+        let dead = "apiVersion: v1\nkind: Pod\nmetadata: {name: dead, namespace: shop, labels: {app: dead}}\n\
+                    spec: {nodeName: node2, containers: [{name: c, command: [ambit-app, sleep]}]}\n---\n";
+        let rule = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: one, namespace: shop}\nspec:\n  \
+                    host: one.shop.svc.cluster.local\n  trafficPolicy: {connectionPool: {tcp: {maxConnections: 1}}}\n";
+        let services = [service("dead", "dead"), service("none", "nobody"), service("one", "web")].concat();
+        mesh.apply("tcp.yaml", &format!("{services}{dead}{rule}"))?;
+        mesh.ready(&["shop/dead"]).await?;
+        mesh.in_mesh(&["shop/dead"]).await?;
+        let refused = |flag: &'static str, host: &'static str| {
+            move |m: &Mesh| {
+                let of = |l: &serde_json::Value| l["dst.service"].as_str().is_some_and(|s| s.starts_with(host));
+                told(m).iter().any(|l| of(l) && l["flags"] == flag && l["error"].is_string())
+            }
+        };
+        let mut first = mesh.exec_start(CLIENT, &["ambit-app", "hold", "one.shop:9000"])?;
+        mesh.wait("the only connection", |_| first.text().contains("held 3")).await?;
+        for (flag, host, target) in
+            [("UF", "dead.", "dead.shop:9000"), ("UH", "none.", "none.shop:9000"), ("UO", "one.", "one.shop:9000")]
+        {
+            let start = std::time::Instant::now();
+            let done = refused(flag, host);
+            while !done(&mesh) {
+                if mesh.exec(CLIENT, &["ambit-app", "raw", target, "hello"]).await?.text.contains("hello") {
+                    return Err(Failure(format!("{target} answers")));
+                }
+                if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                    return Err(Failure(format!("{target}: no {flag}: {:?}", told(&mesh).last())));
+                }
+            }
+        }
+        if first.ended().is_some() {
+            return Err(Failure(format!("the one that had a place has lost it: {}", first.text())));
         }
         Ok(())
     });

@@ -45,11 +45,16 @@ const ATTACKS: &[(&str, usize, u16, [&str; 2])] = &[
     ("4 floods of pings", 4, 81, ["flood", "pings"]),
     ("4 floods of settings", 4, 81, ["flood", "settings"]),
     ("4 floods of continuation", 4, 81, ["flood", "continuation"]),
+    (BEGIN, 1, 80, ["slow", "100"]),
     ("100 slow readers", 1, 80, ["slow", "100"]),
     ("100 slow heads", 1, 80, ["trickle", "heads 100"]),
     ("100 slow bodies", 1, 80, ["trickle", "bodies 100"]),
 ];
 const BAD: &str = "bench/bad";
+/// Slow readers download many megabytes until all buffers on the way are full: their beginning is a row of its own.
+const BEGIN: &str = "100 slow readers that begin";
+/// After so long they have begun.
+const LEAD: Duration = Duration::from_millis(1500);
 
 fn beside(name: &str) -> String {
     format!("500 a second beside {name}")
@@ -276,7 +281,8 @@ async fn column() -> Result<(), Failure> {
     }
     let attacks = ATTACKS.iter().filter(|(name, ..)| rules == 1 && beside(name).contains(&only));
     for (name, number, port, [kind, how]) in attacks {
-        let (target_of_bad, time) = (target(*port), (seconds + 0.5).to_string());
+        let lead = if *kind == "slow" && *name != BEGIN { LEAD } else { Duration::ZERO };
+        let (target_of_bad, time) = (target(*port), (seconds + 0.5 + lead.as_secs_f64()).to_string());
         let words: Vec<&str> = std::iter::once("ambit-http")
             .chain([*kind, &*target_of_bad])
             .chain(how.split(' '))
@@ -285,6 +291,7 @@ async fn column() -> Result<(), Failure> {
         // Only those that ask for something have a path and a header.
         let words = if *kind == "slow" { &words[..] } else { &words[..words.len() - 4] };
         let mut bad: Vec<_> = (0..*number).map(|_| mesh.exec_start(BAD, words)).collect::<Result<_, _>>()?;
+        tokio::time::sleep(lead).await;
         let more = ["--rate", "500", "--conns", "16"];
         let result = load(&mesh, &target(80), seconds, &path, &header, &more).await?;
         for one in &mut bad {

@@ -68,13 +68,13 @@ pub(crate) struct OtherCipher;
 
 enum Key {
     AwsLc(aws_lc_rs::aead::LessSafeKey),
-    Ring(ring::aead::LessSafeKey),
+    // Half a kilobyte in itself, and connections are moved about.
+    Ring(Box<ring::aead::LessSafeKey>),
 }
 
 /// One direction of a connection.
 pub(crate) struct Direction {
-    // In a box: a key is half a kilobyte, and connections are moved about.
-    key: Box<Key>,
+    key: Key,
     iv: [u8; 12],
     /// Records so far, under this key.
     sequence: u64,
@@ -88,7 +88,7 @@ impl Direction {
         else {
             return Err(OtherCipher);
         };
-        let key = Box::new(Key::new(key.as_ref(), aead).ok_or(OtherCipher)?);
+        let key = Key::new(key.as_ref(), aead).ok_or(OtherCipher)?;
         let iv = iv.as_ref().try_into().map_err(|_| OtherCipher)?;
         Ok(Self { key, iv, sequence })
     }
@@ -152,7 +152,7 @@ impl Key {
             (Aead::Ring, length) => {
                 use ring::aead::{AES_128_GCM, AES_256_GCM, LessSafeKey, UnboundKey};
                 let of = if length == 16 { &AES_128_GCM } else { &AES_256_GCM };
-                Self::Ring(LessSafeKey::new(UnboundKey::new(of, key).ok()?))
+                Self::Ring(Box::new(LessSafeKey::new(UnboundKey::new(of, key).ok()?)))
             }
         })
     }

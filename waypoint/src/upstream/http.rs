@@ -37,6 +37,8 @@ const PER_CONNECTION: usize = 90;
 const CONNECTIONS: usize = 8;
 /// Requests of one worker on a connection, one after the other, while requests of other workers wait too.
 const TURN: u32 = 8;
+/// Bytes of an answer that are read at a time at most; a client that does not read leaves so many here.
+const MAX_READ: usize = 128 * 1024;
 /// Idle HTTP/1 connections to one pod.
 const MAX_IDLE: usize = 128;
 
@@ -294,7 +296,7 @@ impl Upstream {
             },
         };
         let io = self.connect_at(to, place, Some(Version::Http1), trace).await?;
-        let made = http1::Builder::new().handshake(TokioIo::new(io)).await;
+        let made = http1::Builder::new().max_buf_size(MAX_READ).handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         // Ends with the connection; how is told to whoever waits for an answer.
         tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });
