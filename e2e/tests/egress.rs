@@ -169,7 +169,8 @@ fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
         );
         mesh.apply("rule.yaml", &rule(&mutual))?;
         let url = format!("http://{ip}:8443/");
-        until(&mesh, &["GET", &url], "hello from partner").await?;
+        let first = until(&mesh, &["GET", &url], "hello from partner").await;
+        first.map_err(|f| Failure(format!("{:?}: {f}", told(&mesh).last())))?;
         let output = request(&mesh, &["GET", &url]).await?;
         expect(&output, true, "with a certificate")?;
         // Who is not believed is sent nothing.

@@ -23,7 +23,7 @@ const CHEAP: u64 = 1;
 /// So many dear frames a second...
 const RATE: u64 = 5_000;
 /// ...and so many at once.
-const BURST: u64 = 10_000;
+const BURST: u64 = 5_000;
 
 /// More than any client has to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

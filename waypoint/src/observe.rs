@@ -157,7 +157,7 @@ impl Observer {
             return;
         }
         let form = telling.form(&ended);
-        let mut fields = Vec::new();
+        let mut fields = vec![("flags", Value::Static(flag))];
         facts.fields(&mut fields);
         fields.push(("error", Value::Text(reason)));
         let line = Line { time: SystemTime::now(), level: Level::Warn, message: "connection refused", fields, form };

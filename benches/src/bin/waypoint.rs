@@ -213,7 +213,8 @@ async fn column() -> Result<(), Failure> {
     let number = |name: &str, usual: f64| std::env::var(name).ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
     let (seconds, rules) = (number(SECONDS, 2.0), number(RULES, 1.0) as usize);
     let only = std::env::var(ONLY).unwrap_or_default();
-    let options = Options { ztunnel_env: vec![("RUST_LOG".into(), "warn".into())], ..Options::default() };
+    let options =
+        Options { ztunnel_env: vec![("RUST_LOG".into(), "warn,ambit_tls=debug".into())], ..Options::default() };
     let mesh = Mesh::start(options).await?;
     mesh.apply("bench.yaml", &pods(&column))?;
     mesh.ready(&[CLIENT, BAD, "bench/server"]).await?;
@@ -261,6 +262,9 @@ async fn column() -> Result<(), Failure> {
         }
     }
     let pids = program.map(pids).transpose()?.unwrap_or_default();
+    if rules == 1 {
+        eprintln!("{column}: {}", agreed(&mesh));
+    }
     if rules == 1 && !pids.is_empty() {
         print(&json!({ "row": IDLE, "mib": memory(&pids) }));
     }
@@ -338,6 +342,15 @@ async fn column() -> Result<(), Failure> {
         print(&json!({ "row": worst, "ms": took[took.len() - 1] }));
     }
     Ok(())
+}
+
+/// What the client's node tunnel has agreed with its peers, the waypoint among them: both are to use the same.
+fn agreed(mesh: &Mesh) -> String {
+    let log = mesh.log("ztunnel-node1");
+    let lines = log.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+    let told = lines.filter(|l| l["fields"]["message"] == "TLS connected");
+    let words = told.map(|l| format!("{} with {}", l["fields"]["cipher"], l["fields"]["kx"]));
+    words.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>().join("; ")
 }
 
 /// How often our waypoint has asked its allocator for memory.

@@ -90,7 +90,20 @@ where
                 return Ok(received);
             }
             Then::Fail(error) => {
-                tell(side, stream, out).await;
+                // What rustls has to say of it; the failure itself is what counts. It still looks at what it was shown.
+                while let UnbufferedStatus { discard, state: Ok(ConnectionState::EncodeTlsData(mut data)), .. } =
+                    side.step(&mut received[..shown])
+                {
+                    let encoded = encode(&mut data, &mut out);
+                    received.drain(..discard);
+                    shown -= discard;
+                    if encoded.is_err() || out.len() > MAX_WAITING {
+                        break;
+                    }
+                }
+                if stream.write_all(&out).await.is_ok() {
+                    let _ = stream.flush().await;
+                }
                 return Err(error);
             }
         }
@@ -130,19 +143,5 @@ async fn another<S: AsyncRead + Unpin>(stream: &mut S, received: &mut Vec<u8>, s
         if stream.read_buf(received).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-    }
-}
-
-/// Sends what rustls has to say of a failure; the failure itself is what counts.
-async fn tell<C: Side, S: AsyncWrite + Unpin>(side: &mut C, stream: &mut S, mut out: Vec<u8>) {
-    // An alert, and at most what was on its way.
-    for _ in 0..4 {
-        let Ok(ConnectionState::EncodeTlsData(mut data)) = side.step(&mut []).state else { break };
-        if encode(&mut data, &mut out).is_err() {
-            break;
-        }
-    }
-    if stream.write_all(&out).await.is_ok() {
-        let _ = stream.flush().await;
     }
 }

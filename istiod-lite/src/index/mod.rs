@@ -8,6 +8,7 @@ pub mod backends;
 mod canary;
 pub mod entries;
 pub mod gateways;
+mod guards;
 pub mod incremental;
 pub mod l7;
 pub mod lookup;

@@ -11,7 +11,8 @@ use ambit_model::l7::log_format::LogFormat;
 use ambit_model::l7::telemetry::{LogForm, Metric, MetricRule, Tag, Telemetry};
 use ambit_telemetry::peers::HTTP;
 
-use super::l7::{Bound, Owner, attach_to};
+use super::guards::attach_to;
+use super::l7::{Bound, Owner};
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::{Condition, Mesh};

@@ -69,6 +69,9 @@ impl Stream {
         }
         let (form, took) = (self.telling.form(&ended), ended.took);
         let mut fields = Vec::new();
+        if flag != "-" {
+            fields.push(("flags", Value::Static(flag)));
+        }
         self.facts.fields(&mut fields);
         fields.push(("bytes_sent", Value::Number(self.told.1)));
         fields.push(("bytes_recv", Value::Number(self.told.0)));

@@ -267,16 +267,118 @@ async fn rubbish_never_passes_and_never_panics() {
 async fn who_is_refused_in_the_handshake_is_told_why() {
     let (alice, stranger) = (Authority::new("a").leaf("alice", 1), Authority::new("b").leaf("eve", 2));
     let (near, far) = duplex(1 << 16);
-    let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    let name = || ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+    let refused = |error: io::Error| {
+        let error = error.to_string();
+        assert!(error.contains("received fatal alert") && error.contains("UnknownCA"), "{error}");
+    };
+    let mut trusting = (*stranger.client).clone();
+    trusting.dangerous().set_certificate_verifier(Arc::new(Everybody));
     let connecting = async {
         // In TLS 1.3 a client has finished before its certificate is refused.
-        let mut theirs = TlsConnector::from(stranger.client.clone()).connect(name, near).await?;
+        let mut theirs = TlsConnector::from(Arc::new(trusting)).connect(name(), near).await?;
         theirs.read(&mut [0; 1]).await
     };
     let (theirs, ours) = tokio::join!(connecting, handshake::accept(&alice, far, DEADLINE));
-    let error = theirs.expect_err("refused").to_string();
-    assert!(error.contains("certificate") || error.contains("UnknownCA"), "{error}");
+    refused(theirs.expect_err("refused"));
     assert!(ours.is_err());
+    // And a server.
+    let (near, far) = duplex(1 << 16);
+    let accepting = TlsAcceptor::from(stranger.server.clone()).accept(far);
+    let expected = [stranger.identity.to_string().into()];
+    let connecting = handshake::connect(&alice, near, Ipv4Addr::LOCALHOST.into(), &expected, DEADLINE);
+    let (theirs, ours) = tokio::join!(accepting, connecting);
+    refused(theirs.map(drop).expect_err("refused"));
+    assert!(ours.is_err());
+}
+
+/// Believes any server.
+#[derive(Debug)]
+struct Everybody;
+
+impl rustls::client::danger::ServerCertVerifier for Everybody {
+    fn verify_server_cert(
+        &self,
+        _: &rustls_pki_types::CertificateDer<'_>,
+        _: &[rustls_pki_types::CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls_pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &rustls_pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 alone".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &rustls_pki_types::CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = crate::provider::provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, &algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        crate::provider::provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Passes bytes on in pieces of any size, one bit of them changed.
+async fn mangle(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, at: usize, seed: u64) {
+    let (mut rng, mut passed) = (fastrand::Rng::with_seed(seed), 0);
+    loop {
+        let mut piece = vec![0; rng.usize(1..700)];
+        let Ok(n @ 1..) = from.read(&mut piece).await else { break };
+        if (passed..passed + n).contains(&at) {
+            piece[at - passed] ^= 1 << rng.u32(0..8);
+        }
+        passed += n;
+        if to.write_all(&piece[..n]).await.is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_handshake_with_a_changed_bit_fails_in_order_on_either_side() {
+    let (alice, bob) = pair();
+    for round in 0..400u64 {
+        let (ours_client, at) = (round % 2 == 0, fastrand::Rng::with_seed(round).usize(0..2600));
+        let ((near, near_wire), (far_wire, far)) = (duplex(1 << 14), duplex(1 << 14));
+        let ((near_read, near_write), (far_read, far_write)) = (split(near_wire), split(far_wire));
+        // What we receive is changed; what we send is not.
+        let (to_client, to_server) = if ours_client { (at, usize::MAX) } else { (usize::MAX, at) };
+        let wires = async {
+            tokio::join!(mangle(near_read, far_write, to_server, round), mangle(far_read, near_write, to_client, round))
+        };
+        let expected = [bob.identity.to_string().into()];
+        let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+        let ends = async {
+            let result = if ours_client {
+                let connect = handshake::connect(&alice, near, Ipv4Addr::LOCALHOST.into(), &expected, DEADLINE);
+                let theirs = TlsAcceptor::from(bob.server.clone()).accept(far);
+                tokio::join!(async { connect.await.map(drop) }, async { drop(theirs.await) }).0
+            } else {
+                let accept = handshake::accept(&bob, far, DEADLINE);
+                let theirs = TlsConnector::from(alice.client.clone()).connect(name, near);
+                tokio::join!(async { accept.await.map(drop) }, async { drop(theirs.await) }).0
+            };
+            // A bit that stands after the end of the handshake, or that nobody looks at, changes nothing.
+            drop(result);
+        };
+        let both = async { tokio::join!(wires, ends) };
+        assert!(tokio::time::timeout(DEADLINE * 2, both).await.is_ok(), "round {round}: bit at {at} hangs");
+    }
 }
 
 #[tokio::test]
