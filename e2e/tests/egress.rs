@@ -160,7 +160,7 @@ fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
                  resolution: NONE\n"
             ),
         )?;
-        let rule = |tls: &str| rule(tls).replace("api.example", "block.example");
+        let rule = |tls: &str| rule(tls).replace("host: api.example", "host: block.example");
         let mutual = format!(
             "mode: MUTUAL, sni: api.example, clientCertificate: {}, privateKey: {}, caCertificates: {}",
             file("client.crt"),

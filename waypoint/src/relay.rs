@@ -172,6 +172,7 @@ impl OneWay {
                 self.held.advance(n);
                 self.turn.moved(n);
             }
+            self.held = BytesMut::new();
             match self.at {
                 At::Ended => return Poll::Ready(Ok(())),
                 At::Ending => {
@@ -190,7 +191,6 @@ impl OneWay {
                         }
                         Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                         Poll::Pending => {
-                            self.held = BytesMut::new();
                             // What was written may still lie in a buffer of TLS.
                             ready!(Pin::new(&mut *to).poll_flush(cx))?;
                             return Poll::Pending;

@@ -78,6 +78,11 @@ fn choose(loads: &[Load], settings: &Settings) -> Choice {
     }
 }
 
+/// Whether somebody still connects: a task that has ended without an outcome is to be followed by another.
+fn under_way<T>(connecting: &&watch::Receiver<T>) -> bool {
+    connecting.has_changed().is_ok()
+}
+
 impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Pool<K, E> {
     /// An empty pool.
     pub fn new(settings: Settings) -> Self {
@@ -116,7 +121,7 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
                         *used = Instant::now();
                         return Ok(tunnel.place());
                     }
-                    Choice::Open => match &entry.connecting {
+                    Choice::Open => match entry.connecting.as_ref().filter(under_way) {
                         Some(connecting) => connecting.clone(),
                         None => {
                             let receiver = self.connect(key.clone(), connect());
@@ -181,7 +186,7 @@ impl<K: Eq + Hash + Clone + 'static, E: Clone + From<ConnectLost> + 'static> Poo
             entry.tunnels.retain(|(t, used)| {
                 t.usable(system) && (t.streams() > 0 || now.duration_since(*used) < self.settings.idle)
             });
-            !entry.tunnels.is_empty() || entry.connecting.is_some()
+            !entry.tunnels.is_empty() || entry.connecting.as_ref().is_some_and(|c| under_way(&c))
         });
     }
 
@@ -223,6 +228,22 @@ mod tests {
         for (name, loads, expected) in cases {
             assert_eq!(choose(loads, &settings), *expected, "{name}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_connect_that_panics_is_followed_by_another() {
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let pool: Pool<&str, Failure> = Pool::new(Settings::default());
+                let broken = pool.place(&"peer", || async { panic!("on purpose") }).await.expect_err("lost");
+                assert_eq!(broken.0, Failure::from(ConnectLost).0);
+                let next = pool.place(&"peer", || async { Err(Failure("refused".into())) }).await.expect_err("tried");
+                assert_eq!(next.0, "refused");
+                pool.sweep(|_| true);
+                assert_eq!(pool.counts(), (0, 0, 0));
+            })
+            .await;
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,6 +12,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Bytes of a handshake's records that may wait for the rest of a message: more than rustls takes of one.
 const MAX_WAITING: usize = 128 * 1024;
+/// Bytes of a record after its header, as any version of TLS has them.
+const MAX_RECORD: usize = 16 * 1024 + 2048;
 /// Bytes asked of the socket at a time.
 const READ: usize = 4 * 1024;
 
@@ -22,6 +24,9 @@ pub(crate) trait Side {
 
     /// Goes on with what was received.
     fn step<'c, 'i>(&'c mut self, received: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+
+    /// Whether there is something to send, so that the next step does nothing but say what.
+    fn has_to_say(&self) -> bool;
 }
 
 impl Side for UnbufferedClientConnection {
@@ -30,6 +35,10 @@ impl Side for UnbufferedClientConnection {
     fn step<'c, 'i>(&'c mut self, received: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(received)
     }
+
+    fn has_to_say(&self) -> bool {
+        self.wants_write()
+    }
 }
 
 impl Side for UnbufferedServerConnection {
@@ -37,6 +46,10 @@ impl Side for UnbufferedServerConnection {
 
     fn step<'c, 'i>(&'c mut self, received: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(received)
+    }
+
+    fn has_to_say(&self) -> bool {
+        self.wants_write()
     }
 }
 
@@ -85,21 +98,21 @@ where
                 out.clear();
             }
             Then::Read => shown = another(stream, &mut received, shown).await?,
+            // The last message of a handshake ends with its record (RFC 8446 section 5.1), which is then done with.
+            Then::Done if shown == 0 => return Ok(received),
             Then::Done => {
-                received.drain(..shown);
-                return Ok(received);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "more after the last handshake message"));
             }
             Then::Fail(error) => {
-                // What rustls has to say of it; the failure itself is what counts. It still looks at what it was shown.
-                while let UnbufferedStatus { discard, state: Ok(ConnectionState::EncodeTlsData(mut data)), .. } =
-                    side.step(&mut received[..shown])
-                {
-                    let encoded = encode(&mut data, &mut out);
-                    received.drain(..discard);
-                    shown -= discard;
-                    if encoded.is_err() || out.len() > MAX_WAITING {
+                // Only what is to be said of it: to look at the same bytes again would fail again.
+                while side.has_to_say() && out.len() < MAX_WAITING {
+                    let UnbufferedStatus { discard, state, .. } = side.step(&mut received[..shown]);
+                    let Ok(ConnectionState::EncodeTlsData(mut data)) = state else { break };
+                    if encode(&mut data, &mut out).is_err() {
                         break;
                     }
+                    received.drain(..discard);
+                    shown -= discard;
                 }
                 if stream.write_all(&out).await.is_ok() {
                     let _ = stream.flush().await;
@@ -130,8 +143,13 @@ fn encode<D>(data: &mut EncodeTlsData<'_, D>, out: &mut Vec<u8>) -> io::Result<(
 /// Reads until there is one whole record more than `shown`; where that ends.
 async fn another<S: AsyncRead + Unpin>(stream: &mut S, received: &mut Vec<u8>, shown: usize) -> io::Result<usize> {
     loop {
-        if let [_, _, _, high, low, ..] = received[shown..] {
-            let end = shown + 5 + usize::from(u16::from_be_bytes([high, low]));
+        if let [kind, major, _, high, low, ..] = received[shown..] {
+            let length = usize::from(u16::from_be_bytes([high, low]));
+            // No TLS: rustls is to see it, and to say so.
+            if !(20..=23).contains(&kind) || major != 3 || length > MAX_RECORD {
+                return Ok(received.len());
+            }
+            let end = shown + 5 + length;
             if end > MAX_WAITING {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a handshake message that is too long"));
             }

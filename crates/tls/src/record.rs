@@ -98,6 +98,11 @@ impl Direction {
         self.sequence >= MAX_RECORDS
     }
 
+    #[cfg(test)]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// As if it had sealed all the records that its key may.
     #[cfg(test)]
     pub(crate) fn wear(&mut self) {
@@ -134,10 +139,13 @@ impl Direction {
         let nonce = self.nonce();
         let (header, sealed) = record.split_at_mut(HEADER);
         let opened = self.key.open(nonce, header, sealed).ok_or(RecordError::Sealed)?;
+        if opened.len() > MAX_PLAIN + 1 {
+            return Err(RecordError::Long(opened.len()));
+        }
         // Zeros after the type hide how long the content is.
         let at = opened.iter().rposition(|byte| *byte != 0).ok_or(RecordError::Content)?;
         let kind = Kind::of(opened[at]).ok_or(RecordError::Content)?;
-        if at > MAX_PLAIN { Err(RecordError::Long(at)) } else { Ok((kind, at)) }
+        Ok((kind, at))
     }
 }
 

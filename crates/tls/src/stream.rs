@@ -25,13 +25,16 @@ use crate::record::{self, Direction, HEADER, Kind, MAX_PLAIN, OVERHEAD, RecordEr
 
 /// Ciphertext that may wait for the socket.
 const WRITE: usize = 128 * 1024;
-/// Bytes of a handshake message after the handshake; tickets have a few hundred.
-const MAX_MESSAGE: usize = 64 * 1024;
+/// Bytes of a ticket; most have a few hundred.
+const MAX_TICKET: usize = 64 * 1024;
 /// Records in a row without data; a peer that sends more wants us to be busy.
 const MAX_EMPTY: u32 = 32;
 
 const CLOSE_NOTIFY: u8 = 0;
 const UNEXPECTED_MESSAGE: u8 = 10;
+const ILLEGAL_PARAMETER: u8 = 47;
+const DECODE_ERROR: u8 = 50;
+const INTERNAL_ERROR: u8 = 80;
 const USER_CANCELED: u8 = 90;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
@@ -70,9 +73,9 @@ enum Broken {
     /// The peer has said that it gives up.
     #[error("TLS: the peer sent alert {0}")]
     Alert(u8),
-    /// A message that has no place after a handshake.
-    #[error("TLS: {0}")]
-    Message(&'static str),
+    /// A message that has no place after a handshake, and the alert for it.
+    #[error("TLS: {1}")]
+    Message(u8, &'static str),
     /// The next keys cannot be made.
     #[error("TLS: {0}")]
     Keys(String),
@@ -91,7 +94,8 @@ impl From<Broken> for io::Error {
     }
 }
 
-/// An encrypted connection.
+/// An encrypted connection. One task reads and writes it: a read may have to write, and would take another task's place in
+/// waiting for the socket.
 pub struct TlsStream<S> {
     inner: S,
     keys: Keys,
@@ -114,8 +118,8 @@ pub struct TlsStream<S> {
     /// Sealed, of which so much was sent.
     out: Vec<u8>,
     sent: usize,
-    /// Something is to be sent because of what was read.
-    answers: bool,
+    /// The peer has asked for an update of our keys.
+    owes_update: bool,
     /// We have said that we say no more.
     closed: bool,
     turn: Turn,
@@ -152,7 +156,7 @@ impl<S> TlsStream<S> {
             broken: None,
             out: Vec::new(),
             sent: 0,
-            answers: false,
+            owes_update: false,
             closed: false,
             turn: Turn::default(),
             cut: None,
@@ -173,11 +177,11 @@ impl<S> TlsStream<S> {
         self.at += length;
         let content = start + HEADER..start + HEADER + n;
         if kind != Kind::Handshake && !self.message.is_empty() {
-            return Err(Broken::Message("a record in the middle of a handshake message"));
+            return Err(Broken::Message(UNEXPECTED_MESSAGE, "a record in the middle of a handshake message"));
         }
         self.empty = if kind == Kind::Data && n > 0 { 0 } else { self.empty + 1 };
         if self.empty > MAX_EMPTY {
-            return Err(Broken::Message("too many records without data"));
+            return Err(Broken::Message(UNEXPECTED_MESSAGE, "too many records without data"));
         }
         match kind {
             Kind::Data => self.plain = content,
@@ -193,38 +197,58 @@ impl<S> TlsStream<S> {
             // What follows is the end.
             [_, USER_CANCELED] => {}
             [_, what] => return Err(Broken::Alert(what)),
-            _ => return Err(Broken::Message("an alert that is not two bytes long")),
+            _ => return Err(Broken::Message(DECODE_ERROR, "an alert that is not two bytes long")),
         }
         Ok(())
     }
 
     /// Messages after the handshake (RFC 8446 section 4.6): tickets, which nobody here uses, and updates of keys.
     fn handshake(&mut self, content: Range<usize>) -> Result<(), Broken> {
-        self.message.extend_from_slice(&self.held[content]);
-        while let [kind, a, b, c, rest @ ..] = &self.message[..] {
+        if content.is_empty() {
+            return Err(Broken::Message(UNEXPECTED_MESSAGE, "a handshake record without content"));
+        }
+        let mut message = std::mem::take(&mut self.message);
+        message.extend_from_slice(&self.held[content]);
+        let mut rest = &message[..];
+        while let [kind, a, b, c, body @ ..] = rest {
             let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
-            if length > MAX_MESSAGE {
-                return Err(Broken::Message("a handshake message that is too long"));
+            match (*kind, &self.keys) {
+                (NEW_SESSION_TICKET, Keys::Client(_)) if (1..=MAX_TICKET).contains(&length) => {}
+                (KEY_UPDATE, _) if length == 1 => {}
+                (NEW_SESSION_TICKET, Keys::Client(_)) | (KEY_UPDATE, _) => {
+                    return Err(Broken::Message(DECODE_ERROR, "a handshake message of a length that it cannot have"));
+                }
+                _ => {
+                    let what = "a handshake message that has no place after the handshake";
+                    return Err(Broken::Message(UNEXPECTED_MESSAGE, what));
+                }
             }
-            if rest.len() < length {
+            if body.len() < length {
                 break;
             }
-            match (*kind, &self.keys, &rest[..length]) {
-                (NEW_SESSION_TICKET, Keys::Client(_), _) => {}
+            let (body, after) = body.split_at(length);
+            if *kind == KEY_UPDATE {
                 // Records after it have the new key, so nothing may follow it in its own.
-                (KEY_UPDATE, _, [answer @ (0 | 1)]) if rest.len() == length => {
-                    let answer = *answer == 1;
-                    self.receive = self.next(Keys::next_to_receive)?;
-                    // One answer for all that have come since the last one was sent.
-                    if answer && self.out.is_empty() {
-                        self.update()?;
-                        self.answers = true;
+                if !after.is_empty() {
+                    return Err(Broken::Message(UNEXPECTED_MESSAGE, "more after an update of keys in its record"));
+                }
+                match body {
+                    [0] => {}
+                    // Answered before the next data, once for all that have come by then.
+                    [1] => self.owes_update = true,
+                    _ => {
+                        return Err(Broken::Message(
+                            ILLEGAL_PARAMETER,
+                            "an update of keys that asks for neither yes nor no",
+                        ));
                     }
                 }
-                _ => return Err(Broken::Message("a handshake message that has no place after the handshake")),
+                self.receive = self.next(Keys::next_to_receive)?;
             }
-            self.message.drain(..4 + length);
+            rest = after;
         }
+        // Most often nothing.
+        self.message = rest.to_vec();
         Ok(())
     }
 
@@ -240,6 +264,7 @@ impl<S> TlsStream<S> {
     fn update(&mut self) -> Result<(), Broken> {
         self.send.seal(Kind::Handshake, &mut self.out, |out| out.extend_from_slice(&[KEY_UPDATE, 0, 0, 1, 0]));
         self.send = self.next(Keys::next_to_send)?;
+        self.owes_update = false;
         Ok(())
     }
 
@@ -247,13 +272,15 @@ impl<S> TlsStream<S> {
     fn fail(&mut self, broken: Broken) -> io::Error {
         let alert = match &broken {
             Broken::Record(error) => Some(error.alert()),
-            Broken::Message(_) => Some(UNEXPECTED_MESSAGE),
-            Broken::Alert(_) | Broken::Keys(_) | Broken::Cut(_) => None,
+            Broken::Message(alert, _) => Some(*alert),
+            Broken::Keys(_) => Some(INTERNAL_ERROR),
+            Broken::Alert(_) | Broken::Cut(_) => None,
         };
         if let Some(what) = alert.filter(|_| !self.closed) {
             self.send.seal(Kind::Alert, &mut self.out, |out| out.extend_from_slice(&[2, what]));
-            self.closed = true;
         }
+        // Who has given up, or is told to, is told no more.
+        self.closed |= !matches!(broken, Broken::Cut(_));
         (self.held, self.at, self.plain) = (Vec::new(), 0, 0..0);
         self.broken = Some(broken.clone());
         broken.into()
@@ -281,7 +308,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                 self.turn.moved(*n);
             }
             _ if self.held.is_empty() => self.held = Vec::new(),
-            _ => {}
+            // The beginning of a record, in what may be a large buffer.
+            _ => self.held.shrink_to(HEADER + MAX_PLAIN + 256),
         }
         polled
     }
@@ -303,8 +331,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
 
     /// Seals as much of these as may wait.
     fn seal(&mut self, bufs: &[IoSlice<'_>]) -> Result<usize, Broken> {
+        // A socket that takes a part each time leaves the rest to wait with what comes.
+        self.out.drain(..std::mem::take(&mut self.sent));
+        if self.owes_update {
+            self.update()?;
+        }
         let total: usize = bufs.iter().map(|b| b.len()).sum();
-        let wanted = total.min(WRITE.saturating_sub(self.out.len() - self.sent));
+        let wanted = total.min(WRITE.saturating_sub(self.out.len()));
         self.out.reserve(wanted + wanted.div_ceil(MAX_PLAIN) * OVERHEAD);
         let (mut bufs, mut of, mut left) = (bufs.iter(), &[][..], wanted);
         while left > 0 {
@@ -354,6 +387,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                     (this.held, this.at) = (Vec::new(), 0);
                 }
             }
+            if this.ended {
+                (this.held, this.at, this.plain) = (Vec::new(), 0, 0..0);
+            }
             if out.remaining() == 0 || this.ended {
                 return Poll::Ready(Ok(()));
             }
@@ -375,7 +411,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                     }
                 }
             }
-            if std::mem::take(&mut this.answers) {
+            // With data that waits, before the next data.
+            if this.owes_update && this.out.is_empty() && !this.closed {
+                if let Err(broken) = this.update() {
+                    return Poll::Ready(Err(this.fail(broken)));
+                }
                 // Where the socket fails, the next write says so.
                 let _ = this.poll_drain(cx);
             }
@@ -394,6 +434,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
+        if let Some(broken) = &this.broken {
+            return Poll::Ready(Err(broken.clone().into()));
+        }
         if this.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }

@@ -88,7 +88,9 @@ impl Object {
     /// in the clear does not go on doing so where TLS is asked for.
     pub fn outlives(&self, closed: Option<&Self>) -> bool {
         let opens = |closed: &Self| match (self, closed) {
-            (Self::DestinationRule(rule), Self::DestinationRule(_)) => !rule.spec.traffic_policy.asks_for_tls(),
+            (Self::DestinationRule(rule), Self::DestinationRule(closed)) => {
+                rule.spec.host != closed.spec.host || !rule.spec.traffic_policy.asks_for_tls_everywhere()
+            }
             _ => false,
         };
         !self.is_broken() && !closed.is_some_and(opens)

@@ -43,7 +43,13 @@ impl TrafficSettings {
     /// Whether connections are to be in TLS, for any port.
     pub fn asks_for_tls(&self) -> bool {
         let mut all = self.tls.iter().chain(self.port_level_settings.iter().filter_map(|p| p.tls.as_ref()));
-        all.any(|t| !matches!(t.mode.as_str(), "DISABLE" | "ISTIO_MUTUAL"))
+        all.any(ClientTls::is_asked_for)
+    }
+
+    /// Whether all connections are to be in TLS.
+    pub fn asks_for_tls_everywhere(&self) -> bool {
+        let ports = self.port_level_settings.iter().map(|p| &p.tls);
+        std::iter::once(&self.tls).chain(ports).all(|tls| tls.as_ref().is_some_and(ClientTls::is_asked_for))
     }
 }
 
@@ -167,6 +173,12 @@ pub struct ClientTls {
     pub sni: String,
     pub insecure_skip_verify: Option<bool>,
     pub ca_crl: Option<Value>,
+}
+
+impl ClientTls {
+    fn is_asked_for(&self) -> bool {
+        !matches!(self.mode.as_str(), "DISABLE" | "ISTIO_MUTUAL")
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

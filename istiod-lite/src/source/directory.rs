@@ -348,14 +348,22 @@ fn lay(under: &mut Value, over: Value) {
 }
 
 /// Files of YAML below a directory. Editors' temporary files and hidden ones are not looked at.
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().unwrap_or_default().to_string_lossy().starts_with('.')
+}
+
+/// Whether files of this name are read.
+pub(super) fn is_read(path: &Path) -> bool {
+    !is_hidden(path) && matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json"))
+}
+
 fn list(dir: &Path, found: &mut Vec<PathBuf>, depth: usize) -> io::Result<()> {
     if depth > 16 {
         return Ok(());
     }
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with('.') {
+        if is_hidden(&path) {
             continue;
         }
         if path.is_dir() {
@@ -364,7 +372,7 @@ fn list(dir: &Path, found: &mut Vec<PathBuf>, depth: usize) -> io::Result<()> {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-        } else if matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json")) {
+        } else if is_read(&path) {
             found.push(path);
         }
     }

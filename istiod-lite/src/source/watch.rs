@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use super::SourceState;
-use super::directory::Directory;
+use super::directory::{self, Directory};
 
 /// Quiet time after which a change is read...
 const QUIET: Duration = Duration::from_millis(5);
@@ -40,8 +40,10 @@ struct Tell {
 }
 
 impl Tell {
-    fn tell(&self, kind: EventKind) {
-        if matches!(kind, EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both))) {
+    /// `paths` are those of the event, the new name last. An editor may also put the old file aside, under a name that is not read.
+    fn tell(&self, kind: EventKind, paths: &[PathBuf]) {
+        let renamed = matches!(kind, EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both)));
+        if renamed && paths.last().is_some_and(|path| directory::is_read(path)) {
             self.whole.store(true, Relaxed);
         }
         // Full means that a change is already to be read.
@@ -124,8 +126,8 @@ pub async fn run(root: PathBuf, overlay: PathBuf, states: watch::Sender<Arc<Sour
 fn watch_both(root: &PathBuf, overlay: &PathBuf, tell: Tell) -> Option<notify::RecommendedWatcher> {
     let notify = move |event: notify::Result<notify::Event>| match event {
         Ok(event) if event.kind.is_access() => {}
-        Ok(event) => tell.tell(event.kind),
-        Err(_) => tell.tell(EventKind::Any),
+        Ok(event) => tell.tell(event.kind, &event.paths),
+        Err(_) => tell.tell(EventKind::Any, &[]),
     };
     let mut watcher = notify::recommended_watcher(notify).map_err(|error| warn!(%error, "no file watcher")).ok()?;
     for dir in [root, overlay] {
@@ -143,14 +145,14 @@ mod tests {
     const RENAMED: EventKind = EventKind::Modify(ModifyKind::Name(RenameMode::To));
 
     /// Time until it is read, when these come at these times.
-    async fn waited(events: &[(u64, EventKind)], calm: bool) -> Duration {
+    async fn waited(events: &[(u64, EventKind, &'static str)], calm: bool) -> Duration {
         let (tell, mut changes) = Changes::new();
         let events = events.to_vec();
         let start = tokio::time::Instant::now();
         tokio::spawn(async move {
-            for (at, kind) in events {
+            for (at, kind, path) in events {
                 tokio::time::sleep_until(start + Duration::from_millis(at)).await;
-                tell.tell(kind);
+                tell.tell(kind, &[PathBuf::from("/d/old"), PathBuf::from(path)]);
             }
             std::future::pending::<()>().await;
         });
@@ -165,11 +167,16 @@ mod tests {
         let about = |waited: Duration, expected: u64| {
             assert!((millis(expected)..=millis(expected + 2)).contains(&waited), "{waited:?}, not {expected} ms");
         };
-        about(waited(&[(100, written), (101, RENAMED)], true).await, 101);
-        about(waited(&[(100, written), (101, RENAMED)], false).await, 106);
-        about(waited(&[(100, written), (103, written), (106, written)], true).await, 111);
+        let file = "/d/a.yaml";
+        about(waited(&[(100, written, file), (101, RENAMED, file)], true).await, 101);
+        about(waited(&[(100, written, file), (101, RENAMED, file)], false).await, 106);
+        about(waited(&[(100, written, file), (103, written, file), (106, written, file)], true).await, 111);
+        // The old one is put aside, and the new one is not there yet.
+        for aside in ["/d/a.yaml~", "/d/.a.yaml", "/d/a.yaml.bak"] {
+            about(waited(&[(100, RENAMED, aside), (103, written, file)], true).await, 108);
+        }
         about(waited(&[], true).await, 1000);
-        let busy: Vec<_> = (100..400).step_by(4).map(|at| (at, RENAMED)).collect();
+        let busy: Vec<_> = (100..400).step_by(4).map(|at| (at, RENAMED, file)).collect();
         let late = waited(&busy, false).await;
         assert!(late < millis(205), "read though it goes on: {late:?}");
     }

@@ -64,7 +64,10 @@ fn padding_is_taken_off_and_content_needs_a_type() {
         assert_eq!(open(nothing), Err(RecordError::Content), "{nothing:?}");
     }
     let long = [&vec![1; MAX_PLAIN + 1][..], &[Kind::Data as u8]].concat();
-    assert_eq!(open(&long), Err(RecordError::Long(MAX_PLAIN + 1)));
+    assert_eq!(open(&long), Err(RecordError::Long(MAX_PLAIN + 2)));
+    let padded = [&vec![1; MAX_PLAIN][..], &[Kind::Data as u8, 0]].concat();
+    assert_eq!(open(&padded), Err(RecordError::Long(MAX_PLAIN + 2)), "with its padding");
+    assert_eq!(open(&padded[..=MAX_PLAIN]), Ok((Kind::Data, MAX_PLAIN)));
 }
 
 #[test]

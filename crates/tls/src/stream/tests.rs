@@ -192,25 +192,27 @@ async fn heard(kind: Kind, content: &[u8]) -> (io::Result<usize>, Option<Broken>
 async fn what_has_no_place_after_a_handshake_ends_the_connection() {
     let finished = [&[20, 0, 0, 2][..], &[0; 2]].concat();
     let ticket_of_a_client = [4, 0, 0, 1, 0];
-    for (kind, content) in [
-        (Kind::Handshake, &finished[..]),
-        (Kind::Handshake, &ticket_of_a_client),
-        (Kind::Handshake, &[24, 0, 0, 1, 2]),
-        (Kind::Handshake, &[24, 0, 0, 2, 0, 0]),
-        (Kind::Handshake, &[24, 0, 0, 1, 0, 24]),
-        (Kind::Handshake, &[24, 1, 0, 1]),
+    for (kind, content, alert) in [
+        (Kind::Handshake, &finished[..], UNEXPECTED_MESSAGE),
+        (Kind::Handshake, &ticket_of_a_client, UNEXPECTED_MESSAGE),
+        (Kind::Handshake, &[], UNEXPECTED_MESSAGE),
+        (Kind::Handshake, &[24, 0, 0, 1, 2], ILLEGAL_PARAMETER),
+        (Kind::Handshake, &[24, 0, 0, 2, 0, 0], DECODE_ERROR),
+        (Kind::Handshake, &[24, 0, 0, 1, 0, 24], UNEXPECTED_MESSAGE),
+        // Nothing of it need come for it to be too long.
+        (Kind::Handshake, &[24, 1, 0, 1], DECODE_ERROR),
         // The rest of a message does not come: data does.
-        (Kind::Handshake, &[24, 0]),
-        (Kind::Alert, &[1]),
-        (Kind::Alert, &[1, 0, 0]),
+        (Kind::Handshake, &[24, 0], UNEXPECTED_MESSAGE),
+        (Kind::Alert, &[1], DECODE_ERROR),
+        (Kind::Alert, &[1, 0, 0], DECODE_ERROR),
     ] {
         let (said, told) = heard(kind, content).await;
         assert_eq!(said.expect_err("refused").kind(), io::ErrorKind::InvalidData, "{content:?}");
-        assert!(matches!(told, Some(Broken::Alert(UNEXPECTED_MESSAGE))), "{content:?}: {told:?}");
+        assert!(matches!(told, Some(Broken::Alert(what)) if what == alert), "{content:?}: {told:?}");
     }
     let (said, told) = heard(Kind::Alert, &[2, 40]).await;
     assert_eq!(said.expect_err("given up").kind(), io::ErrorKind::ConnectionAborted);
-    assert!(matches!(told, None | Some(Broken::Record(_))), "nobody is told twice: {told:?}");
+    assert!(told.is_none(), "who has given up is not told: {told:?}");
     assert_eq!(heard(Kind::Alert, &[1, USER_CANCELED]).await.0.expect("goes on"), 5);
     assert_eq!(heard(Kind::Data, &[]).await.0.expect("goes on"), 5);
     assert_eq!(heard(Kind::Alert, &[1, CLOSE_NOTIFY]).await.0.expect("the end"), 0);
@@ -234,6 +236,94 @@ async fn records_without_data_do_not_keep_us_busy() {
     a.send.seal(Kind::Data, &mut a.out, |out| out.extend_from_slice(b"after"));
     b_wire.write_all(&a.out).await.expect("wire");
     assert_eq!(b.read(&mut [0; 16]).await.expect("data"), 5);
+}
+
+#[tokio::test]
+async fn an_update_that_is_asked_for_while_data_waits_comes_before_the_next_data() {
+    let (mut a, mut b, mut a_wire, _b_wire) = by_hand().await;
+    // Nobody reads yet, so data waits.
+    let (mut narrow, end) = duplex(64);
+    b.inner = end;
+    b.write_all(&bytes(5000, 1)).await.expect("waits");
+    assert!(!b.out.is_empty());
+    a.send.seal(Kind::Handshake, &mut a.out, |out| out.extend_from_slice(&[KEY_UPDATE, 0, 0, 1, 1]));
+    a.send = a.next(Keys::next_to_send).expect("keys");
+    a.send.seal(Kind::Data, &mut a.out, |out| out.extend_from_slice(b"after"));
+    narrow.write_all(&std::mem::take(&mut a.out)).await.expect("wire");
+    let writing = async {
+        let mut got = vec![0; 5000 + OVERHEAD];
+        narrow.read_exact(&mut got).await.expect("wire");
+        (narrow, got)
+    };
+    let reading = async {
+        let mut said = [0; 5];
+        b.read_exact(&mut said).await.expect("read");
+        assert!(b.owes_update && b.send.sequence() > 0, "not forgotten, and not in the middle of what waits");
+        b.flush().await.expect("flush");
+        b
+    };
+    let ((mut narrow, got), mut b) = tokio::join!(writing, reading);
+    a_wire.write_all(&got).await.expect("wire");
+    let mut said = vec![0; 5000];
+    a.read_exact(&mut said).await.expect("with the old key");
+    let writing = async {
+        b.write_all(b"with the new one").await.expect("write");
+        b.flush().await.expect("flush");
+    };
+    // The update, and 16 bytes.
+    let mut got = vec![0; 5 + OVERHEAD + 16 + OVERHEAD];
+    tokio::join!(writing, async { narrow.read_exact(&mut got).await.expect("wire") });
+    a_wire.write_all(&got).await.expect("wire");
+    let mut said = [0; 16];
+    a.read_exact(&mut said).await.expect("with the new key");
+    assert_eq!(&said, b"with the new one");
+}
+
+#[tokio::test]
+async fn what_waits_for_a_slow_socket_is_bounded() {
+    let (_, mut b, _a_wire, _b_wire) = by_hand().await;
+    let (mut slow, end) = duplex(4096);
+    b.inner = end;
+    let chunk = bytes(30_000, 1);
+    let writing = async {
+        for _ in 0..300 {
+            // Without flushing.
+            b.write_all(&chunk).await.expect("write");
+            assert!(b.out.len() <= WRITE * 2 && b.out.capacity() <= WRITE * 4, "{}", b.out.capacity());
+        }
+        b.flush().await.expect("flush");
+        b.shutdown().await.expect("shutdown");
+        drop(b);
+    };
+    let reading = async {
+        let (mut all, mut buf) = (0, [0; 3000]);
+        loop {
+            match slow.read(&mut buf).await.expect("read") {
+                0 => break all,
+                n => all += n,
+            }
+        }
+    };
+    let ((), all) = tokio::join!(writing, reading);
+    assert!(all > 300 * 30_000);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_speak_tls_is_refused_at_once() {
+    let (alice, bob) = pair();
+    let start = std::time::Instant::now();
+    for said in [&b"GET / HTTP/1.1\r\n"[..], b"PRI * HTTP/2.0\r\n\r\n", b"\x16\x03\x01\xff\xff", b"\x17\x05\x03\0\x01"]
+    {
+        let (mut near, far) = duplex(1 << 16);
+        near.write_all(said).await.expect("write");
+        assert!(handshake::accept(&bob, far, DEADLINE).await.is_err(), "{said:?}");
+        let (near, mut far) = duplex(1 << 16);
+        far.write_all(said).await.expect("write");
+        let expected = [bob.identity.to_string().into()];
+        let connecting = handshake::connect(&alice, near, Ipv4Addr::LOCALHOST.into(), &expected, DEADLINE);
+        assert!(connecting.await.is_err(), "{said:?}");
+    }
+    assert!(start.elapsed() < DEADLINE, "nobody was waited for");
 }
 
 #[tokio::test]

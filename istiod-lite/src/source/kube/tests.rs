@@ -63,6 +63,11 @@ fn a_last_good_state_in_the_clear_gives_way_to_tls_that_cannot_be_read() {
     let good = tls(json!({ "mode": "SIMPLE", "sni": "a.example" }));
     assert_eq!(asks(&mut cluster, &good), (false, true));
     assert_eq!(asks(&mut cluster, &wrong), (false, true), "the last good state has TLS");
+    let other = json!({ "host": "b.example", "trafficPolicy": { "tls": { "mode": "SIMPLE", "snni": "b.example" } } });
+    assert_eq!(asks(&mut cluster, &other), (true, false), "of another host");
+    let some = json!({ "host": "a.example", "trafficPolicy": { "portLevelSettings": [{ "port": { "number": 443 }, "tls": { "mode": "SIMPLE" } }] } });
+    assert_eq!(asks(&mut cluster, &some), (false, true));
+    assert_eq!(asks(&mut cluster, &wrong), (true, false), "of other ports");
 }
 
 #[test]
