@@ -1,7 +1,7 @@
 //! What waypoints are told: of each service that is bound to one, its routes and policies.
 //!
 //! Owns which service is bound, which route belongs to which of them and in what order, and the status of each. Rules are compiled
-//! in [`super::routes`]; what guards services is [`super::guards`]'s.
+//! in [`super::routes`]; what guards services is `super::guards`'s.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
