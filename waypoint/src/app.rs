@@ -60,6 +60,8 @@ pub enum RunError {
 
 /// Port of HBONE.
 const HBONE_PORT: u16 = 15008;
+/// What must be cut has so long to tell its client, and then the log to be written.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Series that have not changed for this long are dropped.
 const METRIC_IDLE: u64 = 3600;
 
@@ -71,12 +73,14 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .enable_all()
         .build()
         .map_err(|e| RunError::Io("control runtime", e))?;
-    control.block_on(serve(Arc::new(config), &workers))?;
+    let log = control.block_on(serve(Arc::new(config), &workers))?;
     workers.stop();
+    log.finish(LAST_WORDS);
     Ok(())
 }
 
-async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
+/// Runs until the process has to end; the log that is to be finished.
+async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunError> {
     let registry = Registry::default();
     let dropped = registry.counter("ambit_access_log_dropped_total", "Lines of the access log that did not fit.", &[]);
     let json = config.log_format == logging::Format::Json;
@@ -95,6 +99,12 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let certificates = Certificates::new(ca).revoking(revocations);
     let shed =
         registry.counter("ambit_waypoint_shed_total", "Requests and connections refused to protect the process.", &[]);
+    let cut = registry.counter(
+        "ambit_waypoint_cut_total",
+        "Requests and connections that were still open at the deadline of draining.",
+        &[],
+    );
+    let cut = cut.of(&[]);
     let budget = config.memory_budget.or_else(overload::of_container);
     let overload = Arc::new(Overload::new(config.max_requests, budget, shed.of(&[])));
     tokio::spawn(overload.clone().watch());
@@ -108,8 +118,9 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         certificate: certificates.lease(&config.identity),
         store: store.clone(),
         services: services.clone(),
-        observer: Observer::new(&registry, log, spans(&config)?, config.pod_name.as_str().into()),
+        observer: Observer::new(&registry, log.clone(), spans(&config)?, config.pod_name.as_str().into()),
         drain: CancellationToken::new(),
+        over: CancellationToken::new(),
         connections: TaskTracker::new(),
         outside: outside::connector(config.outside_roots.as_deref()).map_err(|e| RunError::Io("OUTSIDE_ROOTS", e))?,
         clusters: Clusters::default(),
@@ -152,14 +163,21 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
 
     let signal = signal::terminated().await.map_err(|e| RunError::Io("signals", e))?;
     readiness.pending("drain", "the process is ending");
-    info!(signal, deadline = ?config.drain_deadline, requests = shared.connections.len(), "draining");
+    info!(signal, deadline = ?config.drain_deadline, tunnels = shared.connections.len(), open = shared.observer.load(), "draining");
     shared.drain.cancel();
     shared.connections.close();
     match tokio::time::timeout(config.drain_deadline, shared.connections.wait()).await {
         Ok(()) => info!("all connections have finished"),
-        Err(_) => info!(connections = shared.connections.len(), "deadline: the rest is cut"),
+        Err(_) => {
+            let open = shared.observer.load();
+            cut.add(u64::from(open));
+            info!(tunnels = shared.connections.len(), open, "deadline: what is open is cut");
+            shared.over.cancel();
+            // What can be told its client is on its way soon, or never.
+            let _ = tokio::time::timeout(LAST_WORDS, shared.connections.wait()).await;
+        }
     }
-    Ok(())
+    Ok(log)
 }
 
 /// Tells how much of the mesh is known here; for ever.

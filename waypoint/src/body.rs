@@ -10,15 +10,20 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use crate::ending::{self, Open};
 use crate::forward::Kept;
 use crate::observe::Exchange;
 
 /// Frames of a copy that wait for the mirror.
 const COPIES: usize = 16;
+
+/// The status of gRPC that asks a client to try again.
+const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 
 /// A body.
 pub struct Body {
@@ -32,6 +37,9 @@ pub struct Body {
     /// What is told when the body has ended, or when nobody wants it any more.
     exchange: Option<Box<Exchange>>,
     deadline: Option<Pin<Box<Sleep>>>,
+    /// Tells that the process ends, of which a client of gRPC can be told.
+    open: Option<Open>,
+    says: bool,
     /// Given back when the body is done with.
     held: Kept,
 }
@@ -96,6 +104,9 @@ pub enum Cut {
     /// The body that is copied broke off.
     #[error("the body broke off")]
     Source,
+    /// The process must end.
+    #[error("{}", ending::REASON)]
+    Ending,
 }
 
 /// Ends a copy with an error: what has been sent must not look like the whole.
@@ -115,6 +126,8 @@ impl Body {
             record: None,
             exchange: None,
             deadline: None,
+            open: None,
+            says: false,
             held: Kept::default(),
         }
     }
@@ -163,6 +176,29 @@ impl Body {
         self
     }
 
+    /// Ends the body when the process ends: with the trailers of gRPC where the client reads them, else with an error.
+    pub fn ending(mut self, open: Open, trailers: bool) -> Self {
+        (self.open, self.says) = (Some(open), trailers);
+        self
+    }
+
+    /// What a client gets in place of the rest.
+    fn end(&mut self) -> Result<Frame<Bytes>, BoxError> {
+        let trailers = self.says.then(|| {
+            let status = [("grpc-status", UNAVAILABLE), ("grpc-message", HeaderValue::from_static(ending::REASON))];
+            HeaderMap::from_iter(status.map(|(name, value)| (HeaderName::from_static(name), value)))
+        });
+        self.open = None;
+        self.source = Source::Whole(None);
+        self.copies.drain(..).for_each(|copy| cut(copy, Cut::Ending));
+        if let Some(mut exchange) = self.exchange.take() {
+            (exchange.flag, exchange.error) = (ending::FLAG, Some(ending::REASON.into()));
+            trailers.iter().for_each(|trailers| exchange.trailers(trailers));
+            exchange.complete();
+        }
+        trailers.map(Frame::trailers).ok_or_else(|| Cut::Ending.into())
+    }
+
     /// Keeps places until the body is done with.
     pub fn holding(mut self, held: Kept) -> Self {
         self.held = held;
@@ -191,6 +227,9 @@ impl HttpBody for Body {
                 exchange.error = Some(Cut::Deadline.to_string());
             }
             return Poll::Ready(Some(Err(Cut::Deadline.into())));
+        }
+        if this.open.as_ref().is_some_and(|open| open.poll(cx).is_ready()) && !this.is_end_stream() {
+            return Poll::Ready(Some(this.end()));
         }
         let frame = match &mut this.source {
             Source::Whole(bytes) => bytes.take().map(|b| Ok(Frame::data(b))),

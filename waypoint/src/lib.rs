@@ -12,6 +12,7 @@
 //!   [`authorizer`]: asking somebody else.
 //! - [`forward`]: sending it, again if need be ([`retry`]: how often). [`cluster`]: which pod, and how each does; [`upstream`]: getting there. [`body`]: what travels with a request and its answer.
 //! - [`treatment`]: limits on the rate of requests ([`rate`]) and failures made on purpose. [`session`]: what keeps a client with a pod.
+//! - [`ending`]: telling what is open that the process ends.
 //! - [`observe`]: metrics and the access log. [`explain`]: the same decisions, asked for by a person.
 
 pub mod admission;
@@ -21,6 +22,7 @@ pub mod body;
 pub mod cluster;
 pub mod config;
 pub mod connection;
+pub mod ending;
 pub mod explain;
 pub mod filters;
 pub mod flood;

@@ -21,6 +21,7 @@ use tokio_util::io::poll_read_buf;
 
 use crate::cluster::eject::Outcome;
 use crate::connection::Connection;
+use crate::ending;
 use crate::forward::note;
 use crate::observe::Stream;
 use crate::rewind::Rewind;
@@ -120,6 +121,7 @@ pub async fn relay_with(
     let (from, to) = (io.got.clone(), up.got.clone());
     let mut stream = Stream::begin(&context.shared.observer, facts, connection.target.bound.telling.clone());
     let mut tick = tokio::time::interval(TELLS);
+    let open = context.ending.open();
     let (mut there, mut back) = (OneWay::default(), OneWay::default());
     let ended = loop {
         let moving = poll_fn(|cx| {
@@ -130,6 +132,11 @@ pub async fn relay_with(
         tokio::select! {
             ended = moving => break ended,
             _ = tick.tick() => stream.moved(from.load(Relaxed), to.load(Relaxed)),
+            // Dropping both resets them.
+            () = open.ended() => {
+                stream.moved(from.load(Relaxed), to.load(Relaxed));
+                return stream.cut(ending::FLAG, ending::REASON);
+            }
         }
     };
     stream.moved(from.load(Relaxed), to.load(Relaxed));

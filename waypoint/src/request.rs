@@ -31,10 +31,12 @@ use crate::plan::{self, Asked, Change};
 use crate::treatment::{Exceeded, Treatment};
 use crate::upstream::Wish;
 use crate::worker::Context;
-use crate::{cluster, filters, session};
+use crate::{cluster, ending, filters, session};
 
 /// What ends at the deadline of a route by itself has this long to do so.
 const GRACE: Duration = Duration::from_millis(20);
+/// Media types of gRPC begin with it.
+const GRPC: &[u8] = b"application/grpc";
 const XFCC: &str = "x-forwarded-client-cert";
 /// What Istio's proxies tell one another; nobody else's word counts for it.
 const ISTIO_SOURCE: &str = "x-istio-source";
@@ -51,8 +53,10 @@ pub async fn handle(
     connection.begun.cancel();
     connection.http2.set(request.version() == http::Version::HTTP_2);
     let host = authority(&request).unwrap_or_default();
-    let grpc =
-        request.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
+    let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let grpc = kind.is_some_and(|kind| kind.starts_with(GRPC));
+    // Those of gRPC for the web are part of the body.
+    let trailers = grpc && connection.http2.get() && !kind.is_some_and(|kind| kind[GRPC.len()..].starts_with(b"-"));
     let bound = current(&context, &connection);
     let meter = connection.meter(&context.shared.observer);
     let exchange = meter.request(&request, &host, bound.telling.clone());
@@ -62,8 +66,18 @@ pub async fn handle(
     exchange.span = span(&context, &connection, request.headers(), &bound);
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
+    let open = context.ending.open();
     let outcome = match context.shared.overload.admit(context.shared.observer.load()) {
-        Ok(()) => respond(&context, &connection, &bound, request, &host, exchange, upgrade).await,
+        Ok(()) => {
+            let answered = respond(&context, &connection, &bound, request, &host, exchange, upgrade);
+            tokio::select! {
+                biased;
+                outcome = answered => outcome,
+                () = open.ended() => {
+                    Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, ending::FLAG, "the waypoint has ended\n", ending::REASON))
+                }
+            }
+        }
         Err(why) => Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "OM", "overloaded\n", why)),
     };
     let response = match outcome {
@@ -80,7 +94,7 @@ pub async fn handle(
     if connection.moves.get() && !connection.http2.get() && !upgraded {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    Ok(Response::from_parts(head, told.by(body)))
+    Ok(Response::from_parts(head, told.by(body.ending(open, trailers))))
 }
 
 /// Begins the span of a request. Who has begun the trace decides whether it is told: the application, else the tunnel, unless

@@ -25,6 +25,7 @@ use tracing::{debug, warn};
 use crate::cluster::Clusters;
 use crate::config::Config;
 use crate::connection;
+use crate::ending::Ending;
 use crate::keys::{self, Source};
 use crate::mesh::Services;
 use crate::observe::Observer;
@@ -44,6 +45,8 @@ pub struct Shared {
     pub services: Arc<ArcSwap<Services>>,
     pub observer: Observer,
     pub drain: CancellationToken,
+    /// The deadline of draining has passed.
+    pub over: CancellationToken,
     pub connections: TaskTracker,
     pub outside: TlsConnector,
     pub clusters: Clusters,
@@ -62,6 +65,8 @@ pub struct Context {
     pub shared: Arc<Shared>,
     /// Its connections to pods.
     pub upstream: Rc<Upstream>,
+    /// Tells what is open that it must end.
+    pub ending: Rc<Ending>,
 }
 
 /// A client of the waypoint.
@@ -88,7 +93,12 @@ pub fn start(
             Err(error) => return warn!(%error, "the listener cannot be served"),
         };
         let upstream = Rc::new(Upstream::new(shared.clone()));
-        let context = Rc::new(Context { worker: number, shared, upstream });
+        let context = Rc::new(Context { worker: number, shared, upstream, ending: Rc::default() });
+        let (over, ending) = (context.shared.over.clone(), context.ending.clone());
+        tokio::task::spawn_local(async move {
+            over.cancelled().await;
+            ending.come();
+        });
         tokio::task::spawn_local(handed(context.clone(), inbox));
         let sweeping = context.clone();
         tokio::task::spawn_local(async move { sweeping.upstream.sweep().await });

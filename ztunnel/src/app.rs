@@ -52,6 +52,8 @@ pub enum RunError {
     Channel(#[from] ChannelError),
 }
 
+/// The last lines of the log may take so long to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
 /// Series that have not changed for this long are dropped.
 const METRIC_IDLE: u64 = 3600;
 
@@ -64,8 +66,9 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .enable_all()
         .build()
         .map_err(|e| RunError::Io("control runtime", e))?;
-    control.block_on(serve(Arc::new(config), &workers))?;
+    let log = control.block_on(serve(Arc::new(config), &workers))?;
     workers.stop();
+    log.finish(LAST_LINES);
     Ok(())
 }
 
@@ -79,7 +82,8 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
+/// Runs until the process has to end; the log that is to be finished.
+async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunError> {
     let registry = Registry::default();
     let dropped = registry.counter("ambit_access_log_dropped_total", "Lines of the access log that did not fit.", &[]);
     let json = config.log_format == logging::Format::Json;
@@ -94,7 +98,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
     let shared = Arc::new(Shared {
         config: config.clone(),
         store: store.clone(),
-        observer: Observer::new(&registry, log, spans(&config)?),
+        observer: Observer::new(&registry, log.clone(), spans(&config)?),
         node: node_netns.clone(),
         drain: drain.clone(),
         connections: TaskTracker::new(),
@@ -175,7 +179,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<(), RunError> {
         // Reports of the pods that left are on their way.
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    Ok(())
+    Ok(log)
 }
 
 /// Where spans go, if anywhere.

@@ -95,35 +95,58 @@ impl Value {
 /// Where lines go. Clones share one queue.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
-    lines: SyncSender<Line>,
+    entries: SyncSender<Entry>,
     dropped: Arc<Counter>,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Line(Line),
+    /// Somebody waits until all before it is written.
+    Written(SyncSender<()>),
 }
 
 impl AccessLog {
     /// Starts the writer. `dropped` counts lines that did not fit.
     pub fn start(json: bool, mut out: impl Write + Send + 'static, dropped: Arc<Counter>) -> std::io::Result<Self> {
-        let (lines, receiver) = sync_channel::<Line>(QUEUE);
+        let (entries, receiver) = sync_channel(QUEUE);
         std::thread::Builder::new().name("access-log".into()).spawn(move || {
-            let mut text = String::new();
+            let (mut text, mut waiting) = (String::new(), Vec::new());
             // Ends when the last sender is gone.
             while let Ok(first) = receiver.recv() {
                 text.clear();
-                for line in std::iter::once(first).chain(receiver.try_iter().take(BATCH)) {
-                    line.write(json, &mut text);
+                for entry in std::iter::once(first).chain(receiver.try_iter().take(BATCH)) {
+                    match entry {
+                        Entry::Line(line) => line.write(json, &mut text),
+                        Entry::Written(waits) => waiting.push(waits),
+                    }
                 }
                 // A log that cannot be written must not stop traffic.
                 let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                // Who has gone meanwhile need not be told.
+                for waits in waiting.drain(..) {
+                    let _: Result<(), _> = SyncSender::try_send(&waits, ());
+                }
                 // Whoever writes next need not wake anybody; lines of this time are written together.
                 std::thread::sleep(TOGETHER);
             }
         })?;
-        Ok(Self { lines, dropped })
+        Ok(Self { entries, dropped })
     }
 
     /// Writes a line, or counts it as dropped.
     pub fn write(&self, line: Line) {
-        if self.lines.try_send(line).is_err() {
+        if self.entries.try_send(Entry::Line(line)).is_err() {
             self.dropped.inc();
+        }
+    }
+
+    /// Blocks until all lines so far are written, but no longer than this: before a process ends.
+    pub fn finish(&self, within: Duration) {
+        let (waits, written) = sync_channel(1);
+        if self.entries.try_send(Entry::Written(waits)).is_ok() {
+            // A writer that hangs keeps what it has.
+            let _ = written.recv_timeout(within);
         }
     }
 }
@@ -261,6 +284,32 @@ mod tests {
     }
 
     #[test]
+    fn the_last_lines_of_a_process_are_written() {
+        #[derive(Clone, Default)]
+        struct Kept(Arc<std::sync::Mutex<Vec<u8>>>);
+        impl Write for Kept {
+            fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().expect("kept").extend_from_slice(buf);
+                Ok(buf.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let kept = Kept::default();
+        let log = AccessLog::start(false, kept.clone(), Arc::default()).expect("start");
+        let line =
+            Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![], form: Form::Text("x".into()) };
+        for n in 1..=20 {
+            for _ in 0..1000 {
+                log.write(line.clone());
+            }
+            log.finish(Duration::from_secs(20));
+            assert_eq!(kept.0.lock().expect("kept").len(), n * 2000);
+        }
+    }
+
+    #[test]
     fn a_writer_that_hangs_costs_lines_not_time() {
         struct Stuck(std::sync::mpsc::Receiver<()>);
         impl Write for Stuck {
@@ -281,6 +330,7 @@ mod tests {
             log.write(line.clone());
         }
         assert!(dropped.get() > 0);
+        log.finish(Duration::from_millis(1));
         drop(release);
     }
 }

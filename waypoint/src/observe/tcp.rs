@@ -51,6 +51,15 @@ impl Stream {
     /// It is over.
     pub fn complete(self, error: Option<String>) {
         let flag = if error.is_some() { BROKEN } else { "-" };
+        self.end(flag, error);
+    }
+
+    /// It had to end before its time.
+    pub fn cut(self, flag: &'static str, why: &str) {
+        self.end(flag, Some(why.to_owned()));
+    }
+
+    fn end(self, flag: &'static str, error: Option<String>) {
         let labels: Labels = self.facts.labels("tcp", flag).collect();
         if let Some(labels) = self.telling.labels(Metric::TcpClosed, TCP, &labels) {
             self.observer.closed.with(&labels).inc();

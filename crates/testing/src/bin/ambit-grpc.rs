@@ -3,7 +3,8 @@
 //! ```text
 //! ambit-grpc serve PORT NAME                          `x-from: NAME`, the body back, `grpc-status: 0` in the trailers;
 //!                                                     5 for methods whose name ends in `Fail`, and at once, without a body, for
-//!                                                     `Refuse`; healthy to a kubelet
+//!                                                     `Refuse`; `StreamN` sends one message more each tenth of a second,
+//!                                                     N times; healthy to a kubelet
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
 //! ambit-grpc authorize PORT                           an authorizer (Envoy's API): who has `x-word: please` may pass and is called
@@ -27,6 +28,9 @@ use tokio::net::{TcpListener, TcpStream};
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 /// `HealthCheckResponse{status: SERVING}` as one message.
 const SERVING: Bytes = Bytes::from_static(b"\0\0\0\0\x02\x08\x01");
+
+/// A streaming method pauses so long.
+const TENTH: std::time::Duration = std::time::Duration::from_millis(100);
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -104,6 +108,8 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
                     let code = if request.uri().path().ends_with("Fail") { "5" } else { "0" };
                     let refuse = request.uri().path().ends_with("Refuse");
                     let health = request.uri().path() == HEALTH;
+                    let more =
+                        request.uri().path().rsplit_once("/Stream").and_then(|(_, n)| n.parse().ok()).unwrap_or(0);
                     let mut body = read(request.into_body()).await.unwrap_or_default();
                     if health {
                         body = SERVING;
@@ -118,6 +124,12 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
                     trailers.insert("grpc-status", http::HeaderValue::from_static(code));
                     // A client that has gone needs no answer.
                     if let Ok(Ok(mut send)) = head.body(()).map(|head| respond.send_response(head, false)) {
+                        for _ in 0..more {
+                            if send.send_data(body.clone(), false).is_err() {
+                                return;
+                            }
+                            tokio::time::sleep(TENTH).await;
+                        }
                         let _ = send.send_data(body, false).and_then(|()| send.send_trailers(trailers));
                     }
                 });
