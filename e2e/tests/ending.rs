@@ -75,11 +75,12 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         for (of, text) in [
             (&short, "1 x grpc-status 0 from more, 310 bytes"),
             (&long, "1 x grpc-status 14 from more"),
+            (&held, "lost: Connection reset by peer"),
             (&waits, "503 Service Unavailable"),
             (&waits, "the waypoint has ended"),
         ] {
             if !of.text().contains(text) {
-                return Err(Failure(format!("expected {text:?}: {}", of.text())));
+                return Err(Failure(format!("expected {text:?}: {}; {:?}", of.text(), log.lines()?)));
             }
         }
         let mut last = Vec::new();

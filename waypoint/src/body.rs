@@ -228,7 +228,8 @@ impl HttpBody for Body {
             }
             return Poll::Ready(Some(Err(Cut::Deadline.into())));
         }
-        if this.open.as_ref().is_some_and(|open| open.poll(cx).is_ready()) && !this.is_end_stream() {
+        // What is known already goes out whole.
+        if !matches!(this.source, Source::Whole(_)) && this.open.as_ref().is_some_and(|open| open.poll(cx).is_ready()) {
             return Poll::Ready(Some(this.end()));
         }
         let frame = match &mut this.source {
