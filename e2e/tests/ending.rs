@@ -90,8 +90,11 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         })
         .await
         .map_err(|e| Failure(format!("{e}: {last:?}")))?;
-        let cut = last.iter().find(|l| l["message"].as_str().is_some_and(|m| m.starts_with("deadline:")));
-        if cut.is_none_or(|l| l["open"] != 3) {
+        let cut = last
+            .iter()
+            .map(|l| &l["fields"])
+            .find(|f| f["message"].as_str().is_some_and(|m| m.starts_with("deadline:")));
+        if cut.is_none_or(|f| f["open"] != 3) {
             return Err(Failure(format!("expected three that were cut: {cut:?}")));
         }
         // And nobody else notices.
