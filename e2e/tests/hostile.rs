@@ -37,7 +37,7 @@ fn floods_cost_their_own_connection_only() {
         let mesh = layer7_shop().await?;
         until(&mesh, &["GET", "http://web.shop/"], "200 OK").await?;
         served(&mesh, "nothing").await?;
-        for kind in ["resets", "pings", "settings", "continuation"] {
+        for kind in ["resets", "pings", "settings", "windows", "continuation"] {
             let before = memory();
             let flood = |_| mesh.exec_start(CLIENT, &["ambit-http", "flood", "web.shop:80", kind, "2"]);
             let mut floods: Vec<_> = (0..4).map(flood).collect::<Result<_, _>>()?;

@@ -44,6 +44,7 @@ const ATTACKS: &[(&str, usize, u16, [&str; 2])] = &[
     ("4 floods of resets", 4, 81, ["flood", "resets"]),
     ("4 floods of pings", 4, 81, ["flood", "pings"]),
     ("4 floods of settings", 4, 81, ["flood", "settings"]),
+    ("4 floods of windows", 4, 81, ["flood", "windows"]),
     ("4 floods of continuation", 4, 81, ["flood", "continuation"]),
     (BEGIN, 1, 80, ["slow", "100"]),
     ("100 slow readers", 1, 80, ["slow", "100"]),

@@ -9,7 +9,7 @@
 //!   --grpc       a call of gRPC with one message, over HTTP/2, that must end with status 0
 //! ambit-http await HOST:PORT PATH SECONDS  asks until the answer is 200; prints the microsecond of that since 1970
 //! ambit-http flood HOST:PORT KIND SECONDS sends what no good client sends, as HTTP/2, without reading an answer: resets, pings,
-//!                                          settings, continuation; prints how many frames, and whether it was thrown out
+//!                                          settings, windows, continuation; prints how often, and whether it was thrown out
 //! ambit-http slow HOST:PORT CONNS SECONDS [--path P] [--header N:V]   asks for a gigabyte on each of many connections, and
 //!                                          reads it slowly; prints what was read, and how many were not answered 200
 //! ambit-http trickle HOST:PORT heads|bodies CONNS SECONDS   sends a piece every 250 ms on each of many connections: headers without
@@ -217,11 +217,15 @@ impl Sender {
     }
 }
 
+/// After the end of a load, answers are waited for so long.
+const ANSWERS: Duration = Duration::from_secs(10);
 /// Nothing was sent of a request.
 const UNSENT: &str = "unsent";
 
 #[derive(Default)]
 struct Seen {
+    /// Requests that have no outcome yet.
+    open: u64,
     micros: Vec<u32>,
     bytes: u64,
     failed: u64,
@@ -229,6 +233,17 @@ struct Seen {
 }
 
 impl Seen {
+    /// One request and its outcome.
+    async fn ask(of: &RefCell<Self>, since: Instant, asks: impl Future<Output = Outcome<u64>>) -> bool {
+        of.borrow_mut().open += 1;
+        let outcome = asks.await;
+        let good = outcome.is_ok();
+        let mut seen = of.borrow_mut();
+        seen.open -= 1;
+        seen.note(since, outcome);
+        good
+    }
+
     fn note(&mut self, since: Instant, outcome: Outcome<u64>) {
         match outcome {
             Ok(bytes) => {
@@ -282,10 +297,17 @@ async fn load(target: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
         }
     }
     for task in tasks {
-        task.await.map_err(|e| e.to_string())?;
+        match tokio::time::timeout_at((end + ANSWERS).into(), task).await {
+            Ok(ended) => ended.map_err(|e| e.to_string())?,
+            Err(_) => break,
+        }
     }
     let took = start.elapsed().as_secs_f64();
     let mut seen = seen.borrow_mut();
+    if seen.open > 0 {
+        seen.failed += seen.open;
+        seen.why = Some(format!("{} not answered within {ANSWERS:?} of the end", seen.open));
+    }
     seen.micros.sort_unstable();
     let at = |q: f64| seen.micros.get(((seen.micros.len() as f64 - 1.0) * q).max(0.0) as usize).copied().unwrap_or(0);
     println!(
@@ -313,8 +335,7 @@ async fn closed(ask: Rc<Ask>, streams: usize, close: bool, end: Instant, seen: R
             }
         };
         if close {
-            let outcome = sender.send(&ask).await;
-            seen.borrow_mut().note(begun, outcome);
+            Seen::ask(&seen, begun, sender.send(&ask)).await;
             continue;
         }
         let others: Vec<_> = (1..streams)
@@ -332,10 +353,7 @@ async fn closed(ask: Rc<Ask>, streams: usize, close: bool, end: Instant, seen: R
 async fn stream(mut sender: Sender, ask: Rc<Ask>, end: Instant, seen: Rc<RefCell<Seen>>) {
     while Instant::now() < end {
         let begun = Instant::now();
-        let outcome = sender.send(&ask).await;
-        let failed = outcome.is_err();
-        seen.borrow_mut().note(begun, outcome);
-        if failed {
+        if !Seen::ask(&seen, begun, sender.send(&ask)).await {
             return;
         }
     }
@@ -358,19 +376,17 @@ async fn open(ask: Rc<Ask>, conns: usize, rate: usize, end: Instant, seen: Rc<Re
             let at = start + Duration::from_secs_f64(n as f64 / rate as f64);
             let (ask, free, seen) = (ask.clone(), free.clone(), seen.clone());
             tasks.spawn_local(async move {
-                let kept = free.borrow_mut().pop();
-                let mut sender = match kept {
-                    Some(sender) => sender,
-                    None => match ask.connect().await {
-                        Ok(sender) => sender,
-                        Err(why) => return seen.borrow_mut().note(at, Err(why)),
-                    },
-                };
-                let outcome = sender.send(&ask).await;
-                if outcome.is_ok() {
+                let asks = async {
+                    let kept = free.borrow_mut().pop();
+                    let mut sender = match kept {
+                        Some(sender) => sender,
+                        None => ask.connect().await?,
+                    };
+                    let bytes = sender.send(&ask).await?;
                     free.borrow_mut().push(sender);
-                }
-                seen.borrow_mut().note(at, outcome);
+                    Ok(bytes)
+                };
+                Seen::ask(&seen, at, asks).await;
             });
         }
         sent = due;
@@ -419,6 +435,7 @@ fn flood(target: &str, kind: &str, seconds: &str) -> Outcome<()> {
     const RST_STREAM: u8 = 3;
     const SETTINGS: u8 = 4;
     const PING: u8 = 6;
+    const WINDOW_UPDATE: u8 = 8;
     const CONTINUATION: u8 = 9;
     let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
     let host = target.as_bytes();
@@ -444,8 +461,10 @@ fn flood(target: &str, kind: &str, seconds: &str) -> Outcome<()> {
             }
             "pings" => frame(PING, 0, 0, &[7; 8]),
             "settings" => frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]),
+            // So cheap to send that it would be the calls that are measured.
+            "windows" => frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1]).repeat(100),
             "continuation" => frame(CONTINUATION, 0, 1, &[[0x00, 1, b'x', 1, b'y'].as_slice(); 200].concat()),
-            other => return Err(format!("{other}: expected resets, pings, settings or continuation")),
+            other => return Err(format!("{other}: expected resets, pings, settings, windows or continuation")),
         };
         match stream.write_all(&next) {
             Ok(()) => sent += 1,

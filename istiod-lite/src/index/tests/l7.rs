@@ -168,6 +168,18 @@ fn an_entry_with_the_host_of_a_service_takes_nothing_from_it() {
 }
 
 #[test]
+fn hosts_with_a_wildcard_are_refused_by_waypoints_and_said_so() {
+    let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: out, namespace: shop}\n\
+                 spec: {hosts: [api.example.com, '*.example.com'], resolution: DNS, ports: [{number: 80, name: http}]}\n---\n";
+    let mesh = mesh(&format!("{}{entry}", bound_shop("shop")));
+    let key = Key { kind: "ServiceEntry", namespace: "shop".into(), name: "out".into() };
+    let said: Vec<_> = mesh.statuses[&key].iter().filter(|c| c.r#type == "WaypointAccepted").collect();
+    assert!(matches!(said[..], [c] if !c.status && c.message.contains("\"*.example.com\"")), "{said:?}");
+    let bound: Vec<&str> = mesh.bound.keys().map(|k| &*k.hostname).filter(|h| h.ends_with("example.com")).collect();
+    assert_eq!(bound, ["api.example.com"]);
+}
+
+#[test]
 fn a_policy_holds_where_a_route_leads_and_the_nearest_wins() {
     let more = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\n\
                 spec: {parentRefs: [{group: '', kind: Service, name: web}], rules: [{backendRefs: [{name: web-v2, port: 80}]}]}\n---\n\
