@@ -36,10 +36,10 @@ pub fn option(name: &str) -> Option<String> {
     args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned()
 }
 
-/// Runs this program inside namespaces once for each column and round.
-pub fn run(columns: &[&str], rounds: usize, env: &[(&str, String)]) -> Result<All, Failure> {
+/// Runs this program inside namespaces once for each column and round, and adds what that has measured to `all`; what has failed.
+pub fn run(columns: &[&str], rounds: usize, env: &[(&str, String)], all: &mut All) -> Result<(), Failure> {
     let me = std::env::current_exe().doing("find this program")?;
-    let mut all = All::new();
+    let mut failed = Vec::new();
     for round in 1..=rounds {
         for column in columns {
             eprintln!("round {round} of {rounds}: {column}");
@@ -49,7 +49,7 @@ pub fn run(columns: &[&str], rounds: usize, env: &[(&str, String)]) -> Result<Al
             let text = String::from_utf8_lossy(&output.stdout);
             if !output.status.success() {
                 // What was measured before it counts, and so do the others.
-                eprintln!("{column} has failed in round {round}");
+                failed.push(format!("{column} in round {round}"));
             }
             for line in text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()) {
                 let row = line["row"].as_str().unwrap_or_default().to_owned();
@@ -57,7 +57,7 @@ pub fn run(columns: &[&str], rounds: usize, env: &[(&str, String)]) -> Result<Al
             }
         }
     }
-    Ok(all)
+    if failed.is_empty() { Ok(()) } else { Err(Failure(format!("failed: {}", failed.join(", ")))) }
 }
 
 fn median(values: &[Value], field: &str) -> Option<f64> {

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use ambit_benches::{COLUMN, cpu, memory, option, print, report, run};
+use ambit_benches::{All, COLUMN, cpu, memory, option, print, report, run};
 use ambit_testing::mesh::{Mesh, Options};
 use ambit_testing::{Doing, Failure, programs, sandbox};
 use serde_json::{Value, json};
@@ -65,14 +65,15 @@ fn outside() -> Result<(), Failure> {
     if let Some(peer) = &peer {
         env.push((PEER, std::fs::canonicalize(peer).doing("peer")?.display().to_string()));
     }
-    let all = run(&columns, rounds, &env)?;
+    let mut all = All::new();
+    let ran = run(&columns, rounds, &env, &mut all);
     let rows: Vec<&str> = ROWS
         .iter()
         .map(|(name, ..)| *name)
         .chain([BESIDE, "start, programs ready", "start, pods ready", "start", "idle memory"])
         .collect();
     report(&all, &rows, &columns, "ours", "peer");
-    Ok(())
+    ran
 }
 
 fn inside() -> Result<(), Failure> {

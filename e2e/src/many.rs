@@ -1,7 +1,7 @@
 //! A service of several pods behind the example's waypoint, and what tests do to it.
 
 use ambit_testing::Failure;
-use ambit_testing::mesh::{Mesh, Output};
+use ambit_testing::mesh::{Mesh, Output, PATIENCE};
 
 use crate::CLIENT;
 
@@ -40,6 +40,21 @@ pub async fn start(mesh: &Mesh, pods: &[(&str, &str)]) -> Result<(), Failure> {
         services.iter().any(|s| s["hostname"] == "many.shop.svc.cluster.local" && !s["waypoint"].is_null())
     })
     .await
+}
+
+/// Tries until what it answers is what is wanted.
+pub async fn eventually(
+    what: &str,
+    mut ask: impl AsyncFnMut() -> Result<Result<(), String>, Failure>,
+) -> Result<(), Failure> {
+    let start = std::time::Instant::now();
+    loop {
+        match ask().await? {
+            Ok(()) => return Ok(()),
+            Err(last) if start.elapsed() > PATIENCE => return Err(Failure(format!("{what}: {last}"))),
+            Err(_) => {}
+        }
+    }
 }
 
 /// Runs the application's client.
@@ -81,4 +96,43 @@ pub async fn said(mesh: &Mesh, object: &str, text: &str) -> Result<(), Failure> 
         all.iter().any(|o| of(o) == object && o.to_string().contains(text))
     })
     .await
+}
+
+/// Two servers of gRPC, `one` and `two`, and a service of both.
+pub const GRPC: &str = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: grpc-1, namespace: shop, labels: {app: grpc, version: one}}
+spec:
+  nodeName: node2
+  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", one], readinessProbe: {tcpSocket: {port: 7070}}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: grpc-2, namespace: shop, labels: {app: grpc, version: two}}
+spec:
+  nodeName: node1
+  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", two], readinessProbe: {tcpSocket: {port: 7070}}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: grpc, namespace: shop}
+spec: {selector: {app: grpc}, ports: [{name: grpc, port: 7070}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: grpc-two, namespace: shop}
+spec: {selector: {version: two}, ports: [{name: grpc, port: 7070}]}
+";
+
+/// Starts the servers of gRPC.
+pub async fn start_grpc(mesh: &Mesh) -> Result<(), Failure> {
+    mesh.apply("grpc.yaml", GRPC)?;
+    mesh.ready(&["shop/grpc-1", "shop/grpc-2"]).await?;
+    mesh.in_mesh(&["shop/grpc-1", "shop/grpc-2"]).await
+}
+
+/// Calls on one connection.
+pub async fn grpc(mesh: &Mesh, path: &str, times: &str) -> Result<Output, Failure> {
+    mesh.exec(CLIENT, &["ambit-grpc", "call", "grpc.shop:7070", path, times]).await
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use ambit_e2e::{expect, layer7_shop, request, told, until};
-use ambit_testing::mesh::{Mesh, PATIENCE, start_in};
-use ambit_testing::{Doing, Failure, sandbox};
+use ambit_testing::mesh::{Mesh, PATIENCE, Running, start_in};
+use ambit_testing::{Doing, Failure, names, sandbox};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
 /// Authority, server and client, as files; and an authority that nobody knows.
@@ -135,8 +135,60 @@ fn a_waypoint_makes_tls_to_what_is_declared() {
         }
         mesh.apply("rule.yaml", &rule(&mutual))?;
         until(&mesh, &words, "with a certificate").await?;
+        // A server that asks for no certificate is believed by its own.
+        let plain = start_tls(&mesh, &dir, &[])?;
+        let ip = mesh.control.ip;
+        mesh.apply("simple.yaml", &entry("simple.example", "STATIC", &ip.to_string()))?;
+        let simple = format!("mode: SIMPLE, sni: api.example, caCertificates: {}", file("ca.crt"));
+        mesh.apply(
+            "simple-rule.yaml",
+            &rule(&simple).replace("api.example\n", "simple.example\n").replace("name: api,", "name: simple,"),
+        )?;
+        until(&mesh, &["GET", "http://simple.example/"], "with no certificate").await?;
+        drop(plain);
         // A host that nobody has declared is nobody's.
         expect(&request(&mesh, &["GET", "http://other.example/"]).await?, false, "")
+    });
+}
+
+fn entry(host: &str, resolution: &str, endpoint: &str) -> String {
+    let name = host.split('.').next().unwrap_or_default();
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: shop}}\nspec:\n  \
+         hosts: [{host}]\n  ports: [{{number: 80, name: http, protocol: HTTP, targetPort: 8443}}]\n  \
+         resolution: {resolution}\n  endpoints: [{{address: {endpoint}}}]\n"
+    )
+}
+
+/// A server with TLS beside the cluster, on its control plane's address.
+fn start_tls(mesh: &Mesh, dir: &Path, more: &[String]) -> Result<Running, Failure> {
+    let file = |name: &str| dir.join(name).display().to_string();
+    let words = ["ambit-app", "tls", "--port", "8443", "--name", "partner", "--cert"].map(str::to_owned);
+    let files = [file("server.crt"), "--key".into(), file("server.key")];
+    let (null, command) = (std::process::Stdio::null, [&words[..], &files[..], more].concat());
+    start_in(&mesh.control.netns, mesh.files.join("resolv.conf"), &command, null(), null())
+}
+
+#[test]
+fn names_are_asked_for_again_when_their_answer_is_over() {
+    sandbox::test("names_are_asked_for_again_when_their_answer_is_over", || async {
+        let mesh = layer7_shop().await?;
+        ambit_e2e::many::start(&mesh, &[("a", ""), ("b", "")]).await?;
+        let ip = |name: &str| match mesh.kubelet.pod("shop", name).map(|pod| pod.net.ips[0]) {
+            Some(std::net::IpAddr::V4(ip)) => Ok(ip),
+            other => Err(Failure(format!("{other:?}"))),
+        };
+        names::give("moves.test", ip("a")?);
+        let moves = entry("moves.example", "DNS", "moves.test").replace("8443", "8080");
+        mesh.apply("moves.yaml", &moves)?;
+        until(&mesh, &["GET", "http://moves.example/"], "hello from a").await?;
+        // It moves, and connections that are kept do not hold anybody back.
+        names::give("moves.test", ip("b")?);
+        until(&mesh, &["GET", "http://moves.example/"], "hello from b").await?;
+        for _ in 0..10 {
+            expect(&request(&mesh, &["GET", "http://moves.example/"]).await?, true, "hello from b")?;
+        }
+        Ok(())
     });
 }
 
@@ -147,11 +199,8 @@ fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
         let dir = certificates()?;
         let file = |name: &str| dir.join(name).display().to_string();
         // Not a pod: a host beside the cluster.
-        let words = ["ambit-app", "tls", "--port", "8443", "--name", "partner", "--cert"].map(str::to_owned);
-        let files = [file("server.crt"), "--key".into(), file("server.key"), "--client-ca".into(), file("ca.crt")];
-        let command = [&words[..], &files[..]].concat();
-        let (null, ip) = (std::process::Stdio::null, mesh.control.ip);
-        let _server = start_in(&mesh.control.netns, mesh.files.join("resolv.conf"), &command, null(), null())?;
+        let ip = mesh.control.ip;
+        let _server = start_tls(&mesh, &dir, &["--client-ca".into(), file("ca.crt")])?;
         mesh.apply(
             "block.yaml",
             &format!(
@@ -220,9 +269,8 @@ fn keys_are_mounted_from_the_waypoints_own_namespace() {
         let first = until(&mesh, &words, "hello from api; you asked for api.example with a certificate").await;
         first.map_err(|f| Failure(format!("{:?}: {f}", told(&mesh).last())))?;
         // A Service of pods outside the mesh that speak TLS.
-        mesh.apply(
-            "secure.yaml",
-            &format!(
+        let secure = |ip: std::net::IpAddr| {
+            format!(
                 "apiVersion: v1\nkind: Service\nmetadata: {{name: secure, namespace: shop}}\nspec: {{ports: [{{name: http, port: 80, \
                  targetPort: 8443}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: secure-1, namespace: shop, \
                  labels: {{kubernetes.io/service-name: secure}}}}\naddressType: IPv4\nports: [{{name: http, port: 8443}}]\n\
@@ -230,8 +278,9 @@ fn keys_are_mounted_from_the_waypoints_own_namespace() {
                  apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: secure, namespace: shop}}\nspec:\n  \
                  targetRefs: [{{group: '', kind: Service, name: secure}}]\n  validation: {{hostname: api.example, \
                  caCertificateRefs: [{{group: '', kind: ConfigMap, name: roots}}]}}\n"
-            ),
-        )?;
+            )
+        };
+        mesh.apply("secure.yaml", &secure(ip))?;
         // The server asks for a certificate, and a BackendTLSPolicy has none: it is the server that refuses, after it was believed.
         let start = std::time::Instant::now();
         loop {
@@ -244,6 +293,9 @@ fn keys_are_mounted_from_the_waypoints_own_namespace() {
                 return Err(Failure(format!("{:?}", told(&mesh).last())));
             }
         }
-        Ok(())
+        // One that asks for none answers.
+        let _server = start_tls(&mesh, &dir, &[])?;
+        mesh.apply("secure.yaml", &secure(mesh.control.ip))?;
+        until(&mesh, &["GET", "http://secure.shop/"], "with no certificate").await.map(drop)
     });
 }

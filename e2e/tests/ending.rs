@@ -53,7 +53,7 @@ impl Log {
 fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched() {
     sandbox::test("what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched", || async {
         let mesh = shop(Options::default()).await?;
-        by_hand(&mesh, &[("DRAIN_DEADLINE", "3s")])?;
+        by_hand(&mesh, &[("DRAIN_DEADLINE", "8s")])?;
         mesh.apply("more.yaml", MORE)?;
         mesh.ready(&["shop/more"]).await?;
         mesh.in_mesh(&["shop/more"]).await?;
@@ -63,17 +63,18 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         let mut log = Log(file, String::new());
         let call = |method: &'static str| ["ambit-grpc", "call", "more.shop:7070", method, "1"];
         let mut long = begin(&mesh, &call("/echo.Echo/Stream600")).await?;
-        let mut waits = begin(&mesh, &["ambit-app", "request", "GET", "http://web.shop/delay/60000"]).await?;
+        let mut waits =
+            begin(&mesh, &["ambit-app", "request", "GET", "http://web.shop/delay/60000", "--patience", "60"]).await?;
         let mut held = begin(&mesh, &["ambit-app", "hold", "more.shop:2525"]).await?;
-        let mut short = begin(&mesh, &call("/echo.Echo/Stream30")).await?;
+        let mut short = begin(&mesh, &call("/echo.Echo/Stream60")).await?;
         // Another template: the cluster starts a new one, and ends this one.
-        by_hand(&mesh, &[("DRAIN_DEADLINE", "4s")])?;
+        by_hand(&mesh, &[("DRAIN_DEADLINE", "9s")])?;
         mesh.wait("all to end", |_| {
             [&mut long, &mut waits, &mut held, &mut short].into_iter().all(|r| r.ended().is_some())
         })
         .await?;
         for (of, text) in [
-            (&short, "1 x grpc-status 0 from more, 310 bytes"),
+            (&short, "1 x grpc-status 0 from more, 610 bytes"),
             (&long, "1 x grpc-status 14 from more"),
             (&held, "lost: Connection reset by peer"),
             (&waits, "503 Service Unavailable"),
@@ -90,12 +91,13 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         })
         .await
         .map_err(|e| Failure(format!("{e}: {last:?}")))?;
-        let cut = last
-            .iter()
-            .map(|l| &l["fields"])
-            .find(|f| f["message"].as_str().is_some_and(|m| m.starts_with("deadline:")));
-        if cut.is_none_or(|f| f["open"] != 3) {
-            return Err(Failure(format!("expected three that were cut: {cut:?}")));
+        // The short one was open when it began to end.
+        for (begins, open) in [("draining", 4), ("deadline:", 3)] {
+            let begins_so = |f: &&Value| f["message"].as_str().is_some_and(|m| m.starts_with(begins));
+            let line = last.iter().map(|l| &l["fields"]).find(begins_so);
+            if line.is_none_or(|f| f["open"] != open) {
+                return Err(Failure(format!("{begins} expected {open} that are open: {line:?}")));
+            }
         }
         // And nobody else notices.
         expect(&until(&mesh, &["GET", "http://web.shop/"], "200 OK").await?, true, "hello from web")

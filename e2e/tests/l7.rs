@@ -180,3 +180,56 @@ fn a_waypoint_is_replaced_under_load_without_a_failed_request() {
         mesh.wait("the new one to have been used", |m| told(m).iter().any(|l| l["status"] == 200)).await
     });
 }
+
+/// A server of HTTP/1 and HTTP/2.
+const FAST: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: fast, namespace: shop}\nspec:\n  selector: {app: fast}\n  ports:\n  \
+    - {name: one, port: 80, targetPort: 8080, appProtocol: http}\n  \
+    - {name: two, port: 81, targetPort: 8080, appProtocol: kubernetes.io/h2c}\n---\n\
+    apiVersion: v1\nkind: Pod\nmetadata: {name: fast, namespace: shop, labels: {app: fast}}\n\
+    spec: {nodeName: node2, serviceAccountName: web, containers: [{name: c, command: [ambit-http, serve, '8080'], \
+    readinessProbe: {tcpSocket: {port: 8080}}}]}\n";
+
+#[test]
+fn kept_connections_outlive_a_waypoint_without_a_failed_request() {
+    sandbox::test("kept_connections_outlive_a_waypoint_without_a_failed_request", || async {
+        let mut mesh = layer7_shop().await?;
+        mesh.apply("fast.yaml", FAST)?;
+        mesh.ready(&["shop/fast"]).await?;
+        mesh.in_mesh(&["shop/fast"]).await?;
+        until(&mesh, &["GET", "http://fast.shop/x"], "200 OK").await?;
+        let old = waypoint(&mesh)?.uid;
+        // Eight at a time of each kind, for as long as it takes and a while after.
+        let words = |port: &str, more: &[&str]| {
+            let target = format!("fast.shop:{port}");
+            ["ambit-http", "load", &target, "10", "--path", "/x"].iter().chain(more).map(|w| (*w).to_owned()).collect()
+        };
+        let all: [(&str, Vec<String>); 3] = [
+            ("HTTP/1", words("80", &["--conns", "8"])),
+            ("HTTP/2", words("81", &["--h2", "--conns", "2", "--streams", "4"])),
+            ("gRPC", words("81", &["--grpc", "--conns", "2", "--streams", "4"])),
+        ];
+        let mut loads = Vec::new();
+        for (what, words) in &all {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            loads.push((what, mesh.exec_start(CLIENT, &words)?));
+        }
+        mesh.restart_istiod(&[("AMBIT_IMAGE", "ambit:next")])?;
+        mesh.wait("another one in its place", |m| {
+            let pods = m.kubelet.pods();
+            let waypoints = pods.iter().filter(|((ns, name), _)| ns == "shop" && name.starts_with("waypoint-"));
+            let uids: Vec<&String> = waypoints.map(|(_, pod)| &pod.uid).collect();
+            uids.len() == 1 && *uids[0] != old
+        })
+        .await?;
+        mesh.wait("the loads to end", |_| loads.iter_mut().all(|(_, load)| load.ended().is_some())).await?;
+        for (what, load) in &loads {
+            let text = load.text();
+            let result: serde_json::Value =
+                serde_json::from_str(&text).map_err(|e| Failure(format!("{what}: {e}: {text}")))?;
+            if result["failed"] != 0 || result["done"].as_u64() < Some(500) {
+                return Err(Failure(format!("{what}: {text}")));
+            }
+        }
+        Ok(())
+    });
+}

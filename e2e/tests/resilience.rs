@@ -1,24 +1,9 @@
 //! The rarer ways of a waypoint to keep a service going: each on real traffic.
 
-use ambit_e2e::many::{MANY, destination_rule, many, number, run, said, start, traffic_policy};
+use ambit_e2e::many::{MANY, destination_rule, eventually, many, number, run, said, start, traffic_policy};
 use ambit_e2e::{CLIENT, expect, layer7_shop, request, route, told, until, waypoint};
-use ambit_testing::mesh::{Mesh, PATIENCE};
+use ambit_testing::mesh::Mesh;
 use ambit_testing::{Failure, sandbox};
-
-/// Tries until what it answers is what is wanted.
-async fn eventually(
-    what: &str,
-    mut ask: impl AsyncFnMut() -> Result<Result<(), String>, Failure>,
-) -> Result<(), Failure> {
-    let start = std::time::Instant::now();
-    loop {
-        match ask().await? {
-            Ok(()) => return Ok(()),
-            Err(last) if start.elapsed() > PATIENCE => return Err(Failure(format!("{what}: {last}"))),
-            Err(_) => {}
-        }
-    }
-}
 
 /// Tries after the first, as the last line of the log tells them.
 fn retries(mesh: &Mesh, path: &str) -> u64 {

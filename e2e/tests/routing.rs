@@ -1,7 +1,8 @@
 //! Where requests go: routes of services, of clients' namespaces, by weight, mirrored, and calls of gRPC.
 
+use ambit_e2e::many::{grpc, start_grpc};
 use ambit_e2e::{CLIENT, expect, lacks, layer7_shop, request, route, until, waypoint};
-use ambit_testing::mesh::{Mesh, Output};
+use ambit_testing::mesh::Output;
 use ambit_testing::{Failure, sandbox};
 
 const ROUTES: &str = r#"  - name: v2
@@ -277,45 +278,11 @@ fn mirrors_get_the_body_and_other_protocols_are_switched_to() {
     });
 }
 
-/// Two versions of a gRPC server, and a name for both.
-const GRPC: &str = "\
-apiVersion: v1
-kind: Pod
-metadata: {name: grpc-1, namespace: shop, labels: {app: grpc, version: one}}
-spec:
-  nodeName: node2
-  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", one], readinessProbe: {tcpSocket: {port: 7070}}}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: grpc-2, namespace: shop, labels: {app: grpc, version: two}}
-spec:
-  nodeName: node1
-  containers: [{name: c, command: [ambit-grpc, serve, \"7070\", two], readinessProbe: {tcpSocket: {port: 7070}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: grpc, namespace: shop}
-spec: {selector: {app: grpc}, ports: [{name: grpc, port: 7070}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: grpc-two, namespace: shop}
-spec: {selector: {version: two}, ports: [{name: grpc, port: 7070}]}
-";
-
-/// Calls on one connection.
-async fn grpc(mesh: &Mesh, path: &str, times: &str) -> Result<Output, Failure> {
-    mesh.exec(CLIENT, &["ambit-grpc", "call", "grpc.shop:7070", path, times]).await
-}
-
 #[test]
 fn grpc_is_routed_and_balanced_call_by_call() {
     sandbox::test("grpc_is_routed_and_balanced_call_by_call", || async {
         let mesh = layer7_shop().await?;
-        mesh.apply("grpc.yaml", GRPC)?;
-        mesh.ready(&["shop/grpc-1", "shop/grpc-2"]).await?;
-        mesh.in_mesh(&["shop/grpc-1", "shop/grpc-2"]).await?;
+        start_grpc(&mesh).await?;
         let from = |output: &Output, name: &str| -> u32 {
             let lines = output.text.lines().filter(|l| l.contains(&format!("grpc-status 0 from {name}, 10 bytes")));
             lines.filter_map(|l| l.split(' ').next()?.parse::<u32>().ok()).sum()

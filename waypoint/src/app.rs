@@ -101,7 +101,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunE
         registry.counter("ambit_waypoint_shed_total", "Requests and connections refused to protect the process.", &[]);
     let cut = registry.counter(
         "ambit_waypoint_cut_total",
-        "Requests and connections that were still open at the deadline of draining.",
+        "Requests and connections that were still open at the deadline of draining; the log tells of each.",
         &[],
     );
     let cut = cut.of(&[]);

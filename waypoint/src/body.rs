@@ -305,8 +305,12 @@ impl Drop for Body {
         }
         if let Some(mut exchange) = self.exchange.take() {
             if !ended && exchange.error.is_none() {
-                exchange.flag = "DC";
-                exchange.error = Some("the client went away before the end of the answer".into());
+                // A client that does not read cannot be told.
+                let (flag, why) = match self.open.as_ref().is_some_and(Open::is_over) {
+                    true => (ending::FLAG, ending::REASON),
+                    false => ("DC", "the client went away before the end of the answer"),
+                };
+                (exchange.flag, exchange.error) = (flag, Some(why.into()));
             }
             exchange.complete();
         }

@@ -28,7 +28,8 @@ waypoint, configured by its environment:
   CRL_PATH             file with revoked certificates (CRLs in PEM or DER), read again when it changes []
   WORKER_THREADS       threads that move data [as many as cores]
   ADMIN_PORT, STATS_PORT, READINESS_PORT   [15000 on localhost, 15020, 15021]
-  DRAIN_DEADLINE       what is open may take so long when it ends [20s]
+  DRAIN_DEADLINE       what is open may take so long when it ends, and is told in two seconds more; both within the pod's
+                       terminationGracePeriodSeconds [20s]
   CONNECT_TIMEOUT      [5s]
   MAX_REQUESTS         requests and connections under way at once; more are answered 503 [10000]
   MEMORY_BUDGET        memory, such as 256Mi, beyond which new requests are answered 503 [nine tenths of the container's limit]

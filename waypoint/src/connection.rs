@@ -12,7 +12,6 @@ use std::time::Duration;
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::server::Incoming;
-use ambit_hbone::settings::MAX_WINDOW;
 use ambit_hbone::{Authority, ConnectHeaders};
 use ambit_model::l7::policy::{Subject, Verdict};
 use ambit_model::service::AppProtocol;
@@ -45,6 +44,10 @@ const HEARS: Duration = Duration::from_millis(25);
 const MAX_TOLD: usize = 253;
 /// Bytes of a head.
 const MAX_HEAD: usize = 64 * 1024;
+/// Bytes of requests that a connection of HTTP/2 may have sent and no pod has taken.
+const UPLOADS: u32 = 16 * 1024 * 1024;
+/// Bytes of an answer that wait for its client, beside what the client's window has taken.
+const SEND_BUFFER: usize = 128 * 1024;
 /// Headers of a request.
 const MAX_HEADERS: usize = 128;
 
@@ -304,7 +307,8 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .max_concurrent_streams(256)
         .max_header_list_size(MAX_HEAD as u32)
         .initial_stream_window_size(1024 * 1024)
-        .initial_connection_window_size(MAX_WINDOW)
+        .initial_connection_window_size(UPLOADS)
+        .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(Some(Duration::from_secs(30)));
     let (moves, of) = (moved.subscribe(), asked_to_move.clone());
     // One that comes while its client has not heard of it yet gets its answer too.

@@ -63,6 +63,11 @@ impl Open {
         Poll::Pending
     }
 
+    /// Whether the end has come.
+    pub fn is_over(&self) -> bool {
+        self.of.come.get()
+    }
+
     /// Waits for the end.
     pub async fn ended(&self) {
         poll_fn(|cx| self.poll(cx)).await;

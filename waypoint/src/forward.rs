@@ -216,10 +216,11 @@ pub(crate) async fn forward(
     let mut avoid: Vec<u64> = Vec::new();
     let mut before: Option<Unreachable> = None;
     let mut unsent = 0;
-    let mut _again = None;
+    let (mut _again, mut next) = (None, None);
     loop {
-        let endpoint = match (&connection.target.workload, connection.target.address) {
-            (Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
+        let endpoint = match (next.take(), &connection.target.workload, connection.target.address) {
+            (Some(next), ..) => next,
+            (None, Some(workload), Some(addr)) => Endpoint::direct(workload.clone(), addr),
             // Another one than before; for another try the same one, where there is no other.
             _ => match context.upstream.find(&wish, &avoid).await {
                 Ok(endpoint) => endpoint,
@@ -266,7 +267,10 @@ pub(crate) async fn forward(
                 if unsent + 1 < TRIES
                     && !matches!(error, Unreachable::Overflow(_))
                     && connection.target.workload.is_none()
-                    && context.upstream.choose(&wish, &avoid).is_ok() =>
+                    && {
+                        next = context.upstream.other(&wish, &avoid).ok();
+                        next.is_some()
+                    } =>
             {
                 tracing::debug!(%error, "another endpoint is tried");
                 unsent += 1;
@@ -278,7 +282,9 @@ pub(crate) async fn forward(
                 match cluster.counts.retry(limits) {
                     Ok(place) if cluster.retry(&wish.traffic) => _again = Some(place),
                     over => {
-                        tracing::debug!(over = ?over.err(), "not tried again: the budget is used up");
+                        let why = if over.is_ok() { "budget" } else { "limit" };
+                        tracing::debug!(why, "not tried again");
+                        context.shared.observer.not_retried(&cluster.service().hostname, why);
                         return match outcome {
                             Try::Answered(response) => {
                                 exchange.flag = "URX";
@@ -323,7 +329,7 @@ fn unavailable(e: &Unreachable) -> Local {
         Unreachable::Overflow(_) => "UO",
         Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
         Unreachable::Connect(..) => "UF",
-        Unreachable::Lost(..) => "UC",
+        Unreachable::Lost(..) | Unreachable::Refused(..) => "UC",
     };
     let text = if flag == "UO" { "upstream overflow\n" } else { "no healthy upstream" };
     Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, text, e)
@@ -360,7 +366,7 @@ fn is_named(retry: &Retry, response: &Response<Incoming>) -> bool {
 fn may_repeat(outcome: &Try, method: &Method, retry: &Retry) -> bool {
     match outcome {
         Try::Unsent(Unreachable::Overflow(_), _) => false,
-        Try::Answered(_) | Try::Unsent(..) => true,
+        Try::Answered(_) | Try::Unsent(..) | Try::Lost(Unreachable::Refused(..)) => true,
         Try::Lost(_) | Try::Late(_) => method.is_idempotent() || retry.any_method,
     }
 }
@@ -418,7 +424,10 @@ mod tests {
         let late = Try::Late(Duration::from_secs(1));
         let lost = Try::Lost(Unreachable::NoAddress("gone".into()));
         let unsent = Try::Unsent(Unreachable::NoAddress("none".into()), Box::new(Request::new(Body::whole(""))));
-        for (outcome, get, post) in [(late, true, false), (lost, true, false), (unsent, true, true)] {
+        let refused = Try::Lost(Unreachable::Refused(([127, 0, 0, 1], 80).into(), "REFUSED_STREAM".into()));
+        for (outcome, get, post) in
+            [(late, true, false), (lost, true, false), (unsent, true, true), (refused, true, true)]
+        {
             let asked = Retry { any_method: true, ..Retry::default() };
             let plain = Retry::default();
             assert_eq!(may_repeat(&outcome, &Method::GET, &plain), get);

@@ -15,11 +15,12 @@ pub use exchange::{Exchange, Meter};
 pub use tcp::Stream;
 pub use telling::Telling;
 
+use ambit_model::l7::telemetry::Metric;
 use ambit_model::{Identity, Service, Str, Workload};
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Level, Line, Value};
 use ambit_telemetry::histogram::{BYTES, HistogramVec, MILLISECONDS};
-use ambit_telemetry::metrics::CounterVec;
+use ambit_telemetry::metrics::{CounterVec, Labels};
 use ambit_telemetry::peers::{HTTP, TCP, service, side};
 use ambit_telemetry::spans::Spans;
 
@@ -92,6 +93,7 @@ pub struct Observer {
     opened: Arc<CounterVec>,
     closed: Arc<CounterVec>,
     ejections: Arc<CounterVec>,
+    not_retried: Arc<CounterVec>,
     sent: Arc<CounterVec>,
     received: Arc<CounterVec>,
     log: AccessLog,
@@ -125,6 +127,11 @@ impl Observer {
                 "Endpoints left out for some time.",
                 &["destination_service"],
             ),
+            not_retried: registry.counter(
+                "ambit_waypoint_retries_refused_total",
+                "Requests that were not tried again though a route asks for it: the budget was used up, or as many retries under way as may be (limit).",
+                &["destination_service", "reason"],
+            ),
             sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to clients."),
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from clients."),
             log,
@@ -150,8 +157,19 @@ impl Observer {
         self.ejections.with(&[service.clone()].into()).inc();
     }
 
+    /// A request to a service was not tried again, because of its budget or of its limit.
+    pub fn not_retried(&self, service: &Str, reason: &'static str) {
+        self.not_retried.with(&[service.clone(), reason.into()].into()).inc();
+    }
+
     /// A stream or a connection was refused.
     pub fn refused(&self, facts: &Facts, telling: &Telling, flag: &'static str, reason: String) {
+        let labels: Labels = facts.labels("tcp", flag).collect();
+        for (all, metric) in [(&self.opened, Metric::TcpOpened), (&self.closed, Metric::TcpClosed)] {
+            if let Some(labels) = telling.labels(metric, TCP, &labels) {
+                all.with(&labels).inc();
+            }
+        }
         let ended = tcp::Ended::refused(self, facts, flag, &reason);
         if !telling.logs(&ended) {
             return;

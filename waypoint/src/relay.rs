@@ -40,8 +40,7 @@ pub async fn dial(
     source: IpAddr,
     trace: Option<TraceParent>,
 ) -> Result<(Endpoint, Io), Unreachable> {
-    let mut avoid = Vec::new();
-    let mut before = None;
+    let (mut avoid, mut before) = (Vec::new(), None);
     loop {
         let endpoint = match (&target.service, &target.workload, target.address) {
             (Some(service), ..) => {
@@ -52,7 +51,10 @@ pub async fn dial(
                     _ => None,
                 };
                 let wish = Wish { traffic, asked: target.address, hash, ..Wish::plain(&key, target.port) };
-                let chosen = context.upstream.find(&wish, &avoid).await;
+                let chosen = match avoid.is_empty() {
+                    true => context.upstream.find(&wish, &avoid).await,
+                    false => context.upstream.other(&wish, &avoid),
+                };
                 // That there is no other one says less than why the first was not reached.
                 chosen.map_err(|error| before.take().unwrap_or(error))?
             }

@@ -23,10 +23,11 @@ use crate::admission::{Original, admit, authorize, consult, token_of};
 use crate::authorizer::Consulted;
 use crate::body::Body;
 use crate::connection::Connection;
+use crate::ending::Open;
 use crate::forward::{Head, Kept, Sending, Sent, forward, mirror_to, over, version_for};
 use crate::local::{Local, More};
 use crate::mesh::Bound;
-use crate::observe::Exchange;
+use crate::observe::{Exchange, UnderWay};
 use crate::plan::{self, Asked, Change};
 use crate::treatment::{Exceeded, Treatment};
 use crate::upstream::Wish;
@@ -90,6 +91,7 @@ pub async fn handle(
     };
     exchange.answered(response.status().as_u16(), response.headers());
     let (mut head, body) = response.into_parts();
+    let trailers = trailers && head.headers.get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(GRPC));
     let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
     if connection.moves.get() && !connection.http2.get() && !upgraded {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -279,12 +281,13 @@ async fn respond(
     let (mut head, incoming) = response.into_parts();
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         let asked = upgrade.as_ref().map(|(protocol, _)| protocol);
+        let open = (context.ending.open(), context.shared.observer.under_way());
         if asked.is_none() || head.headers.get(header::UPGRADE) != asked {
             let reason = "the pod has switched to a protocol that nobody asked for";
             return Err(Local::new(StatusCode::BAD_GATEWAY, "UPE", "bad answer\n", reason));
         }
         let response = Response::from_parts(head, incoming);
-        return Ok(switch(response, upgrade.map(|(_, client)| client), kept));
+        return Ok(switch(response, upgrade.map(|(_, client)| client), kept, open));
     }
     filters::strip_hop_by_hop(&mut head.headers, None);
     if let (Some(session), Some(tag)) = (&plan.rule.session, tag)
@@ -409,7 +412,12 @@ pub(crate) fn trace_of(headers: &HeaderMap) -> Option<TraceParent> {
 }
 
 /// Hands both ends over to each other after the answer.
-fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade>, kept: Kept) -> Response<Body> {
+fn switch(
+    response: Response<Incoming>,
+    client: Option<hyper::upgrade::OnUpgrade>,
+    kept: Kept,
+    open: (Open, UnderWay),
+) -> Response<Body> {
     let (head, body) = response.into_parts();
     let mut response = Response::from_parts(head, body);
     let server = hyper::upgrade::on(&mut response);
@@ -417,9 +425,14 @@ fn switch(response: Response<Incoming>, client: Option<hyper::upgrade::OnUpgrade
         // Under way until both have done with each other.
         let _kept = kept;
         let Some(client) = client else { return };
+        let (open, _under_way) = open;
         if let (Ok(client), Ok(server)) = tokio::join!(client, server) {
-            // How it ends is the applications' affair.
-            let _ = copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await;
+            let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+            tokio::select! {
+                // How it ends is the applications' affair.
+                _ = copy_bidirectional(&mut client, &mut server) => {}
+                () = open.ended() => tracing::info!("{}: what has switched to another protocol is cut", ending::REASON),
+            }
         }
     });
     let (head, _) = response.into_parts();

@@ -121,6 +121,9 @@ pub enum Unreachable {
     /// The client's body broke off or is not valid.
     #[error("the body of the request: {0}")]
     Body(String),
+    /// The pod has said that it has not looked at the request (RFC 9113 section 8.7).
+    #[error("{0}: refused unseen: {1}")]
+    Refused(SocketAddr, String),
     /// It was lost after the request had been sent at least in part.
     #[error("{0}: {1}")]
     Lost(SocketAddr, String),
@@ -234,13 +237,21 @@ impl Upstream {
 
     /// Chooses an endpoint of a service, other than those with the tags in `avoid`.
     pub fn choose(&self, wish: &Wish<'_>, avoid: &[u64]) -> Result<Endpoint, Unreachable> {
+        self.choose_by(wish, Ask { hash: wish.hash, session: wish.session, avoid, instead: false })
+    }
+
+    /// Chooses an endpoint in place of one that could not be reached: one that is not known to be as badly off.
+    pub fn other(&self, wish: &Wish<'_>, avoid: &[u64]) -> Result<Endpoint, Unreachable> {
+        self.choose_by(wish, Ask { hash: wish.hash, session: wish.session, avoid, instead: true })
+    }
+
+    fn choose_by(&self, wish: &Wish<'_>, ask: Ask<'_>) -> Result<Endpoint, Unreachable> {
         if let Some(Origination::Refused(reason)) = &wish.traffic.tls {
             return Err(Unreachable::NoAddress(reason.to_string()));
         }
         let snapshot = self.shared.store.load();
         let none = || Unreachable::NoEndpoint(wish.service.to_string(), wish.port);
         let cluster = self.cluster(wish);
-        let ask = Ask { hash: wish.hash, session: wish.session, avoid };
         let chosen = self.around(|around| cluster.choose(&snapshot, around, &wish.traffic, &ask));
         if let Some(member) = chosen {
             let (workload, addr) = (member.workload.clone(), member.addr);

@@ -75,6 +75,37 @@ mod tests {
         assert!(loads.load(&b, later).is_some_and(|l| l < 0.1), "forgotten");
     }
 
+    /// Several tunnels, each of which knows only what it was told when its own connections were answered, some time ago.
+    #[test]
+    fn tunnels_that_know_little_of_each_other_spread_by_load_all_the_same() {
+        for seed in 0..100 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let uids: Vec<Str> = ["a", "b"].iter().map(|u| Str::from(*u)).collect();
+            let mut tunnels: Vec<Loads> = (0..4).map(|_| Loads::default()).collect();
+            // A is busy with what has nothing to do with them.
+            let mut under_way = [30u32, 0];
+            let mut ends: Vec<(Instant, usize)> = Vec::new();
+            let (start, mut to_b) = (Instant::now(), 0);
+            for n in 0..400u64 {
+                let now = start + Duration::from_millis(n * 5 + rng.u64(0..5));
+                ends.retain(|(end, at)| {
+                    under_way[*at] -= u32::from(*end <= now);
+                    *end > now
+                });
+                let loads = &mut tunnels[rng.usize(0..4)];
+                let (first, second) = if rng.bool() { (0, 1) } else { (1, 0) };
+                let chosen = if loads.is_lighter((&uids[second], 1), (&uids[first], 1), now) { second } else { first };
+                loads.sent(&uids[chosen], now);
+                under_way[chosen] += 1;
+                loads.told(&uids[chosen], under_way[chosen], now);
+                ends.push((now + Duration::from_millis(rng.u64(20..120)), chosen));
+                to_b += usize::from(chosen == 1);
+            }
+            // By chance it would be half.
+            assert!(to_b > 280, "seed {seed}: {to_b} of 400 went to the one with nothing else to do");
+        }
+    }
+
     #[test]
     fn connections_spread_by_load() {
         let (mut loads, now) = (Loads::default(), Instant::now());

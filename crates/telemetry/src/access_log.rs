@@ -5,8 +5,8 @@
 use std::fmt::Write as _;
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ambit_model::Str;
 
@@ -143,11 +143,19 @@ impl AccessLog {
 
     /// Blocks until all lines so far are written, but no longer than this: before a process ends.
     pub fn finish(&self, within: Duration) {
+        let end = Instant::now() + within;
         let (waits, written) = sync_channel(1);
-        if self.entries.try_send(Entry::Written(waits)).is_ok() {
-            // A writer that hangs keeps what it has.
-            let _ = written.recv_timeout(within);
+        let mut entry = Entry::Written(waits);
+        // The queue may be full of what is to be written.
+        while let Err(TrySendError::Full(back)) = self.entries.try_send(entry) {
+            if Instant::now() >= end {
+                return;
+            }
+            entry = back;
+            std::thread::sleep(TOGETHER);
         }
+        // A writer that hangs keeps what it has.
+        let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
     }
 }
 

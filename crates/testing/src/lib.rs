@@ -12,7 +12,7 @@
 
 pub mod kubelet;
 pub mod mesh;
-mod names;
+pub mod names;
 pub mod programs;
 pub mod sandbox;
 pub mod tokens;

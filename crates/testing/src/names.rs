@@ -1,14 +1,25 @@
 //! The name server of the example's cluster: a few names that tests need, in a namespace of its own.
 //!
-//! `outside.test` is 192.0.2.7; `A-B-C-D.names.test` is A.B.C.D, and with `--` between them a name has several addresses.
+//! `outside.test` is 192.0.2.7; `A-B-C-D.names.test` is A.B.C.D, and with `--` between them a name has several addresses;
+//! others are given by tests.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::sync::{Mutex, PoisonError};
 
 use crate::topology::Host;
 use crate::{Doing, Failure};
 
 /// Seconds for which an answer holds.
 const TTL: u32 = 2;
+
+/// Names that a test has given an address; a process is one test.
+static GIVEN: Mutex<BTreeMap<String, Ipv4Addr>> = Mutex::new(BTreeMap::new());
+
+/// Gives a name an address from now on, in place of another one.
+pub fn give(name: &str, address: Ipv4Addr) {
+    GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), address);
+}
 
 /// Answers for ever, on port 53 of a host.
 pub(crate) fn serve(control: &Host) -> Result<(), Failure> {
@@ -39,7 +50,9 @@ fn answer(query: &[u8]) -> Option<Vec<u8>> {
     }
     let (kind, end) = (query.get(at..at + 2)?, at + 4);
     let name = labels.join(".");
+    let given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner).get(&name).copied();
     let known: Option<Vec<Ipv4Addr>> = match name.as_str() {
+        _ if given.is_some() => given.map(|address| vec![address]),
         "outside.test" => Some(vec![Ipv4Addr::new(192, 0, 2, 7)]),
         _ => name
             .strip_suffix(".names.test")

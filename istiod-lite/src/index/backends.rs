@@ -143,6 +143,20 @@ pub fn budgets(world: &World<'_>, mesh: &mut Mesh) -> Vec<(String, String, Retry
     all
 }
 
+/// The policy that gives a Service its retry budget, by name.
+pub(super) fn budget_of(world: &World<'_>, namespace: &str, name: &str) -> Option<String> {
+    let mut entries = world.backend_traffic.clone();
+    entries.sort_by_key(|e| e.meta.age());
+    let gives = entries.iter().find(|e| {
+        let mut targets = e.object.spec.target_refs.iter();
+        e.key.namespace == namespace
+            && e.object.spec.retry_constraint.is_some()
+            && targets.any(|t| t.kind == "Service" && t.name == name)
+            && budget(&e.object.spec).is_ok()
+    })?;
+    Some(format!("XBackendTrafficPolicy {}/{}", gives.key.namespace, gives.key.name))
+}
+
 fn budget(spec: &BackendTrafficPolicySpec) -> Result<RetryBudget, Invalid> {
     let mut made = RetryBudget::default();
     if spec.session_persistence.is_some() {

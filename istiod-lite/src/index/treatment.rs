@@ -14,7 +14,7 @@ use ambit_model::{NamespacedHostname, Str};
 use super::l7::{Bound, Owner};
 use super::lookup::World;
 use super::policies::Invalid;
-use super::{Condition, Mesh, routes, traffic};
+use super::{Condition, Mesh, backends, routes, traffic};
 use crate::objects::Key;
 use crate::objects::traffic::{self as object, TrafficPolicySpec, TrafficTarget};
 
@@ -49,6 +49,8 @@ struct Candidate<'a> {
     used: BTreeSet<&'static str>,
     /// Parts that others hold, and who.
     lost: BTreeMap<&'static str, (Level, String)>,
+    /// Parts that are in force in place of what a DestinationRule says.
+    over: BTreeSet<&'static str>,
 }
 
 /// Gives all policies to the rules and services that they target; what is to be said of each.
@@ -66,8 +68,9 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
             let made = level(n, target).and_then(|level| Ok((level, compile(entry.key, spec, target, level)?)));
             match made {
                 Ok((level, compiled)) => {
-                    let (used, lost) = (BTreeSet::new(), BTreeMap::new());
-                    candidates.push(Candidate { key: entry.key, target, level, compiled, found: false, used, lost });
+                    let (used, lost, over) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
+                    let one = Candidate { key: entry.key, target, level, compiled, found: false, used, lost, over };
+                    candidates.push(one);
                 }
                 Err(e) => {
                     let text = format!("{e}; nothing of the policy is in force for {} {}", target.kind, target.name);
@@ -119,8 +122,9 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
                 }),
                 _ => of_service(c),
             };
+            let standard = target.and_then(|(namespace, name)| backends::budget_of(world, namespace, name));
             for traffic in std::iter::once(&mut of.all).chain(of.ports.values_mut()) {
-                hold(traffic, &mut candidates, &fits);
+                hold(traffic, &mut candidates, &fits, standard.as_deref());
             }
         }
     }
@@ -135,21 +139,27 @@ fn take<T: Clone>(
     part: &'static str,
     candidates: &mut [Candidate<'_>],
     fits: &dyn Fn(&Candidate<'_>) -> bool,
-    given: bool,
+    given: Given<'_>,
     get: impl Fn(&Compiled) -> Option<T>,
 ) -> Option<T> {
     let mut won: Option<(T, Level, String)> = None;
-    let nearer = given.then(|| (Level::Service, "the Service's own rules".to_owned()));
+    let own = || (Level::Service, "the Service's own rules".to_owned());
+    let nearer = match given {
+        Given::Nothing => None,
+        Given::Rule => Some(own()),
+        Given::Standard(by) => Some((Level::Service, by.to_owned())),
+    };
     for candidate in candidates.iter_mut().filter(|c| fits(c)) {
         candidate.found = true;
         let Some(value) = get(&candidate.compiled) else { continue };
         match &won {
             // What is said of the Service by other kinds is nearer than what is said of the Gateway.
-            None if nearer.is_some() && candidate.level == Level::Gateway => {
+            None if nearer.is_some() && (candidate.level == Level::Gateway || matches!(given, Given::Standard(_))) => {
                 candidate.lost.extend(nearer.clone().map(|by| (part, by)));
             }
             None => {
                 candidate.used.insert(part);
+                candidate.over.extend(nearer.is_some().then_some(part));
                 won = Some((value, candidate.level, format!("{}/{}", candidate.key.namespace, candidate.key.name)));
             }
             Some((_, level, by)) => {
@@ -160,30 +170,54 @@ fn take<T: Clone>(
     won.map(|(value, ..)| value)
 }
 
+/// What other kinds say of a part.
+#[derive(Clone, Copy)]
+enum Given<'a> {
+    Nothing,
+    /// A DestinationRule, perhaps of the whole mesh: what is said of the Gateway gives way to it, what is said of the Service
+    /// does not.
+    Rule,
+    /// The standard kind for it, which names the Service.
+    Standard(&'a str),
+}
+
+impl Given<'_> {
+    fn rule(given: bool) -> Self {
+        if given { Self::Rule } else { Self::Nothing }
+    }
+}
+
 fn treat(rule: &mut RouteRule, candidates: &mut [Candidate<'_>], fits: &dyn Fn(&Candidate<'_>) -> bool) {
     let some = |list: &Vec<Fault>| Some(list.clone()).filter(|l| !l.is_empty());
-    rule.faults = take("faults", candidates, fits, false, |c| some(&c.faults)).unwrap_or_default();
+    rule.faults = take("faults", candidates, fits, Given::Nothing, |c| some(&c.faults)).unwrap_or_default();
     let limits = |c: &Compiled| Some(c.rate_limits.clone()).filter(|l| !l.is_empty());
-    rule.rate_limits = take("rateLimits", candidates, fits, false, limits).unwrap_or_default();
+    rule.rate_limits = take("rateLimits", candidates, fits, Given::Nothing, limits).unwrap_or_default();
     // What the route says itself is nearer than any policy.
     if rule.retry.is_some() {
         return;
     }
-    if let Some((retry, per_try)) = take("retries", candidates, fits, false, |c| c.retry.clone()) {
+    if let Some((retry, per_try)) = take("retries", candidates, fits, Given::Nothing, |c| c.retry.clone()) {
         rule.retry = Some(retry);
         rule.backend_timeout_ms = rule.backend_timeout_ms.or(per_try);
     }
 }
 
-fn hold(traffic: &mut Traffic, candidates: &mut [Candidate<'_>], fits: &dyn Fn(&Candidate<'_>) -> bool) {
-    if let Some(budget) = take("retryBudget", candidates, fits, traffic.budget != RetryBudget::default(), |c| c.budget)
-    {
+fn hold(
+    traffic: &mut Traffic,
+    candidates: &mut [Candidate<'_>],
+    fits: &dyn Fn(&Candidate<'_>) -> bool,
+    standard: Option<&str>,
+) {
+    let budget = standard.map_or(Given::rule(traffic.budget != RetryBudget::default()), Given::Standard);
+    if let Some(budget) = take("retryBudget", candidates, fits, budget, |c| c.budget) {
         traffic.budget = budget;
     }
-    if let Some(limits) = take("limits", candidates, fits, traffic.limits != Limits::default(), |c| c.limits.clone()) {
+    let given = Given::rule(traffic.limits != Limits::default());
+    if let Some(limits) = take("limits", candidates, fits, given, |c| c.limits.clone()) {
         traffic.limits = limits;
     }
-    if let Some(ejection) = take("ejection", candidates, fits, traffic.ejection.is_some(), |c| c.ejection.clone()) {
+    let given = Given::rule(traffic.ejection.is_some());
+    if let Some(ejection) = take("ejection", candidates, fits, given, |c| c.ejection.clone()) {
         traffic.ejection = Some(ejection);
     }
 }
@@ -200,8 +234,9 @@ fn describe(c: &Candidate<'_>) -> Condition {
     }
     let (used, lost): (Vec<_>, Vec<_>) =
         (c.used.iter().copied().collect(), c.lost.iter().filter(|(part, _)| !c.used.contains(*part)).collect());
-    let taken: Vec<String> = lost.iter().map(|(part, (_, by))| format!("{part} is that of {by}")).collect();
+    let mut taken: Vec<String> = lost.iter().map(|(part, (_, by))| format!("{part} is that of {by}")).collect();
     let equal = lost.iter().any(|(_, (level, _))| *level == c.level);
+    taken.extend(c.over.iter().map(|part| format!("{part} in place of what a DestinationRule says")));
     match (used.is_empty(), taken.is_empty()) {
         (true, true) => no("Invalid", format!("{what}: the policy says nothing that holds for it")),
         (true, false) if equal => no("Conflicted", format!("{what}: {}", taken.join(", "))),

@@ -16,6 +16,8 @@ use super::eject::{Micros, Outcome, Record};
 const DECAY: f64 = 10_000_000.0;
 /// An endpoint that was out gets its whole share again after this.
 const RETURN: Micros = 10_000_000;
+/// An endpoint that has failed, and not answered since, is taken to fail for as long as this.
+const FAILS: Micros = 1_000_000;
 /// Share that a new endpoint begins with.
 const LEAST: f64 = 0.1;
 
@@ -46,6 +48,8 @@ pub struct Stats {
     stamp: AtomicU64,
     record: Mutex<Record>,
     out_until: AtomicU64,
+    /// When it failed, where it has not answered since; else 0.
+    failed: AtomicU64,
 }
 
 impl Stats {
@@ -104,6 +108,23 @@ impl Stats {
     /// Whether it is left out.
     pub fn is_out(&self, now: Micros) -> bool {
         self.out_until.load(Relaxed) > now
+    }
+
+    /// Notes whether it has answered.
+    pub fn answered(&self, outcome: Outcome, now: Micros) {
+        let failed = if outcome == Outcome::Failed { now } else { 0 };
+        // Most answer, and their number stays where it is.
+        if failed != self.failed.load(Relaxed) {
+            self.failed.store(failed, Relaxed);
+        }
+    }
+
+    /// Whether it has failed lately, and not answered since.
+    pub fn fails(&self, now: Micros) -> bool {
+        match self.failed.load(Relaxed) {
+            0 => false,
+            at => now.saturating_sub(at) < FAILS,
+        }
     }
 
     /// Share of the requests that it would have, which it gets now: less while it is new, or has been out.

@@ -203,6 +203,7 @@ impl Cluster {
             self.usual.store((usual + (took - usual) * weight).to_bits(), Relaxed);
         }
         member.stats.took(took, now);
+        member.stats.answered(outcome, now);
         let ejection = how.ejection.as_ref()?;
         let may = || {
             let members = self.members.load();

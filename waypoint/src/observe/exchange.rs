@@ -21,6 +21,8 @@ use ambit_telemetry::peers::HTTP;
 use ambit_telemetry::spans::{Begun, Side};
 use http::HeaderMap;
 
+use crate::ending;
+
 use super::telling::{Kept, PATH, PROTOCOL, Telling};
 use super::{Facts, Observer, UnderWay};
 
@@ -181,8 +183,11 @@ impl Exchange {
     pub fn answered(&mut self, status: u16, headers: &HeaderMap) {
         self.status = status;
         self.trailers(headers);
-        let added = self.start.elapsed().saturating_sub(self.waited);
-        self.meter.added.record(added.as_secs_f64() * 1000.0);
+        // Where the wait for the pod was broken off it is not known how long it was.
+        if self.flag != ending::FLAG {
+            let added = self.start.elapsed().saturating_sub(self.waited);
+            self.meter.added.record(added.as_secs_f64() * 1000.0);
+        }
     }
 
     /// gRPC has its status in the trailers, or in the head of an answer without a body.

@@ -195,6 +195,7 @@ impl Upstream {
         }
         let lost = |e: hyper::Error| match e.is_user() {
             true => Unreachable::Body(chain(&e)),
+            false if is_refused(&e) => Unreachable::Refused(to.addr, chain(&e)),
             false => Unreachable::Lost(to.addr, chain(&e)),
         };
         let most = to.traffic.limits.requests_per_connection.unwrap_or(u32::MAX);
@@ -355,6 +356,21 @@ fn secure(request: &mut Request<Body>) {
 }
 
 /// An error with what caused it.
+/// Whether the pod has said that it has not looked at the request: it has refused the stream, or told of its end and which
+/// streams it will not serve.
+fn is_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(error) = inner.downcast_ref::<h2::Error>() {
+            let says = |reason| error.is_remote() && error.reason() == Some(reason);
+            return error.is_reset() && says(h2::Reason::REFUSED_STREAM)
+                || error.is_go_away() && says(h2::Reason::NO_ERROR);
+        }
+        source = inner.source();
+    }
+    false
+}
+
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

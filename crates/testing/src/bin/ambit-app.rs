@@ -3,12 +3,14 @@
 //! ```text
 //! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer | --status 503]
 //!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
-//!                                               200 to requests with `x-word: please` and 403 to others
+//!                                               200 to requests with `x-word: please` and 403 to others; with status 0 it
+//!                                               reads requests and closes their connections
 //! ambit-app tls --port 8443 --cert FILE --key FILE [--client-ca FILE] [--name NAME] [--file FILE]   HTTP/1.1 over TLS: answers
 //!                                               who it is and whether the client has shown a certificate, or a file's content
 //! ambit-app echo --port 9000 [--greet TEXT]     TCP: sends back what it gets (after a greeting)
 //! ambit-app get http://HOST:PORT/PATH           one request; prints the body
-//! ambit-app request METHOD URL [--header N:V]... [--body TEXT]   one request; prints status line, headers and body
+//! ambit-app request METHOD URL [--header N:V]... [--body TEXT] [--patience SECONDS]   one request; prints status line, headers
+//!                                               and body
 //! ambit-app count N URL [--header N:V]...       N requests on connections of their own; prints each answer with its number
 //! ambit-app together N URL [--header N:V]...    N requests at once; prints each answer with its number
 //! ambit-app raw HOST:PORT TEXT                  sends TEXT, in which \\r and \\n are what they mean; prints the answer
@@ -132,6 +134,9 @@ fn answer(
         let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
         std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
         let file = file.map(std::fs::read_to_string).transpose()?;
+        if status == Some(0) {
+            return stream.shutdown(std::net::Shutdown::Both);
+        }
         if let Some(status) = status {
             write!(stream, "HTTP/1.1 {status} Told\r\ncontent-length: 5\r\n\r\nsorry")?;
             continue;
@@ -286,6 +291,9 @@ fn request(method: &str, url: &str, words: &[&str]) -> Outcome<String> {
         head.push_str(&format!("content-length: {}\r\n", body.len()));
     }
     write!(stream, "{head}\r\n{body}").map_err(failed)?;
+    if let Some(seconds) = option(words, "--patience").and_then(|s| s.parse().ok()) {
+        stream.set_read_timeout(Some(Duration::from_secs(seconds))).map_err(failed)?;
+    }
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).map_err(failed)?;
     if answer.is_empty() {

@@ -4,7 +4,8 @@
 //! ambit-grpc serve PORT NAME                          `x-from: NAME`, the body back, `grpc-status: 0` in the trailers;
 //!                                                     5 for methods whose name ends in `Fail`, and at once, without a body, for
 //!                                                     `Refuse`; `StreamN` sends one message more each tenth of a second,
-//!                                                     N times; healthy to a kubelet
+//!                                                     N times; `RefusedBy/NAME` is a refused stream where that is its own name;
+//!                                                     healthy to a kubelet
 //! ambit-grpc call HOST:PORT /PACKAGE.SERVICE/METHOD N [HEADER:VALUE]...   N calls on one connection; prints each outcome
 //!                                                     with its number
 //! ambit-grpc authorize PORT                           an authorizer (Envoy's API): who has `x-word: please` may pass and is called
@@ -108,6 +109,10 @@ async fn serve(port: &str, name: &str) -> Outcome<()> {
                     let code = if request.uri().path().ends_with("Fail") { "5" } else { "0" };
                     let refuse = request.uri().path().ends_with("Refuse");
                     let health = request.uri().path() == HEALTH;
+                    let refused = request.uri().path().split_once("RefusedBy/").is_some_and(|(_, by)| by == name);
+                    if refused {
+                        return respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    }
                     let more =
                         request.uri().path().rsplit_once("/Stream").and_then(|(_, n)| n.parse().ok()).unwrap_or(0);
                     let mut body = read(request.into_body()).await.unwrap_or_default();

@@ -296,13 +296,18 @@ async fn load(target: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
             tasks.push(tokio::task::spawn_local(closed(ask, streams, close, end, seen)));
         }
     }
+    let mut took = None;
     for task in tasks {
         match tokio::time::timeout_at((end + ANSWERS).into(), task).await {
             Ok(ended) => ended.map_err(|e| e.to_string())?,
-            Err(_) => break,
+            // To wait for what is not answered is no part of the load.
+            Err(_) => {
+                took = Some(seconds);
+                break;
+            }
         }
     }
-    let took = start.elapsed().as_secs_f64();
+    let took = took.unwrap_or_else(|| start.elapsed().as_secs_f64());
     let mut seen = seen.borrow_mut();
     if seen.open > 0 {
         seen.failed += seen.open;
@@ -326,7 +331,10 @@ async fn load(target: &str, seconds: &str, words: &[&str]) -> Outcome<()> {
 async fn closed(ask: Rc<Ask>, streams: usize, close: bool, end: Instant, seen: Rc<RefCell<Seen>>) {
     while Instant::now() < end {
         let begun = Instant::now();
-        let mut sender = match ask.connect().await {
+        seen.borrow_mut().open += 1;
+        let connected = ask.connect().await;
+        seen.borrow_mut().open -= 1;
+        let mut sender = match connected {
             Ok(sender) => sender,
             Err(why) => {
                 seen.borrow_mut().note(begun, Err(why));

@@ -198,6 +198,50 @@ fn a_policy_holds_where_a_route_leads_and_the_nearest_wins() {
 }
 
 #[test]
+fn rules_of_the_mesh_give_way_to_those_of_a_namespace_and_ports_have_their_own() {
+    let rule = |ns: &str, name: &str, spec: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: {ns}}}\nspec: {{{spec}}}\n---\n"
+        )
+    };
+    let limit = |n: u32| format!("connectionPool: {{http: {{http2MaxRequests: {n}}}}}");
+    let everywhere = rule("istio-system", "all", &format!("host: '*.cluster.local', trafficPolicy: {{{}}}", limit(9)));
+    let ports = format!(
+        "host: web, trafficPolicy: {{{}, portLevelSettings: [{{port: {{number: 443}}, {}}}]}}",
+        limit(3),
+        limit(4)
+    );
+    let own = rule("shop", "web", &ports);
+    let mesh = mesh(&format!("{}{everywhere}{own}", bound_shop("shop")));
+    let of = |service: &str| own_traffic(&mesh, service).expect("traffic");
+    assert_eq!(of("web-v2").all.limits.requests, Some(9), "of the mesh");
+    assert_eq!(of("web").all.limits.requests, Some(3), "its own");
+    assert_eq!(of("web").ports[&443].limits.requests, Some(4), "of the port");
+}
+
+#[test]
+fn the_standard_kind_of_a_retry_budget_comes_before_ours_and_that_is_said() {
+    let ours = "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: ours, namespace: shop}\n\
+                spec: {targetRefs: [{group: '', kind: Service, name: web}], retryBudget: {percent: 50}, limits: {requests: 7}}\n---\n\
+                apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web, namespace: shop}\n\
+                spec: {host: web, trafficPolicy: {connectionPool: {http: {http2MaxRequests: 3}}}}\n---\n";
+    let standard = "apiVersion: gateway.networking.x-k8s.io/v1alpha1\nkind: XBackendTrafficPolicy\nmetadata: {name: std, namespace: shop}\n\
+                    spec: {targetRefs: [{group: '', kind: Service, name: web}], retryConstraint: {budget: {percent: 30}}}\n---\n";
+    let said = |mesh: &Mesh| {
+        let key = Key { kind: "TrafficPolicy", namespace: "shop".into(), name: "ours".into() };
+        mesh.statuses[&key].iter().map(|c| c.message.clone()).collect::<String>()
+    };
+    let alone = mesh(&format!("{}{ours}", bound_shop("shop")));
+    assert_eq!(own_traffic(&alone, "web").map(|t| t.all.budget.percent), Some(50.0));
+    let text = said(&alone);
+    assert!(text.contains("limits, retryBudget in force; limits in place of what a DestinationRule says"), "{text}");
+    let both = mesh(&format!("{}{ours}{standard}", bound_shop("shop")));
+    assert_eq!(own_traffic(&both, "web").map(|t| t.all.budget.percent), Some(30.0));
+    let text = said(&both);
+    assert!(text.contains("retryBudget is that of XBackendTrafficPolicy shop/std"), "{text}");
+}
+
+#[test]
 fn a_waypoint_by_hand_is_what_the_controller_would_run() {
     let by_hand = include_str!("../../../../manifests/static-waypoint/waypoint.yaml");
     let documents: Vec<serde_json::Value> =
