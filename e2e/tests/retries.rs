@@ -7,6 +7,9 @@ use ambit_e2e::{layer7_shop, waypoint};
 use ambit_testing::mesh::Mesh;
 use ambit_testing::{Failure, sandbox};
 
+/// A budget for tests in which half of the pods fail.
+const PLENTY: &str = "  retryBudget: {percent: 100, minPerSecond: 1000}\n";
+
 /// A number of the waypoint's metrics.
 fn metric(mesh: &Mesh, series: &str) -> Result<f64, Failure> {
     let page = mesh.http_get(&waypoint(mesh)?.net.netns, 15020, "/metrics")?;
@@ -21,7 +24,10 @@ fn a_stream_that_a_pod_refuses_goes_to_another_one() {
         start_grpc(&mesh).await?;
         let target = "group: \"\", kind: Service, name: grpc";
         // No status is named, and calls are POST: only what nobody has looked at is sent again.
-        mesh.apply("policy.yaml", &traffic_policy("again", target, "  retries: {attempts: 3, backoff: 1ms}\n"))?;
+        mesh.apply(
+            "policy.yaml",
+            &traffic_policy("again", target, &format!("  retries: {{attempts: 3, backoff: 1ms}}\n{PLENTY}")),
+        )?;
         said(&mesh, "TrafficPolicy shop/again", "retries in force").await?;
         eventually("all calls go to the other one", async || {
             let refused = grpc(&mesh, "/echo.Echo/RefusedBy/one", "40").await?;
@@ -49,8 +55,9 @@ fn what_a_pod_has_dropped_is_sent_again_only_where_that_is_harmless() {
             Ok(if number(&counted, "503") == 10 { Ok(()) } else { Err(format!("{counted:?}")) })
         })
         .await?;
-        let retries =
-            |more: &str| traffic_policy("again", MANY, &format!("  retries: {{attempts: 2, backoff: 1ms{more}}}\n"));
+        let retries = |more: &str| {
+            traffic_policy("again", MANY, &format!("  retries: {{attempts: 2, backoff: 1ms{more}}}\n{PLENTY}"))
+        };
         mesh.apply("policy.yaml", &retries(""))?;
         eventually("reading fails no more", async || {
             let counted = run(&mesh, &["count", "20", "http://many.shop/"]).await?;
@@ -86,8 +93,8 @@ fn only_what_was_kept_whole_is_sent_again() {
         start(&mesh, &[("a", ""), ("bad", ", --status, \"503\"")]).await?;
         let turns = "    loadBalancer: {simple: ROUND_ROBIN}\n";
         mesh.apply("rule.yaml", &destination_rule(turns))?;
-        let retries = "  retries: {attempts: 1, statuses: [503], backoff: 1ms}\n";
-        mesh.apply("policy.yaml", &traffic_policy("again", MANY, retries))?;
+        let retries = format!("  retries: {{attempts: 1, statuses: [503], backoff: 1ms}}\n{PLENTY}");
+        mesh.apply("policy.yaml", &traffic_policy("again", MANY, &retries))?;
         let (small, large) = ("x".repeat(60_000), "x".repeat(70_000));
         let failed = async |body: &str| -> Result<u32, Failure> {
             let mut failed = 0;

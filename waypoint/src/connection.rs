@@ -42,6 +42,8 @@ const HEARING: u32 = 20;
 const HEARS: Duration = Duration::from_millis(25);
 /// Longest name that a client's tunnel is believed.
 const MAX_TOLD: usize = 253;
+/// A connection that is to end is quiet after so long without a request.
+const QUIET: Duration = Duration::from_secs(1);
 /// Bytes of a head.
 const MAX_HEAD: usize = 64 * 1024;
 /// Bytes of requests that a connection of HTTP/2 may have sent and no pod has taken.
@@ -61,6 +63,8 @@ pub struct Connection {
     pub facts: Facts,
     /// A request has come.
     pub begun: CancellationToken,
+    /// How many have come.
+    pub requests: Cell<u64>,
     /// The trace that the client's tunnel has begun.
     pub trace: Option<TraceParent>,
     meter: OnceCell<Rc<Meter>>,
@@ -74,6 +78,18 @@ impl Connection {
     /// What its requests share.
     pub fn meter(&self, observer: &Observer) -> &Rc<Meter> {
         self.meter.get_or_init(|| Rc::new(Meter::new(observer.clone(), self.facts.clone())))
+    }
+
+    /// Waits until no request is under way and none has come for a while.
+    async fn quiet(&self) {
+        loop {
+            let before = self.requests.get();
+            tokio::time::sleep(QUIET).await;
+            let under_way = self.meter.get().is_some_and(|meter| Rc::strong_count(meter) > 1);
+            if !under_way && self.requests.get() == before {
+                return;
+            }
+        }
     }
 
     /// What policies look at, without a request.
@@ -135,6 +151,7 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
         target,
         facts,
         begun: CancellationToken::new(),
+        requests: Cell::new(0),
         trace: incoming.headers.trace,
         meter: OnceCell::new(),
         http2: Cell::new(false),
@@ -312,7 +329,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .keep_alive_interval(Some(Duration::from_secs(30)));
     let (moves, of) = (moved.subscribe(), asked_to_move.clone());
     // One that comes while its client has not heard of it yet gets its answer too.
-    let (left, first, mut gone) = (of.target.bound.left.clone(), of.begun.clone(), false);
+    let (left, first) = (of.target.bound.left.clone(), of.begun.clone());
     let leaves = async {
         left.cancelled().await;
         first.cancelled().await;
@@ -320,19 +337,31 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
     let served = server.serve_connection_with_upgrades(TokioIo::new(io), service);
     tokio::pin!(served);
     let asked = rebalance::asked(moves, spread);
-    tokio::pin!(last, asked, leaves);
+    let ends = async {
+        tokio::select! {
+            () = last => {}
+            () = leaves => {}
+        }
+    };
+    let quiet = of.quiet();
+    tokio::pin!(ends, asked, quiet);
+    let mut ending = false;
     let ended = loop {
         tokio::select! {
             ended = served.as_mut() => break ended,
-            () = last.as_mut() => {
-                // The request that is under way is the last one.
+            // The process ends, or its service is not served here any more: the request that is under way is the last one.
+            () = ends.as_mut(), if !ending => {
+                ending = true;
+                of.moves.set(true);
+                if of.http2.get() {
+                    served.as_mut().graceful_shutdown();
+                }
+            }
+            // Closed between two requests, a connection of HTTP/1 would lose the one that its client sends at that moment; so it
+            // is closed with an answer, or when it has been quiet.
+            () = quiet.as_mut(), if ending && !of.http2.get() => {
                 served.as_mut().graceful_shutdown();
                 break served.await;
-            }
-            () = leaves.as_mut(), if !gone => {
-                // Its service is not served here any more: the request that is under way is the last one.
-                gone = true;
-                served.as_mut().graceful_shutdown();
             }
             () = asked.as_mut(), if !of.moves.get() => {
                 of.moves.set(true);

@@ -52,6 +52,7 @@ pub async fn handle(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     connection.begun.cancel();
+    connection.requests.set(connection.requests.get() + 1);
     connection.http2.set(request.version() == http::Version::HTTP_2);
     let host = authority(&request).unwrap_or_default();
     let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
