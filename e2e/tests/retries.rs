@@ -28,7 +28,7 @@ fn a_stream_that_a_pod_refuses_goes_to_another_one() {
             "policy.yaml",
             &traffic_policy("again", target, &format!("  retries: {{attempts: 3, backoff: 1ms}}\n{PLENTY}")),
         )?;
-        said(&mesh, "TrafficPolicy shop/again", "retries in force").await?;
+        said(&mesh, "TrafficPolicy shop/again", "retryBudget in force").await?;
         eventually("all calls go to the other one", async || {
             let refused = grpc(&mesh, "/echo.Echo/RefusedBy/one", "40").await?;
             Ok(if number(&refused, "grpc-status 0 from two") == 40 { Ok(()) } else { Err(format!("{refused:?}")) })
