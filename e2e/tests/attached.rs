@@ -188,7 +188,8 @@ fn endpoints_are_drawn_weighed_and_found_by_a_parameter() {
         )?;
         eventually("each user has one pod, and not all the same", async || {
             let mut seen = std::collections::BTreeSet::new();
-            for user in ["anna", "bert", "carl", "dora", "emil", "finn"] {
+            for user in ["anna", "bert", "carl", "dora", "emil", "finn", "gina", "hugo", "ines", "jost", "kira", "lars"]
+            {
                 let url = format!("http://many.shop/?x=1&user={user}");
                 let counted = run(&mesh, &["count", "12", &url]).await?;
                 let one = ["a", "b", "c"].into_iter().find(|p| number(&counted, &format!("hello from {p};")) == 12);

@@ -62,7 +62,7 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         let file = std::fs::File::open(waypoint(&mesh)?.logs.join("waypoint.log")).doing("log of the waypoint")?;
         let mut log = Log(file, String::new());
         let call = |method: &'static str| ["ambit-grpc", "call", "more.shop:7070", method, "1"];
-        let mut long = begin(&mesh, &call("/echo.Echo/Stream600")).await?;
+        let mut long = begin(&mesh, &call("/echo.Echo/Stream750")).await?;
         let mut waits =
             begin(&mesh, &["ambit-app", "request", "GET", "http://web.shop/delay/60000", "--patience", "60"]).await?;
         let mut held = begin(&mesh, &["ambit-app", "hold", "more.shop:2525"]).await?;
@@ -74,7 +74,7 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         })
         .await?;
         for (of, text) in [
-            (&short, "1 x grpc-status 0 from more, 610 bytes"),
+            (&short, "1 x grpc-status 0 from more, 760 bytes"),
             (&long, "1 x grpc-status 14 from more"),
             (&held, "lost: Connection reset by peer"),
             (&waits, "503 Service Unavailable"),

@@ -230,6 +230,15 @@ fn kept_connections_outlive_a_waypoint_without_a_failed_request() {
                 return Err(Failure(format!("{what}: {text}")));
             }
         }
+        // Some of each kind went through the new one.
+        let lines = told(&mesh);
+        let of = |host: &str, grpc: bool| {
+            let has = |l: &serde_json::Value| l["host"] == host && l["grpc.status"].is_string() == grpc;
+            lines.iter().any(has)
+        };
+        if !of("fast.shop:80", false) || !of("fast.shop:81", false) || !of("fast.shop:81", true) {
+            return Err(Failure(format!("the new one has served {} requests, not some of each kind", lines.len())));
+        }
         Ok(())
     });
 }

@@ -46,8 +46,10 @@ const MAX_TOLD: usize = 253;
 const QUIET: Duration = Duration::from_secs(1);
 /// Bytes of a head.
 const MAX_HEAD: usize = 64 * 1024;
-/// Bytes of requests that a connection of HTTP/2 may have sent and no pod has taken.
-const UPLOADS: u32 = 16 * 1024 * 1024;
+/// Bytes of a request that its client may have sent and no pod has taken.
+const UPLOAD: u32 = 512 * 1024;
+/// The same for all requests of a connection of HTTP/2: when so many of them are stuck, so are the others.
+const UPLOADS: u32 = 64 * UPLOAD;
 /// Bytes of an answer that wait for its client, beside what the client's window has taken.
 const SEND_BUFFER: usize = 128 * 1024;
 /// Headers of a request.
@@ -173,7 +175,7 @@ pub async fn handle(context: Rc<Context>, downstream: Arc<Downstream>, incoming:
             let bound = &connection.target.bound;
             let why = bound.closed.clone().unwrap_or_else(|| verdict.to_string());
             incoming.refuse(StatusCode::UNAUTHORIZED, &why);
-            shared.observer.refused(&connection.facts, &bound.telling, "UAEX", why);
+            shared.observer.refused_tcp(&connection.facts, &bound.telling, "UAEX", why);
         }
         AppProtocol::Tcp | AppProtocol::Tls => {
             if let Ok(io) = incoming.accept_io(&told) {
@@ -264,7 +266,7 @@ async fn tell_apart(
                     if !permitted {
                         let reason = connection.target.bound.closed.clone().unwrap_or_else(|| verdict.to_string());
                         let telling = &connection.target.bound.telling;
-                        return context.shared.observer.refused(&connection.facts, telling, "UAEX", reason);
+                        return context.shared.observer.refused_tcp(&connection.facts, telling, "UAEX", reason);
                     }
                     let upstream = match upstream {
                         Some(upstream) => upstream,
@@ -323,7 +325,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
         .timer(TokioTimer::new())
         .max_concurrent_streams(256)
         .max_header_list_size(MAX_HEAD as u32)
-        .initial_stream_window_size(1024 * 1024)
+        .initial_stream_window_size(UPLOAD)
         .initial_connection_window_size(UPLOADS)
         .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(Some(Duration::from_secs(30)));

@@ -143,7 +143,8 @@ impl Try {
             Self::Answered(response) => Some(Outcome::Answered(status_of(response))),
             // What the client sends, and what there is too much of, is no fault of the endpoint's.
             Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_)) => None,
-            Self::Unsent(..) | Self::Lost(_) | Self::Late(_) => Some(Outcome::Failed),
+            Self::Unsent(..) => Some(Outcome::Unreached),
+            Self::Lost(_) | Self::Late(_) => Some(Outcome::Failed),
         }
     }
 }
@@ -267,6 +268,7 @@ pub(crate) async fn forward(
                 if unsent + 1 < TRIES
                     && !matches!(error, Unreachable::Overflow(_))
                     && connection.target.workload.is_none()
+                    && endpoint.tag().is_some()
                     && {
                         next = context.upstream.other(&wish, &avoid).ok();
                         next.is_some()

@@ -162,14 +162,19 @@ impl Observer {
         self.not_retried.with(&[service.clone(), reason.into()].into()).inc();
     }
 
-    /// A stream or a connection was refused.
-    pub fn refused(&self, facts: &Facts, telling: &Telling, flag: &'static str, reason: String) {
+    /// A connection that is no HTTP was refused.
+    pub fn refused_tcp(&self, facts: &Facts, telling: &Telling, flag: &'static str, reason: String) {
         let labels: Labels = facts.labels("tcp", flag).collect();
         for (all, metric) in [(&self.opened, Metric::TcpOpened), (&self.closed, Metric::TcpClosed)] {
             if let Some(labels) = telling.labels(metric, TCP, &labels) {
                 all.with(&labels).inc();
             }
         }
+        self.refused(facts, telling, flag, reason);
+    }
+
+    /// A stream or a connection was refused.
+    pub fn refused(&self, facts: &Facts, telling: &Telling, flag: &'static str, reason: String) {
         let ended = tcp::Ended::refused(self, facts, flag, &reason);
         if !telling.logs(&ended) {
             return;

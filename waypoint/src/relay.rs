@@ -67,18 +67,21 @@ pub async fn dial(
         let outcome = match &made {
             Ok(_) => Some(Outcome::Answered(200)),
             Err(Unreachable::Overflow(_)) => None,
-            Err(_) => Some(Outcome::Failed),
+            Err(_) => Some(Outcome::Unreached),
         };
         note(context, &endpoint, outcome, start.elapsed());
         match made {
             Ok(io) => return Ok((endpoint, io)),
             Err(error @ Unreachable::Overflow(_)) => return Err(error),
-            Err(error) if avoid.len() < 2 && target.service.is_some() => {
-                tracing::debug!(%error, "another endpoint is tried");
-                avoid.extend(endpoint.tag());
-                before = Some(error);
-            }
-            Err(error) => return Err(error),
+            // An address that was asked for itself has no other.
+            Err(error) => match endpoint.tag().filter(|_| avoid.len() < 2) {
+                Some(tag) => {
+                    tracing::debug!(%error, "another endpoint is tried");
+                    avoid.push(tag);
+                    before = Some(error);
+                }
+                None => return Err(error),
+            },
         }
     }
 }
@@ -102,7 +105,7 @@ pub async fn relay(
                 _ => "UF",
             };
             let telling = &connection.target.bound.telling;
-            context.shared.observer.refused(&connection.facts, telling, flag, error.to_string());
+            context.shared.observer.refused_tcp(&connection.facts, telling, flag, error.to_string());
         }
     }
 }

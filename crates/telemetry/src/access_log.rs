@@ -318,6 +318,32 @@ mod tests {
     }
 
     #[test]
+    fn the_last_lines_are_written_from_a_full_queue_too() {
+        struct Slow(Arc<Counter>);
+        impl Write for Slow {
+            fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+                std::thread::sleep(Duration::from_millis(20));
+                self.0.add(buf.len() as u64);
+                Ok(buf.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (written, dropped) = (Arc::new(Counter::default()), Arc::new(Counter::default()));
+        let log = AccessLog::start(false, Slow(written.clone()), dropped.clone()).expect("start");
+        let line =
+            Line { time: UNIX_EPOCH, level: Level::Info, message: "m", fields: vec![], form: Form::Text("x".into()) };
+        let lines = QUEUE as u64 + 5000;
+        for _ in 0..lines {
+            log.write(line.clone());
+        }
+        log.finish(Duration::from_secs(20));
+        assert_eq!(written.get() + 2 * dropped.get(), 2 * lines as i64);
+        assert!(dropped.get() > 0, "the queue was full");
+    }
+
+    #[test]
     fn a_writer_that_hangs_costs_lines_not_time() {
         struct Stuck(std::sync::mpsc::Receiver<()>);
         impl Write for Stuck {

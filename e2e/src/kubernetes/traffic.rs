@@ -120,24 +120,31 @@ pub(super) fn under_load(c: &Cluster) -> Result<String, Failure> {
     has(&said, " failed=0").map(|()| said)
 }
 
-/// What the schema and its rules refuse: a field, and what is said.
-const WRONG: &[(&str, &str)] = &[
-    ("faults: [{abort: {httpStatus: 503, grpcStatus: 14}}]", "one of httpStatus and grpcStatus is needed"),
-    ("faults: [{}]", "a delay or an abort is needed"),
-    ("rateLimits: [{requests: 1, by: Header}]", "by Header needs header"),
-    ("retries: {attempts: 99}", "should be less than or equal to 10"),
-    ("limits: {connections: -1}", "should be greater than or equal to 0"),
+const SERVICE: &str = "{group: '', kind: Service, name: web}";
+const ROUTE: &str = "{group: gateway.networking.k8s.io, kind: HTTPRoute, name: web}";
+
+/// What the schema and its rules refuse: a target, a field, and what is said.
+const WRONG: &[(&str, &str, &str)] = &[
+    (SERVICE, "faults: [{abort: {httpStatus: 503, grpcStatus: 14}}]", "one of httpStatus and grpcStatus is needed"),
+    (SERVICE, "faults: [{}]", "a delay or an abort is needed"),
+    (SERVICE, "rateLimits: [{requests: 1, by: Header}]", "by Header needs header"),
+    (SERVICE, "retries: {attempts: 99}", "should be less than or equal to 10"),
+    (SERVICE, "limits: {connections: -1}", "should be greater than or equal to 0"),
+    (SERVICE, "", "at least one of faults, rateLimits, retries, retryBudget, limits and ejection is needed"),
+    (ROUTE, "limits: {connections: 1}", "limits, retryBudget and ejection hold for endpoints"),
+    ("{group: '', kind: Service, name: web, sectionName: main}", "retries: {attempts: 1}", "sectionName names a rule"),
+    ("{group: '', kind: HTTPRoute, name: web}", "retries: {attempts: 1}", "group is empty for a Service"),
 ];
 
 /// A policy is validated by the API server, in force at the waypoint, and told of in its status.
 pub(super) fn policies(c: &Cluster) -> Result<String, Failure> {
-    for (field, said) in WRONG {
+    for (target, field, said) in WRONG {
         let yaml = format!(
             "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: wrong, namespace: shop}}\n\
-             spec: {{targetRefs: [{{group: '', kind: Service, name: web}}], {field}}}\n"
+             spec: {{targetRefs: [{target}], {field}}}\n"
         );
         match c.apply(&yaml) {
-            Ok(()) => return Err(Failure(format!("{field} was taken"))),
+            Ok(()) => return Err(Failure(format!("{field:?} of {target} was taken"))),
             Err(refused) => has(&refused.0, said)?,
         }
     }

@@ -150,7 +150,6 @@ pub(super) fn budget_of(world: &World<'_>, namespace: &str, name: &str) -> Optio
     let gives = entries.iter().find(|e| {
         let mut targets = e.object.spec.target_refs.iter();
         e.key.namespace == namespace
-            && e.object.spec.retry_constraint.is_some()
             && targets.any(|t| t.kind == "Service" && t.name == name)
             && budget(&e.object.spec).is_ok()
     })?;
@@ -162,7 +161,9 @@ fn budget(spec: &BackendTrafficPolicySpec) -> Result<RetryBudget, Invalid> {
     if spec.session_persistence.is_some() {
         return invalid("spec.sessionPersistence", "", "nothing: give it in the rules of a route");
     }
-    let Some(retry) = &spec.retry_constraint else { return Ok(made) };
+    let Some(retry) = &spec.retry_constraint else {
+        return invalid("spec.retryConstraint", "", "a retry constraint: nothing else of the kind is supported");
+    };
     let time = |at: &str, text: &Option<String>, usual| match text {
         None => Ok(usual),
         Some(text) => match routes::gep2257(text).filter(|ms| *ms > 0) {

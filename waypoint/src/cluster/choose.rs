@@ -56,8 +56,7 @@ pub struct Ask<'a> {
     pub session: Option<u64>,
     /// Endpoints that have just failed.
     pub avoid: &'a [u64],
-    /// It could not be sent to those: one that has failed lately is no better, and in an outage each request is to cost one
-    /// try.
+    /// Those could not be reached: one that could not be lately is no better, and in an outage each request is to cost one try.
     pub instead: bool,
 }
 
@@ -83,17 +82,16 @@ pub fn choose<'a>(
     rng: &mut fastrand::Rng,
 ) -> Option<&'a Arc<Member>> {
     let avoided = |m: &Member| ask.avoid.contains(&m.tag);
-    let fails = |m: &Member| ask.instead && m.stats.fails(known.now);
+    let deaf = |m: &Member| ask.instead && m.stats.is_deaf(known.now);
     if let Some(tag) = ask.session {
         let all = groups.iter().flat_map(|g| &g.members);
-        if let Some(of_session) =
-            all.into_iter().find(|m| m.tag == tag && !avoided(m) && !fails(m) && !is_out(m, known))
+        if let Some(of_session) = all.into_iter().find(|m| m.tag == tag && !avoided(m) && !deaf(m) && !is_out(m, known))
         {
             return Some(of_session);
         }
     }
     let panic = panics(groups, how, known);
-    let usable = |m: &Member| !avoided(m) && !fails(m) && (panic || !is_out(m, known));
+    let usable = |m: &Member| !avoided(m) && !deaf(m) && (panic || !is_out(m, known));
     // The best group with what it can bear, the next with the rest; then whoever can serve at all.
     let first = if panic { 0 } else { spill(groups, known, rng) };
     let order = (first..groups.len()).chain(0..first);

@@ -15,8 +15,10 @@ const LONGEST: Micros = 300_000_000;
 pub enum Outcome {
     /// It was answered; a status of gRPC counts as the status of HTTP that says the same.
     Answered(u16),
-    /// It was not: no connection, a connection lost, no answer in time.
+    /// It was not: a connection lost, no answer in time.
     Failed,
+    /// It could not be asked: no connection.
+    Unreached,
 }
 
 impl Outcome {
@@ -62,7 +64,7 @@ impl Record {
             self.good += 1;
         }
         // Failures are errors too, unless they are counted apart.
-        let apart = how.failures > 0 && outcome == Outcome::Failed;
+        let apart = how.failures > 0 && matches!(outcome, Outcome::Failed | Outcome::Unreached);
         let count = |counter: &mut u32, wrong: bool| *counter = if wrong { *counter + 1 } else { 0 };
         if apart {
             count(&mut self.failures, true);

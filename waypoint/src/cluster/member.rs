@@ -16,8 +16,8 @@ use super::eject::{Micros, Outcome, Record};
 const DECAY: f64 = 10_000_000.0;
 /// An endpoint that was out gets its whole share again after this.
 const RETURN: Micros = 10_000_000;
-/// An endpoint that has failed, and not answered since, is taken to fail for as long as this.
-const FAILS: Micros = 1_000_000;
+/// An endpoint that could not be reached, and has not been since, is taken to be deaf for as long as this.
+const DEAF: Micros = 1_000_000;
 /// Share that a new endpoint begins with.
 const LEAST: f64 = 0.1;
 
@@ -48,8 +48,8 @@ pub struct Stats {
     stamp: AtomicU64,
     record: Mutex<Record>,
     out_until: AtomicU64,
-    /// When it failed, where it has not answered since; else 0.
-    failed: AtomicU64,
+    /// When it could not be reached, where it has not been since; else 0.
+    unreached: AtomicU64,
 }
 
 impl Stats {
@@ -110,20 +110,20 @@ impl Stats {
         self.out_until.load(Relaxed) > now
     }
 
-    /// Notes whether it has answered.
-    pub fn answered(&self, outcome: Outcome, now: Micros) {
-        let failed = if outcome == Outcome::Failed { now } else { 0 };
-        // Most answer, and their number stays where it is.
-        if failed != self.failed.load(Relaxed) {
-            self.failed.store(failed, Relaxed);
+    /// Notes whether it could be reached.
+    pub fn reached(&self, outcome: Outcome, now: Micros) {
+        let failed = if outcome == Outcome::Unreached { now } else { 0 };
+        // Most are, and their number stays where it is.
+        if failed != self.unreached.load(Relaxed) {
+            self.unreached.store(failed, Relaxed);
         }
     }
 
-    /// Whether it has failed lately, and not answered since.
-    pub fn fails(&self, now: Micros) -> bool {
-        match self.failed.load(Relaxed) {
+    /// Whether it could not be reached lately, and has not been since.
+    pub fn is_deaf(&self, now: Micros) -> bool {
+        match self.unreached.load(Relaxed) {
             0 => false,
-            at => now.saturating_sub(at) < FAILS,
+            at => now.saturating_sub(at) < DEAF,
         }
     }
 

@@ -203,7 +203,7 @@ impl Cluster {
             self.usual.store((usual + (took - usual) * weight).to_bits(), Relaxed);
         }
         member.stats.took(took, now);
-        member.stats.answered(outcome, now);
+        member.stats.reached(outcome, now);
         let ejection = how.ejection.as_ref()?;
         let may = || {
             let members = self.members.load();

@@ -204,9 +204,9 @@ fn in_an_outage_a_request_costs_one_try() {
                 let known = Known { turn: &turn, usual: 1000.0, some_out: false, now };
                 let Some(member) = choose(&groups, &how, &ask, &known, &mut rng) else { break };
                 tries += 1;
-                let outcome = if rng.u32(0..1000) == 0 { Outcome::Answered(200) } else { Outcome::Failed };
-                member.stats.answered(outcome, now);
-                if outcome != Outcome::Failed {
+                let outcome = if rng.u32(0..1000) == 0 { Outcome::Answered(200) } else { Outcome::Unreached };
+                member.stats.reached(outcome, now);
+                if outcome != Outcome::Unreached {
                     served += 1;
                     break;
                 }

@@ -219,6 +219,44 @@ fn rules_of_the_mesh_give_way_to_those_of_a_namespace_and_ports_have_their_own()
     assert_eq!(of("web").ports[&443].limits.requests, Some(4), "of the port");
 }
 
+/// The API server refuses most of these; files and older CRDs do not.
+#[test]
+fn what_makes_no_sense_in_a_policy_is_refused_by_its_place() {
+    let service = "group: '', kind: Service, name: web";
+    let route = "group: gateway.networking.k8s.io, kind: HTTPRoute, name: r";
+    for (target, spec, expected) in [
+        (service, "faults: [{abort: {httpStatus: 42}}]", "spec.faults[0].abort"),
+        (service, "faults: [{abort: {httpStatus: 503, grpcStatus: 14}}]", "spec.faults[0].abort"),
+        (service, "faults: [{}]", "a delay or an abort"),
+        (service, "faults: [{delay: {duration: soon}}]", "spec.faults[0].delay.duration"),
+        (service, "faults: [{delay: {duration: 1s, percent: 101}}]", "spec.faults[0].delay.percent"),
+        (service, "rateLimits: [{requests: 1, by: Header}]", "spec.rateLimits[0].by"),
+        (service, "rateLimits: [{requests: 1, by: Client, header: x}]", "spec.rateLimits[0].by"),
+        (service, "rateLimits: [{requests: 1, per: 0s}]", "spec.rateLimits[0].per"),
+        (service, "retries: {attempts: 99}", "spec.retries.attempts"),
+        (service, "retries: {statuses: [200]}", "spec.retries.statuses[0]"),
+        (service, "retries: {grpcStatuses: [17]}", "spec.retries.grpcStatuses[0]"),
+        (service, "retryBudget: {percent: -1}", "spec.retryBudget.percent"),
+        (service, "retryBudget: {minPerSecond: -1}", "spec.retryBudget.minPerSecond"),
+        (service, "ejection: {maxPercent: 101}", "spec.ejection.maxPercent"),
+        (service, "ejection: {baseTime: 0s}", "spec.ejection.baseTime"),
+        (route, "limits: {connections: 1}", "spec.limits"),
+        (route, "retryBudget: {percent: 1}", "spec.retryBudget"),
+        (route, "ejection: {}", "spec.ejection"),
+        ("group: '', kind: Service, name: web, sectionName: main", "retries: {}", "spec.targetRefs[0].sectionName"),
+        ("group: '', kind: HTTPRoute, name: r", "retries: {}", "spec.targetRefs[0].kind"),
+    ] {
+        let policy = format!(
+            "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: p, namespace: shop}}\n\
+             spec: {{targetRefs: [{{{target}}}], {spec}}}\n---\n"
+        );
+        let mesh = mesh(&format!("{}{policy}", bound_shop("shop")));
+        let key = Key { kind: "TrafficPolicy", namespace: "shop".into(), name: "p".into() };
+        let said = &mesh.statuses[&key];
+        assert!(matches!(&said[..], [c] if !c.status && c.message.contains(expected)), "{spec}: {said:?}");
+    }
+}
+
 #[test]
 fn the_standard_kind_of_a_retry_budget_comes_before_ours_and_that_is_said() {
     let ours = "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: ours, namespace: shop}\n\
