@@ -62,11 +62,11 @@ fn what_is_open_at_the_deadline_is_told_and_what_ends_before_it_is_not_touched()
         let file = std::fs::File::open(waypoint(&mesh)?.logs.join("waypoint.log")).doing("log of the waypoint")?;
         let mut log = Log(file, String::new());
         let call = |method: &'static str| ["ambit-grpc", "call", "more.shop:7070", method, "1"];
-        let mut long = begin(&mesh, &call("/echo.Echo/Stream750")).await?;
+        let mut long = begin(&mesh, &call("/echo.Echo/Stream600")).await?;
         let mut waits =
             begin(&mesh, &["ambit-app", "request", "GET", "http://web.shop/delay/60000", "--patience", "60"]).await?;
         let mut held = begin(&mesh, &["ambit-app", "hold", "more.shop:2525"]).await?;
-        let mut short = begin(&mesh, &call("/echo.Echo/Stream60")).await?;
+        let mut short = begin(&mesh, &call("/echo.Echo/Stream75")).await?;
         // Another template: the cluster starts a new one, and ends this one.
         by_hand(&mesh, &[("DRAIN_DEADLINE", "9s")])?;
         mesh.wait("all to end", |_| {
