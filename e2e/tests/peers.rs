@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream as StdStream};
 use std::time::Duration;
 
-use ambit_e2e::{CLIENT, expect, shop};
+use ambit_e2e::{CLIENT, OUTSIDER, expect, layer7_shop, shop, waypoint};
 use ambit_hbone::{Authority, ConnectHeaders, OpenError, Settings, Tunnel};
 use ambit_model::Identity;
 use ambit_testing::mesh::{Mesh, Options};
@@ -31,7 +31,7 @@ fn target(mesh: &Mesh) -> Result<SocketAddr, Failure> {
 
 async fn tunnel(config: &TlsConfig, to: SocketAddr) -> Result<Tunnel, Failure> {
     let tcp = TcpStream::connect(to).await.doing("connect")?;
-    let expected = ["spiffe://cluster.local/ns/shop/sa/web".into()];
+    let expected = ["web", "waypoint"].map(|sa| format!("spiffe://cluster.local/ns/shop/sa/{sa}").into());
     let (tls, peer) = handshake::connect(config, tcp, to.ip(), &expected, WAIT).await.doing("handshake")?;
     Tunnel::start(tls, &Settings::default(), peer.not_after, &TaskTracker::new()).await.doing("start")
 }
@@ -119,6 +119,45 @@ mod hostile {
         mesh.wait("a certificate to expire", |_| std::time::SystemTime::now() > end).await?;
         Ok(rustls_client(to, Some(&expired)).await || rustls_client(to, None).await)
     }
+}
+
+#[test]
+fn a_waypoint_opens_nothing_that_is_not_declared() {
+    sandbox::test("a_waypoint_opens_nothing_that_is_not_declared", || async {
+        let mesh = layer7_shop().await?;
+        let to = SocketAddr::new(waypoint(&mesh)?.net.ips[0], 15008);
+        let ours = Signer::own(&mesh.files.join("state"), Duration::from_secs(3600)).doing("read the authority")?;
+        let config = certificate(&ours, &Identity::new("cluster.local", "front", "client"), 60)?;
+        let (namespace, name) = OUTSIDER.split_once('/').unwrap_or_default();
+        let outsider = mesh.kubelet.pod(namespace, name).ok_or_else(|| Failure::new("no outsider"))?.net.ips[0];
+        let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?.net.ips[0];
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let tunnel = std::sync::Arc::new(tunnel(&config, to).await?);
+                let headers = ConnectHeaders::default();
+                open(tunnel.clone(), "web.shop.svc.cluster.local:80", &headers).await.doing("what is declared")?;
+                let others = [
+                    "other.example:80".to_owned(),
+                    "192.0.2.1:80".to_owned(),
+                    // Pods of namespaces that are not its own, and ports that no service has.
+                    format!("{outsider}:8080"),
+                    format!("{client}:8080"),
+                    "web.shop.svc.cluster.local:4711".to_owned(),
+                    // Its own metrics and its admin server.
+                    format!("{}:15020", to.ip()),
+                    "127.0.0.1:15000".to_owned(),
+                ];
+                for authority in &others {
+                    match open(tunnel.clone(), authority, &headers).await {
+                        Err(OpenError::Refused { .. }) => {}
+                        other => return Err(Failure(format!("{authority}: {:?}", other.map(drop)))),
+                    }
+                }
+                Ok(())
+            })
+            .await
+    });
 }
 
 #[test]
