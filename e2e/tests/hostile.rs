@@ -110,6 +110,8 @@ fn slow_heads_are_ended_and_slow_bodies_are_not() {
             |kind, seconds| mesh.exec_start(CLIENT, &["ambit-http", "trickle", "web.shop:80", kind, "60", seconds]);
         // A head has half a minute; a body as long as its route says, which says nothing here.
         let (mut heads, mut bodies) = (trickle("heads", "45")?, trickle("bodies", "8")?);
+        // Who says nothing between two requests may do so for longer than that.
+        let mut silent = mesh.exec_start(CLIENT, &["ambit-http", "twice", "web.shop:80", "42"])?;
         served(&mesh, "slow heads and bodies").await?;
         mesh.wait("the bodies to end", |_| bodies.ended().is_some()).await?;
         if !bodies.text().contains("\"good\":60") {
@@ -129,6 +131,10 @@ fn slow_heads_are_ended_and_slow_bodies_are_not() {
         }
         if during > before + 48.0 {
             return Err(Failure(format!("{before:.0} MiB before, {during:.0} MiB during")));
+        }
+        mesh.wait("the silent one to end", |_| silent.ended().is_some()).await?;
+        if !silent.text().contains("answered twice") {
+            return Err(Failure(silent.text()));
         }
         served(&mesh, "nothing any more").await
     });

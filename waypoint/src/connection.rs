@@ -6,8 +6,8 @@
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::io::TunnelIo;
@@ -25,6 +25,7 @@ use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 
 use crate::flood::Flood;
+use crate::heads::Heads;
 use crate::observe::{Facts, Meter, Observer, Telling};
 use crate::rebalance;
 use crate::relay::{dial, relay, relay_with};
@@ -34,8 +35,10 @@ use crate::target::{Refusal, Target, resolve};
 use crate::upstream::{Endpoint, Io, LocalExecutor, Unreachable};
 use crate::worker::{Context, Downstream};
 
-/// Head of a request, and each of its lines, must come within this.
-const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// How often it is looked whether a head comes too slowly.
+const LOOKS: Duration = Duration::from_secs(5);
+/// A connection of HTTP/1 without a request is kept for so long: applications do not expect it to end before they end it.
+const IDLE: Duration = Duration::from_secs(3600);
 /// What a client may have heard before us is waited for so often...
 const HEARING: u32 = 20;
 /// ...so long.
@@ -87,11 +90,28 @@ impl Connection {
         loop {
             let before = self.requests.get();
             tokio::time::sleep(QUIET).await;
-            let under_way = self.meter.get().is_some_and(|meter| Rc::strong_count(meter) > 1);
-            if !under_way && self.requests.get() == before {
+            if !self.is_busy() && self.requests.get() == before {
                 return;
             }
         }
+    }
+
+    /// Whether a request is under way: each has a part in what they share.
+    fn is_busy(&self) -> bool {
+        self.meter.get().is_some_and(|meter| Rc::strong_count(meter) > 1)
+    }
+
+    /// Waits until a head comes too slowly; `got` counts the client's bytes.
+    async fn slow(&self, got: Arc<AtomicU64>) {
+        let (mut heads, start) = (Heads::default(), Instant::now());
+        while !self.http2.get() {
+            tokio::time::sleep(LOOKS).await;
+            if heads.see(got.load(Relaxed), self.requests.get(), self.is_busy(), start.elapsed()) {
+                return;
+            }
+        }
+        // The codec of HTTP/2 asks its peers whether they are there.
+        std::future::pending().await
     }
 
     /// What policies look at, without a request.
@@ -303,7 +323,7 @@ async fn first(
 async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind<TunnelIo>) {
     let (drain, begun) = (context.shared.drain.clone(), connection.begun.clone());
     let (io, shared) = (io.watched(), context.shared.clone());
-    let flooded = io.flooded.clone();
+    let (flooded, got) = (io.flooded.clone(), io.got.clone());
     // A client that was let in before it heard of the end gets its answer.
     let last = async {
         drain.cancelled().await;
@@ -314,12 +334,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
     let asked_to_move = connection.clone();
     let service = service_fn(move |request| Box::pin(request::handle(context.clone(), connection.clone(), request)));
     let mut server = auto::Builder::new(LocalExecutor);
-    server
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_DEADLINE)
-        .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS);
+    server.http1().timer(TokioTimer::new()).header_read_timeout(IDLE).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     server
         .http2()
         .timer(TokioTimer::new())
@@ -345,8 +360,8 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
             () = leaves => {}
         }
     };
-    let quiet = of.quiet();
-    tokio::pin!(ends, asked, quiet);
+    let (quiet, slow) = (of.quiet(), of.slow(got));
+    tokio::pin!(ends, asked, quiet, slow);
     let mut ending = false;
     let ended = loop {
         tokio::select! {
@@ -365,6 +380,7 @@ async fn serve_http(context: Rc<Context>, connection: Rc<Connection>, io: Rewind
                 served.as_mut().graceful_shutdown();
                 break served.await;
             }
+            () = slow.as_mut() => return tracing::debug!("the head of a request has not come in time"),
             () = asked.as_mut(), if !of.moves.get() => {
                 of.moves.set(true);
                 // HTTP/2 has a word for it at any time; HTTP/1 with the next answer.

@@ -10,6 +10,7 @@
 //! ambit-http await HOST:PORT PATH SECONDS  asks until the answer is 200; prints the microsecond of that since 1970
 //! ambit-http flood HOST:PORT KIND SECONDS sends what no good client sends, as HTTP/2, without reading an answer: resets, pings,
 //!                                          settings, windows, continuation; prints how often, and whether it was thrown out
+//! ambit-http twice HOST:PORT SECONDS           one connection: a request, silence, and another request
 //! ambit-http slow HOST:PORT CONNS SECONDS [--path P] [--header N:V]   asks for a gigabyte on each of many connections, and
 //!                                          reads it slowly; prints what was read, and how many were not answered 200
 //! ambit-http trickle HOST:PORT heads|bodies CONNS SECONDS   sends a piece every 250 ms on each of many connections: headers without
@@ -56,8 +57,9 @@ fn main() -> ExitCode {
         }
         ["flood", target, kind, seconds] => flood(target, kind, seconds),
         ["slow", target, conns, seconds, ..] => runtime.block_on(slow(target, conns, seconds, &words)),
+        ["twice", target, seconds] => runtime.block_on(twice(target, seconds)),
         ["trickle", target, kind, conns, seconds] => runtime.block_on(trickle(target, kind, conns, seconds)),
-        _ => Err("usage: ambit-http trickle HOST:PORT heads|bodies CONNS SECONDS | serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
+        _ => Err("usage: ambit-http twice HOST:PORT SECONDS | trickle HOST:PORT heads|bodies CONNS SECONDS | serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -486,6 +488,24 @@ fn flood(target: &str, kind: &str, seconds: &str) -> Outcome<()> {
     }
     std::thread::sleep(end.saturating_duration_since(Instant::now()));
     println!("{{\"sent\":{sent},\"out\":{thrown_out}}}");
+    Ok(())
+}
+
+async fn twice(target: &str, seconds: &str) -> Outcome<()> {
+    let seconds: f64 = seconds.parse().map_err(|_| "expected seconds")?;
+    let ask = Ask {
+        target: target.to_owned(),
+        path: "/".into(),
+        header: None,
+        h2: false,
+        grpc: false,
+        expect: StatusCode::OK,
+    };
+    let mut sender = ask.connect().await?;
+    sender.send(&ask).await?;
+    tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+    sender.send(&ask).await?;
+    println!("answered twice");
     Ok(())
 }
 
