@@ -57,7 +57,10 @@ fn main() -> ExitCode {
         }
         ["flood", target, kind, seconds] => flood(target, kind, seconds),
         ["slow", target, conns, seconds, ..] => runtime.block_on(slow(target, conns, seconds, &words)),
-        ["twice", target, seconds] => runtime.block_on(twice(target, seconds)),
+        ["twice", target, seconds] => {
+            let local = tokio::task::LocalSet::new();
+            runtime.block_on(local.run_until(twice(target, seconds)))
+        }
         ["trickle", target, kind, conns, seconds] => runtime.block_on(trickle(target, kind, conns, seconds)),
         _ => Err("usage: ambit-http twice HOST:PORT SECONDS | trickle HOST:PORT heads|bodies CONNS SECONDS | serve PORT | load HOST:PORT SECONDS ... | await HOST:PORT PATH SECONDS | flood HOST:PORT KIND SECONDS | slow HOST:PORT CONNS SECONDS".into()),
     });
