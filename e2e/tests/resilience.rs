@@ -296,3 +296,25 @@ fn the_retry_budget_of_gateway_api_is_in_force() {
         Ok(())
     });
 }
+
+#[test]
+fn a_slow_pod_gets_little_and_is_not_forgotten() {
+    sandbox::test("a_slow_pod_gets_little_and_is_not_forgotten", || async {
+        let mesh = layer7_shop().await?;
+        // No rule: the usual choice. In turn each would get a fifth.
+        start(&mesh, &[("a", ""), ("b", ""), ("c", ""), ("d", ""), ("slow", ", --slow, \"60\"")]).await?;
+        let asked = |pod: &str| -> Result<usize, Failure> {
+            let pod = mesh.kubelet.pod("shop", pod).ok_or_else(|| Failure::new("no pod"))?;
+            let text = std::fs::read_to_string(pod.logs.join("c.log")).unwrap_or_default();
+            Ok(text.lines().filter(|l| l.contains("GET /share")).count())
+        };
+        until(&mesh, &["GET", "http://many.shop/"], "200 OK").await?;
+        let words = ["ambit-http", "load", "many.shop:80", "4", "--path", "/share", "--rate", "300", "--conns", "8"];
+        let loaded = mesh.exec(CLIENT, &words).await?;
+        let (slow, quick) = (asked("slow")?, asked("a")? + asked("b")? + asked("c")? + asked("d")?);
+        if !loaded.text.contains("\"failed\":0") || slow == 0 || slow * 20 > slow + quick {
+            return Err(Failure(format!("{slow} at the slow one, {quick} at the others: {loaded:?}")));
+        }
+        Ok(())
+    });
+}

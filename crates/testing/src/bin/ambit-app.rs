@@ -1,7 +1,7 @@
 //! An ordinary client and server, for pods of the demo and of tests. It knows nothing of the mesh.
 //!
 //! ```text
-//! ambit-app serve --port 8080 [--name NAME] [--file FILE | --authorizer | --status 503]
+//! ambit-app serve --port 8080 [--name NAME] [--slow MS] [--file FILE | --authorizer | --status 503]
 //!                                               HTTP/1.1: answers who it is and whom it sees, or a file's content, or
 //!                                               200 to requests with `x-word: please` and 403 to others; with status 0 it
 //!                                               reads requests and closes their connections
@@ -85,9 +85,10 @@ fn serve(words: &[&str]) -> Outcome<()> {
     let file = option(words, "--file").map(str::to_owned);
     let authorizer = words.contains(&"--authorizer");
     let status = option(words, "--status").and_then(|s| s.parse().ok());
+    let slow = Duration::from_millis(option(words, "--slow").and_then(|ms| ms.parse().ok()).unwrap_or(0));
     for stream in listen(words)?.incoming().flatten() {
         let (name, file) = (name.clone(), file.clone());
-        std::thread::spawn(move || answer(stream, &name, file.as_deref(), authorizer, status));
+        std::thread::spawn(move || answer(stream, &name, file.as_deref(), authorizer, status, slow));
     }
     Ok(())
 }
@@ -98,6 +99,7 @@ fn answer(
     file: Option<&str>,
     authorizer: bool,
     status: Option<u16>,
+    slow: Duration,
 ) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?.ip().to_canonical();
@@ -132,7 +134,7 @@ fn answer(
         (&mut reader).take(length).read_to_end(&mut sent)?;
         println!("{} {} bytes", line.trim(), sent.len());
         let delay = path.strip_prefix("/delay/").and_then(|n| n.parse().ok());
-        std::thread::sleep(Duration::from_millis(delay.unwrap_or(0)));
+        std::thread::sleep(slow + Duration::from_millis(delay.unwrap_or(0)));
         let file = file.map(std::fs::read_to_string).transpose()?;
         if status == Some(0) {
             return stream.shutdown(std::net::Shutdown::Both);
