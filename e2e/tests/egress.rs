@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ambit_e2e::{expect, layer7_shop, request, told, until};
+use ambit_e2e::{CLIENT, expect, layer7_shop, request, told, until};
 use ambit_testing::mesh::{Mesh, PATIENCE, Running, start_in};
 use ambit_testing::{Doing, Failure, names, sandbox};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
@@ -205,7 +205,7 @@ fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
             "block.yaml",
             &format!(
                 "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: block, namespace: shop}}\nspec:\n  \
-                 hosts: [block.example]\n  addresses: [{ip}/32]\n  ports: [{{number: 8443, name: http, protocol: HTTP}}]\n  \
+                 hosts: [block.example]\n  addresses: [{ip}/32]\n  ports: [{{number: 8443, name: http, protocol: HTTP}}, {{number: 9, name: tcp, protocol: TCP}}]\n  \
                  resolution: NONE\n"
             ),
         )?;
@@ -222,6 +222,10 @@ fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
         first.map_err(|f| Failure(format!("{:?}: {f}", told(&mesh).last())))?;
         let output = request(&mesh, &["GET", &url]).await?;
         expect(&output, true, "with a certificate")?;
+        // Where nobody listens there is nobody else to try: it is told once.
+        let raw = ["ambit-app", "raw", &format!("{ip}:9"), "hello"];
+        mesh.exec(CLIENT, &raw).await?;
+        mesh.wait("the connection to be given up", |m| told(m).iter().any(|l| l["flags"] == "UF")).await?;
         // Who is not believed is sent nothing.
         mesh.apply("rule.yaml", &rule(&mutual.replace(&file("ca.crt"), &file("other.crt"))))?;
         until(&mesh, &["GET", &url], "503 Service Unavailable").await?;
