@@ -15,7 +15,9 @@ pub struct Heads {
     requests: u64,
     /// Bytes that had come when there was nothing of another head yet.
     got: u64,
-    /// When there was something of it.
+    /// A request was under way, so bytes that have come since may be its.
+    busy: bool,
+    /// When there was something of another head.
     since: Option<Duration>,
 }
 
@@ -23,8 +25,8 @@ impl Heads {
     /// Looks at a connection of this age, which has `got` so many bytes and so many requests, one of which may be under way. Whether
     /// the head that is coming has taken too long.
     pub fn see(&mut self, got: u64, requests: u64, under_way: bool, age: Duration) -> bool {
-        if under_way || requests != self.requests {
-            *self = Self { requests, got, since: None };
+        if under_way || self.busy || requests != self.requests {
+            *self = Self { requests, got, busy: under_way, since: None };
             return false;
         }
         if got == self.got {
@@ -54,6 +56,8 @@ mod tests {
         assert_eq!(found(|s| if s < 200 { 100 } else { 101 }, |_| 1, |_| false), Some(230), "then half of another one");
         // A body that comes for a long time.
         assert_eq!(found(|s| s * 1000, |_| 1, |s| s < 390), None);
+        // A body whose end comes between two looks, and silence after it.
+        assert_eq!(found(|s| (s * 10).min(80), |_| 1, |s| s <= 5), None);
         // One every ten seconds.
         assert_eq!(found(|s| s * 100, |s| s / 10, |_| false), None);
     }
