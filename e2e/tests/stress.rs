@@ -117,6 +117,11 @@ fn what_is_too_much_is_refused_at_once() {
         if !told(&mesh).iter().any(over) {
             return Err(Failure::new("no line tells of it"));
         }
+        let page = mesh.http_get(&waypoint(&mesh)?.net.netns, 15020, "/metrics")?;
+        let counted = |l: &str| l.starts_with("istio_requests_total{") && l.contains("response_flags=\"UO\"");
+        if !page.lines().any(counted) {
+            return Err(Failure(page));
+        }
         // One connection, one that waits for it.
         mesh.apply(
             "rule.yaml",

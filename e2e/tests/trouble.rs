@@ -243,6 +243,17 @@ fn connections_that_are_refused_are_told_with_their_flag() {
                 }
             }
         }
+        // Each is in the metrics too.
+        let page = mesh.http_get(&waypoint(&mesh)?.net.netns, 15020, "/metrics")?;
+        for flag in ["UF", "UH", "UO"] {
+            let of = |l: &&str| {
+                l.starts_with("istio_tcp_connections_closed_total{")
+                    && l.contains(&format!("response_flags=\"{flag}\""))
+            };
+            if !page.lines().any(|l| of(&l)) {
+                return Err(Failure(format!("no {flag}: {page}")));
+            }
+        }
         if first.ended().is_some() {
             return Err(Failure(format!("the one that had a place has lost it: {}", first.text())));
         }

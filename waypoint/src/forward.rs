@@ -263,17 +263,15 @@ pub(crate) async fn forward(
             (Some(retry), Some(kept)) if exchange.retries < retry.attempts => Some((retry, kept)),
             _ => None,
         };
+        let elsewhere = match &outcome {
+            Try::Unsent(Unreachable::Overflow(_), _) => false,
+            // An address that was asked for itself has no other.
+            Try::Unsent(..) => unsent + 1 < TRIES && connection.target.workload.is_none() && endpoint.tag().is_some(),
+            _ => false,
+        };
+        next = elsewhere.then(|| context.upstream.other(&wish, &avoid).ok()).flatten();
         let (outcome, retry, kept) = match (outcome, again) {
-            (Try::Unsent(error, whole), _)
-                if unsent + 1 < TRIES
-                    && !matches!(error, Unreachable::Overflow(_))
-                    && connection.target.workload.is_none()
-                    && endpoint.tag().is_some()
-                    && {
-                        next = context.upstream.other(&wish, &avoid).ok();
-                        next.is_some()
-                    } =>
-            {
+            (Try::Unsent(error, whole), _) if next.is_some() => {
                 tracing::debug!(%error, "another endpoint is tried");
                 unsent += 1;
                 before = Some(error);

@@ -111,7 +111,7 @@ impl AccessLog {
     pub fn start(json: bool, mut out: impl Write + Send + 'static, dropped: Arc<Counter>) -> std::io::Result<Self> {
         let (entries, receiver) = sync_channel(QUEUE);
         std::thread::Builder::new().name("access-log".into()).spawn(move || {
-            let (mut text, mut waiting) = (String::new(), Vec::new());
+            let (mut text, mut waiting) = (String::new(), Vec::<SyncSender<()>>::new());
             // Ends when the last sender is gone.
             while let Ok(first) = receiver.recv() {
                 text.clear();
@@ -125,7 +125,7 @@ impl AccessLog {
                 let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
                 // Who has gone meanwhile need not be told.
                 for waits in waiting.drain(..) {
-                    let _: Result<(), _> = SyncSender::try_send(&waits, ());
+                    let _ = waits.try_send(());
                 }
                 // Whoever writes next need not wake anybody; lines of this time are written together.
                 std::thread::sleep(TOGETHER);

@@ -3,6 +3,8 @@
 //!
 //! Owns the meaning of their fields. What holds for a service in the end is put together in [`super::traffic`].
 
+use std::collections::BTreeMap;
+
 use ambit_model::Str;
 use ambit_model::l7::traffic::{OwnTls, RetryBudget, Roots};
 
@@ -10,8 +12,8 @@ use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::traffic::{AUTHORITIES, invalid, percent};
 use super::{Condition, Mesh, routes};
-use crate::objects::core;
 use crate::objects::traffic::{BackendTlsPolicy, BackendTrafficPolicySpec, TrafficTarget};
+use crate::objects::{Key, core};
 
 /// What of a service a TLS policy holds for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,48 +114,46 @@ fn has_older(world: &World<'_>, policy: &Entry<'_, BackendTlsPolicy>, target: &T
     older.any(|o| o.object.spec.target_refs.contains(target))
 }
 
-/// The retry budget of a service (XBackendTrafficPolicy); what is to be said of each policy.
-pub fn budgets(world: &World<'_>, mesh: &mut Mesh) -> Vec<(String, String, RetryBudget)> {
-    let mut all: Vec<(String, String, RetryBudget)> = Vec::new();
+/// Namespace and name of a Service.
+pub(super) type ServiceName<'a> = (&'a str, &'a str);
+
+/// The retry budgets of services, and which policy (XBackendTrafficPolicy) gives each: the oldest that can be read.
+pub(super) fn budgets<'a>(world: &World<'a>) -> BTreeMap<ServiceName<'a>, (&'a Key, RetryBudget)> {
     let mut entries = world.backend_traffic.clone();
     entries.sort_by_key(|e| e.meta.age());
+    let mut all = BTreeMap::new();
     for entry in entries {
+        let Ok(budget) = budget(&entry.object.spec) else { continue };
+        for target in entry.object.spec.target_refs.iter().filter(|t| t.kind == "Service") {
+            all.entry((&*entry.key.namespace, &*target.name)).or_insert((entry.key, budget));
+        }
+    }
+    all
+}
+
+/// Says of each of these policies what came of it.
+pub(super) fn tell_budgets(world: &World<'_>, all: &BTreeMap<ServiceName<'_>, (&Key, RetryBudget)>, mesh: &mut Mesh) {
+    for entry in &world.backend_traffic {
         let compiled = budget(&entry.object.spec);
         for target in &entry.object.spec.target_refs {
-            let taken = all.iter().any(|(ns, name, _)| *ns == entry.key.namespace && *name == target.name);
+            let holder = all.get(&(&*entry.key.namespace, &*target.name)).map(|(key, _)| *key);
             let no = |reason, text: String| Condition::no("Accepted", reason, text);
             let condition = match &compiled {
                 _ if target.kind != "Service" => {
                     no("TargetNotFound", format!("kind {}: expected Service", target.kind))
                 }
                 Err(e) => no("Invalid", format!("{e}; nothing of it is in force")),
-                Ok(_) if taken => no("Conflicted", format!("Service {}: an older policy holds", target.name)),
-                Ok(budget) => {
-                    all.push((entry.key.namespace.clone(), target.name.clone(), *budget));
-                    Condition::yes(
-                        "Accepted",
-                        "Accepted",
-                        format!("Service {}: in force where a waypoint serves", target.name),
-                    )
+                Ok(_) if holder != Some(entry.key) => {
+                    no("Conflicted", format!("Service {}: an older policy holds", target.name))
+                }
+                Ok(_) => {
+                    let text = format!("Service {}: in force where a waypoint serves", target.name);
+                    Condition::yes("Accepted", "Accepted", text)
                 }
             };
             mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
         }
     }
-    all
-}
-
-/// The policy that gives a Service its retry budget, by name.
-pub(super) fn budget_of(world: &World<'_>, namespace: &str, name: &str) -> Option<String> {
-    let mut entries = world.backend_traffic.clone();
-    entries.sort_by_key(|e| e.meta.age());
-    let gives = entries.iter().find(|e| {
-        let mut targets = e.object.spec.target_refs.iter();
-        e.key.namespace == namespace
-            && targets.any(|t| t.kind == "Service" && t.name == name)
-            && budget(&e.object.spec).is_ok()
-    })?;
-    Some(format!("XBackendTrafficPolicy {}/{}", gives.key.namespace, gives.key.name))
 }
 
 fn budget(spec: &BackendTrafficPolicySpec) -> Result<RetryBudget, Invalid> {

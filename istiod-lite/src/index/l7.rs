@@ -95,7 +95,8 @@ pub fn build(world: &World<'_>, known: &mut routes::Known, mesh: &mut Mesh) {
 /// What holds for the endpoints of each service, and of those that its routes lead to.
 fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     let rules = traffic::Rules::new(world, mesh);
-    let budgets = backends::budgets(world, mesh);
+    let budgets = backends::budgets(world);
+    backends::tell_budgets(world, &budgets, mesh);
     for one in bound.values_mut() {
         let mut services = one.own.clone();
         for rule in one.config.routes.iter().flat_map(|r| &r.rules) {
@@ -117,10 +118,10 @@ fn attach_traffic(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mes
         services.dedup();
         for service in services {
             let mut of = rules.of(world, &service, &one.gateway.0);
-            let fits = |(namespace, name, _): &&(String, String, _)| {
+            let fits = |((namespace, name), _): &(&backends::ServiceName<'_>, _)| {
                 **namespace == *service.namespace && world.hostname(name, namespace) == service.hostname
             };
-            if let Some((.., budget)) = budgets.iter().find(fits) {
+            if let Some((_, (_, budget))) = budgets.iter().find(fits) {
                 std::iter::once(&mut of.all).chain(of.ports.values_mut()).for_each(|t| t.budget = *budget);
             }
             one.config.traffic.insert(service, of);

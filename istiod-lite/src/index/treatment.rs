@@ -84,6 +84,7 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
         names.insert(NamespacedHostname::new(namespace, world.hostname(name, namespace)), (namespace, name));
     }
+    let standard = backends::budgets(world);
     // The nearest first; the sort is stable, so the oldest stays before the others.
     candidates.sort_by_key(|c| Reverse(c.level));
     for (owner, one) in bound.iter_mut() {
@@ -122,7 +123,8 @@ pub fn apply(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>, Bound>, mesh: &m
                 }),
                 _ => of_service(c),
             };
-            let standard = target.and_then(|(namespace, name)| backends::budget_of(world, namespace, name));
+            let standard = target.and_then(|name| standard.get(name));
+            let standard = standard.map(|(key, _)| format!("XBackendTrafficPolicy {}/{}", key.namespace, key.name));
             for traffic in std::iter::once(&mut of.all).chain(of.ports.values_mut()) {
                 hold(traffic, &mut candidates, &fits, standard.as_deref());
             }
