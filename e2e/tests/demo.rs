@@ -46,7 +46,8 @@ struct Stay {
 }
 
 impl Stay {
-    fn start() -> Self {
+    /// Starts it, and waits until it has said something.
+    fn start(until: &str) -> Self {
         let mut child =
             Command::new(DEMO).arg("--stay").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("demo");
         let text = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
@@ -58,7 +59,7 @@ impl Stay {
             }
         });
         let this = Self { child, text };
-        wait("the demo to stay", || this.text().contains("The mesh stays"));
+        wait("the demo to be there", || this.text().contains(until));
         this
     }
 
@@ -76,7 +77,7 @@ impl Drop for Stay {
 
 #[test]
 fn it_shows_that_everything_holds_and_leaves_nothing_behind() {
-    let mut stay = Stay::start();
+    let mut stay = Stay::start("The mesh stays");
     let text = stay.text();
     assert!(text.contains("Everything held") && !text.contains("[FAILED]"), "{text}");
     assert_eq!(text.matches("[ok]").count(), 22, "{text}");
@@ -100,6 +101,16 @@ fn it_shows_that_everything_holds_and_leaves_nothing_behind() {
     assert!(status != Some(0) && err.contains("there are front/client"), "{err}");
     let (status, out, _) = exec(&["node1", "ambit-app", "get", "http://127.0.0.1:15020/metrics"]);
     assert!(status == Some(0) && out.contains("istio_tcp_connections_opened_total"), "{out}");
+
+    // Ended by SIGINT to the process that it names as its own, in order, and with everything.
+    let mut other = Stay::start("ready after");
+    let pid = other.child.id();
+    let family = descendants(pid);
+    assert!(family.len() > 5, "{family:?}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGINT).expect("kill");
+    wait("it to end", || other.child.try_wait().expect("wait").is_some());
+    assert_eq!(other.child.wait().expect("wait").code(), Some(0));
+    wait("every process of it to be gone", || family.iter().all(|pid| !alive(*pid)));
 
     // Killed without a chance to clean up: every process is gone, and with them all namespaces, mounts and files.
     let family = descendants(stay.child.id());

@@ -35,7 +35,7 @@ fn opting_out_and_in_again_without_a_restart() {
         let mut held = mesh.exec_start(CLIENT, &["ambit-app", "hold", "web.shop:9000"])?;
         mesh.wait("the connection to be held", |_| held.text().contains("held 3")).await?;
         mesh.apply("shop.yaml", &out)?;
-        let tag = || client.netns.run(|| nft::inspect_table(TABLE)).ok()?.ok()?.map(|(tag, _)| tag);
+        let tag = || client.netns.run(|| nft::read_table(TABLE)).ok()?.ok()?.map(|table| table.tag);
         mesh.wait("nothing new to be captured", |_| tag().as_deref() == Some("retired")).await?;
         let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
         let output = mesh.exec(CLIENT, &["ambit-app", "get", &format!("http://{web}:8080/")]).await?;
@@ -63,11 +63,11 @@ fn rules_that_vanish_are_written_again() {
         let client = mesh.kubelet.pod("front", "client").ok_or_else(|| Failure::new("no client"))?.net;
         client.netns.run(|| nft::delete_table(TABLE)).doing("enter")?.doing("delete")?;
         mesh.wait("the rules to come back", |_| {
-            client.netns.run(|| nft::inspect_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()))
+            client.netns.run(|| nft::read_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()))
         })
         .await?;
         mesh.wait("the log to say so", |m| m.log("ztunnel-node1").contains("written again")).await?;
-        let told = |m: &Mesh| m.log("istiod-lite").contains("repaired: its capture rules were gone");
+        let told = |m: &Mesh| m.log("istiod-lite").contains("repaired: its capture rules were gone or changed");
         mesh.wait("the controller to be told", told).await?;
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")
     });
@@ -251,7 +251,7 @@ fn the_end_of_an_old_sandbox_does_not_take_the_pod_out() {
             return Err(Failure::new("the end of another sandbox took the pod out"));
         }
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")?;
-        let table = || client.net.netns.run(|| nft::inspect_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()));
+        let table = || client.net.netns.run(|| nft::read_table(TABLE)).is_ok_and(|t| t.is_ok_and(|t| t.is_some()));
         if !table() {
             return Err(Failure::new("the rules are gone"));
         }

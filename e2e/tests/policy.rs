@@ -99,9 +99,16 @@ fn strict_refuses_plaintext_but_not_the_nodes_probes() {
         .await?;
         expect(&mesh.exec(OUTSIDER, &["ambit-app", "get", &url]).await?, false, "reset")?;
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello")?;
-        let probes = |m: &Mesh| m.access_log(1).iter().filter(|l| l["policy"] == "kubelet probe").count();
+        let probes = |m: &Mesh| {
+            let page = m.http_get(&m.nodes[1].host.netns, 15020, "/metrics").unwrap_or_default();
+            let line = page.lines().find(|l| l.starts_with("ambit_kubelet_probes_total{") && l.contains("pod=\"web\""));
+            line.and_then(|l| l.rsplit_once(' ')?.1.parse::<u64>().ok()).unwrap_or(0)
+        };
         let before = probes(&mesh);
         mesh.wait("probes to succeed under STRICT", |m| probes(m) > before + 2).await?;
+        if let Some(line) = mesh.access_log(1).into_iter().find(|l| l["policy"] == "kubelet probe") {
+            return Err(Failure(format!("a probe is logged as other connections are: {line}")));
+        }
 
         // A client elsewhere whose packets take the node's address on their way comes from where probes come from,
         // to the port that they use. It is no probe: the node has no such socket.
@@ -160,11 +167,65 @@ fn a_probe_from_a_port_that_another_probe_has_too_is_let_in() {
         };
         let mut both = [connect(8081).await?, connect(8082).await?];
         for stream in &mut both {
-            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.doing("ask")?;
+            let request = format!("GET / HTTP/1.1\r\nhost: {pod}\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.doing("ask")?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await.doing("the answer")?;
             if !answer.starts_with("HTTP/1.1 200") {
                 return Err(Failure(format!("{answer:?}")));
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A pod with a probe, a hook of its end, and a second server that nothing is declared of.
+const HOOKED: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: hooked, namespace: shop}\nspec:\n  nodeName: node2\n  containers:\n  \
+    - {name: one, command: [ambit-app, serve, --port, '8081'], readinessProbe: {httpGet: {path: /ready, port: 8081}}, \
+       lifecycle: {preStop: {httpGet: {port: 8082, path: /drain}}}}\n  \
+    - {name: two, command: [ambit-app, serve, --port, '8082'], livenessProbe: {tcpSocket: {port: 8083}, failureThreshold: 1000}}\n  \
+    - {name: three, command: [ambit-app, serve, --port, '8083']}\n";
+
+#[test]
+fn the_kubelet_gets_what_a_pod_declares_and_nothing_that_another_pod_aims_at_it() {
+    sandbox::test("the_kubelet_gets_what_a_pod_declares_and_nothing_that_another_pod_aims_at_it", || async {
+        let mesh = shop(Options::default()).await?;
+        mesh.apply("hooked.yaml", HOOKED)?;
+        mesh.ready(&["shop/hooked"]).await?;
+        mesh.in_mesh(&["shop/hooked"]).await?;
+        let pod = mesh.kubelet.pod("shop", "hooked").ok_or_else(|| Failure::new("no pod"))?.net.ips[0];
+        mesh.apply("strict.yaml", STRICT)?;
+        let start = std::time::Instant::now();
+        while mesh.exec(OUTSIDER, &["ambit-app", "get", &format!("http://{pod}:8081/")]).await?.success {
+            if start.elapsed() > ambit_testing::mesh::PATIENCE {
+                return Err(Failure::new("STRICT is never in force"));
+            }
+        }
+        // Sockets of the node are the kubelet's, whoever's probe they are for.
+        let node = mesh.nodes[1].host.netns.clone();
+        let ask = async |port: u16, head: &str| -> Result<String, Failure> {
+            let socket = node.run(TcpSocket::new_v4).doing("enter")?.doing("socket")?;
+            let mut stream = socket.connect((pod, port).into()).await.doing("connect")?;
+            let mut answer = String::new();
+            // What is refused is reset.
+            let asked = stream.write_all(format!("{head}\r\n\r\n").as_bytes()).await;
+            if asked.is_ok() {
+                let _ = stream.read_to_string(&mut answer).await;
+            }
+            Ok(answer)
+        };
+        let kubelet = format!("Host: {pod}:8081\r\nUser-Agent: kube-probe/1.35\r\nAccept: */*\r\nConnection: close");
+        for (port, head, passes) in [
+            (8081, format!("GET /ready HTTP/1.1\r\n{kubelet}"), true),
+            (8082, format!("GET /drain HTTP/1.1\r\nHost: {pod}:8082\r\nUser-Agent: kube-lifecycle/1.35\r\nConnection: close"), true),
+            (8081, format!("GET /admin HTTP/1.1\r\n{kubelet}"), false),
+            (8081, format!("GET /ready HTTP/1.1\r\n{kubelet}\r\nX-Admin: yes"), false),
+            (8082, format!("GET /ready HTTP/1.1\r\n{kubelet}"), false),
+            (8083, format!("GET / HTTP/1.1\r\n{kubelet}"), false),
+        ] {
+            let answer = ask(port, &head).await?;
+            if answer.starts_with("HTTP/1.1 200") != passes {
+                return Err(Failure(format!("{port} {head}: {answer:?}")));
             }
         }
         Ok(())

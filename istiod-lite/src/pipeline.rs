@@ -29,7 +29,7 @@ pub(crate) struct Pipeline {
     pub(crate) written: Option<mpsc::Sender<Report>>,
     pub(crate) readiness: Readiness,
     pub(crate) unwritten: Arc<ambit_telemetry::CounterVec>,
-    pub(crate) problems: Arc<ambit_telemetry::CounterVec>,
+    pub(crate) problems: Arc<ambit_telemetry::GaugeVec>,
 }
 
 impl Pipeline {

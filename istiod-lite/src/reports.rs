@@ -169,6 +169,7 @@ async fn tell(recorder: &Recorder, uid: &str, what: &str, pod: &Known) {
 fn event(what: &str) -> Event {
     let (reason, type_, action) = match what {
         w if w.starts_with(enrolment::REPAIRED) => ("MeshRepaired", EventType::Normal, "Audit"),
+        w if w.starts_with(enrolment::DROPPED) => ("MeshBypassDropped", EventType::Warning, "Capture"),
         w if w.starts_with(enrolment::UNVERIFIED) => ("MeshNotVerified", EventType::Warning, "Audit"),
         _ => ("MeshNotEnrolled", EventType::Warning, "Enrol"),
     };

@@ -11,7 +11,7 @@ use ambit_net::{Netns, listen};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
 use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
 use ambit_store::Store;
-use ambit_telemetry::metrics::CounterVec;
+use ambit_telemetry::metrics::GaugeVec;
 use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
 use ambit_tls::{outside, revoked};
@@ -181,7 +181,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunE
 }
 
 /// Tells how much of the mesh is known here; for ever.
-async fn count_addresses(store: Arc<Store>, known: Arc<CounterVec>) {
+async fn count_addresses(store: Arc<Store>, known: Arc<GaugeVec>) {
     let mut generations = store.generations();
     loop {
         let snapshot = store.load();

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ambit_model::l7::table::{self, Found, RequestView};
 use ambit_model::l7::{Backend, BackendTarget, Cors, Filter, HeaderChange, RouteRule};
-use ambit_model::{NamespacedHostname, Str, Workload};
+use ambit_model::{NamespacedHostname, Str, Weighted, Workload};
 use http::header::HeaderValue;
 use http::{HeaderMap, Method, Response, StatusCode};
 
@@ -124,16 +124,7 @@ fn of_session<'a>(context: &Context, bound: &Bound, backends: &'a [Backend], ses
 
 /// One of the backends, by weight.
 fn pick(backends: &[Backend]) -> Option<&Backend> {
-    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
-    if total == 0 {
-        return None;
-    }
-    let mut at = fastrand::u64(0..total);
-    backends.iter().find(|b| {
-        let here = at < u64::from(b.weight);
-        at = at.saturating_sub(u64::from(b.weight));
-        here
-    })
+    Weighted::new(backends.iter().map(|b| b.weight)).choose(fastrand::u64).map(|n| &backends[n])
 }
 
 /// What filters have decided for later.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use ambit_hbone::server::Incoming;
-use ambit_telemetry::metrics::{Counter, CounterVec};
+use ambit_telemetry::metrics::{Gauge, GaugeVec};
 use tokio::sync::mpsc;
 
 use crate::worker::Downstream;
@@ -42,7 +42,7 @@ struct Desk {
 #[derive(Debug)]
 struct Load {
     count: AtomicUsize,
-    shown: Arc<Counter>,
+    shown: Arc<Gauge>,
 }
 
 /// A tunnel or a stream that counts as a worker's until this is dropped.
@@ -70,11 +70,11 @@ pub struct Spread(Vec<Desk>);
 
 impl Spread {
     /// Of so many workers; `tunnels` and `streams` show the counts.
-    pub fn new(workers: usize, tunnels: &CounterVec, streams: &CounterVec) -> (Self, Vec<Inbox>) {
+    pub fn new(workers: usize, tunnels: &GaugeVec, streams: &GaugeVec) -> (Self, Vec<Inbox>) {
         let desk = |n: usize| {
             let (inbox, work) = mpsc::channel(QUEUE);
             let load =
-                |shown: &CounterVec| Arc::new(Load { count: AtomicUsize::new(0), shown: shown.of(&[&n.to_string()]) });
+                |shown: &GaugeVec| Arc::new(Load { count: AtomicUsize::new(0), shown: shown.of(&[&n.to_string()]) });
             (Desk { inbox, tunnels: load(tunnels), streams: load(streams) }, work)
         };
         let (desks, inboxes) = (0..workers.max(1)).map(desk).unzip();

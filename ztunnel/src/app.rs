@@ -110,7 +110,13 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunE
     let serving = workers.iter().map(|w| worker::start(w, shared.clone())).collect();
     let told = node_pods_seen.clone();
     let outside = Arc::new(Outside::load(config.agent_socket.with_file_name("outside.json")));
-    let pods = Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled);
+    let dropped = registry.counter(
+        "ambit_capture_dropped_packets_total",
+        "TCP segments that asked for a connection past the capture rules of a pod and were dropped.",
+        &["namespace", "pod", "direction"],
+    );
+    let pods =
+        Pods::new(config.clone(), store.clone(), certificates.clone(), serving, node_pods_seen, enrolled, dropped);
     let pods = Arc::new(pods.with_outside(outside.clone()));
 
     let quit = CancellationToken::new();

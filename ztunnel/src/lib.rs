@@ -27,6 +27,7 @@ pub mod outbound;
 pub mod outside;
 pub mod passthrough;
 pub mod pods;
+pub mod probe;
 pub mod route;
 pub mod worker;
 pub mod zds;

@@ -11,7 +11,7 @@ use ambit_model::{Identity, Service, Str, Workload};
 use ambit_net::relay::Moved;
 use ambit_telemetry::Registry;
 use ambit_telemetry::access_log::{AccessLog, Form, Level, Line, Value};
-use ambit_telemetry::metrics::{Counter, CounterVec, Labels};
+use ambit_telemetry::metrics::{Counter, CounterVec, Gauge, GaugeVec, Labels};
 use ambit_telemetry::peers::{TUNNEL, place, service, side};
 use ambit_telemetry::spans::{Begun, Side, Spans};
 
@@ -86,6 +86,8 @@ pub struct Facts {
     pub trace: Option<String>,
     /// Its span, where it is told.
     pub span: Option<Begun>,
+    /// It is a probe of the kubelet: there is one a pod and second.
+    pub probe: bool,
 }
 
 impl Facts {
@@ -104,6 +106,7 @@ impl Facts {
             policy: None,
             trace: None,
             span: None,
+            probe: false,
         }
     }
 
@@ -161,13 +164,14 @@ pub struct Observer {
     sent: Arc<CounterVec>,
     received: Arc<CounterVec>,
     failed: Arc<CounterVec>,
-    open: Arc<CounterVec>,
+    open: Arc<GaugeVec>,
     /// Requests for names, by type and protocol.
     pub dns_requests: Arc<CounterVec>,
     /// Those that were forwarded.
     pub dns_upstream: Arc<CounterVec>,
     /// Those of them that failed.
     pub dns_failures: Arc<CounterVec>,
+    probes: Arc<CounterVec>,
     log: AccessLog,
     /// Where spans go.
     pub spans: Spans,
@@ -188,6 +192,11 @@ impl Observer {
             dns_requests: dns("istio_dns_requests_total", "Requests for names."),
             dns_upstream: dns("istio_dns_upstream_requests_total", "Requests for names that were forwarded."),
             dns_failures: dns("istio_dns_upstream_failures_total", "Forwarded requests that failed."),
+            probes: registry.counter(
+                "ambit_kubelet_probes_total",
+                "Probes and lifecycle hooks of the kubelet that were let in past policy.",
+                &["namespace", "pod"],
+            ),
             log,
             spans,
         }
@@ -218,8 +227,11 @@ impl Observer {
         self.span(&facts, None);
         let labels = facts.labels(Flag::None);
         self.opened.with(&labels).inc();
+        if let (true, Some(pod)) = (facts.probe, &facts.dst_workload) {
+            self.probes.of(&[&pod.namespace, &pod.name]).inc();
+        }
         let gauge = self.open.of(&[if facts.reporter == Reporter::Source { "source" } else { "destination" }]);
-        gauge.set(gauge.get() + 1);
+        gauge.inc();
         Open {
             sent: self.sent.with(&labels),
             received: self.received.with(&labels),
@@ -239,7 +251,7 @@ pub struct Open {
     observer: Observer,
     sent: Arc<Counter>,
     received: Arc<Counter>,
-    gauge: Arc<Counter>,
+    gauge: Arc<Gauge>,
     start: Instant,
     /// Counts bytes: from the client, to the client.
     pub moved: Moved,
@@ -260,9 +272,13 @@ impl Open {
         let (from_client, to_client) = (self.moved.sent(), self.moved.received());
         self.received.add(from_client);
         self.sent.add(to_client);
-        self.gauge.set(self.gauge.get() - 1);
+        self.gauge.dec();
         let flag = failure.as_ref().map_or(Flag::None, |f| f.flag);
         self.observer.closed.with(&self.facts.labels(flag)).inc();
+        let quiet = self.facts.probe && failure.is_none();
+        if quiet && !tracing::enabled!(tracing::Level::DEBUG) {
+            return;
+        }
         let mut fields = self.facts.fields();
         // The log is told from the side that reports.
         let (out, back) = match self.facts.reporter {
@@ -272,7 +288,11 @@ impl Open {
         fields.push(("bytes_sent", Value::Number(out)));
         fields.push(("bytes_recv", Value::Number(back)));
         fields.push(("duration", Value::Text(format!("{}ms", self.start.elapsed().as_millis()))));
-        let level = if failure.is_some() { Level::Error } else { Level::Info };
+        let level = match (&failure, quiet) {
+            (Some(_), _) => Level::Error,
+            (None, true) => Level::Debug,
+            (None, false) => Level::Info,
+        };
         if let Some(failure) = failure {
             fields.push(("error", Value::Text(failure.reason)));
         }

@@ -16,9 +16,10 @@ use std::time::Duration;
 use ambit_model::policy::PolicySet;
 use ambit_model::{Identity, Workload};
 use ambit_net::Netns;
-use ambit_net::capture::Capture;
+use ambit_net::capture::{Capture, Dropped};
 use ambit_net::netns::NetnsId;
 use ambit_store::Store;
+use ambit_telemetry::CounterVec;
 use ambit_xds::proto::ambit::NodePod;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,7 @@ use crate::config::Config;
 use crate::mesh::NodePods;
 use crate::observe::Reporter;
 use crate::outside::Outside;
+use crate::probe::Probe;
 use crate::worker::ServePod;
 use ambit_xds::certificates::{Certificates, Lease};
 
@@ -93,8 +95,8 @@ pub struct Pod {
     pub certificate: Lease,
     /// What it sees of the mesh.
     pub view: watch::Receiver<View>,
-    /// Ports that kubelet probes use.
-    pub probe_ports: watch::Receiver<Vec<u16>>,
+    /// Probes and lifecycle hooks that it declares.
+    pub probes: watch::Receiver<Vec<Probe>>,
     /// Done when no new connection is to be taken (opted out, or gone).
     pub stop: CancellationToken,
     /// Done when the pod is gone and its connections end.
@@ -128,12 +130,14 @@ struct Known {
     info: PodInfo,
     netns: Option<Netns>,
     foreign_rules: bool,
-    enrolled: Option<(Arc<Pod>, watch::Sender<Vec<u16>>)>,
+    enrolled: Option<(Arc<Pod>, watch::Sender<Vec<Probe>>)>,
     /// Earlier enrolments, whose connections go on until the pod is gone.
     left: Vec<Arc<Pod>>,
     error: Option<String>,
     /// What is reported of it that is wrong.
     trouble: Option<String>,
+    /// What its rules had dropped when they were last looked at.
+    dropped: Dropped,
 }
 
 /// State of a pod, for the admin page.
@@ -160,13 +164,14 @@ pub struct Pods {
     reports: watch::Sender<BTreeSet<String>>,
     slots: Mutex<HashMap<String, Slot>>,
     outside: Arc<Outside>,
+    dropped: Arc<CounterVec>,
     /// Nobody joins any more.
     closed: AtomicBool,
 }
 
 impl Pods {
     /// No pod yet. `reports` is told the uids of verified pods, and what is wrong with others (see
-    /// [`ambit_xds::enrolment`]).
+    /// [`ambit_xds::enrolment`]); `dropped` counts packets that went past the rules, by namespace, pod and direction.
     pub fn new(
         config: Arc<Config>,
         store: Arc<Store>,
@@ -174,6 +179,7 @@ impl Pods {
         workers: Vec<ServePod>,
         node_pods: watch::Receiver<NodePods>,
         reports: watch::Sender<BTreeSet<String>>,
+        dropped: Arc<CounterVec>,
     ) -> Self {
         Self {
             config,
@@ -184,6 +190,7 @@ impl Pods {
             reports,
             slots: Mutex::default(),
             outside: Arc::default(),
+            dropped,
             closed: AtomicBool::new(false),
         }
     }
@@ -344,8 +351,4 @@ impl Pods {
         }
         all
     }
-}
-
-fn probe_ports_of(pod: &NodePod) -> Vec<u16> {
-    pod.probe_ports.iter().filter_map(|p| u16::try_from(*p).ok()).collect()
 }

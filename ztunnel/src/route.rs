@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ambit_hbone::Authority;
 use ambit_model::service::{BalanceMode, ClientPlace, Service};
 use ambit_model::workload::{GatewayAddress, Protocol};
-use ambit_model::{Str, Workload};
+use ambit_model::{Str, Weighted, Workload};
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 use ambit_store::{Destination, Snapshot};
 
@@ -153,20 +153,11 @@ fn to_workload(
 
 /// The waypoint of a service; one of several by weight.
 fn waypoint_of(service: &Service) -> Option<&GatewayAddress> {
-    let total: u32 = service.weighted_waypoints.iter().map(|(_, w)| w).sum();
-    if total == 0 {
-        return service.waypoint.as_ref();
+    let weights = Weighted::new(service.weighted_waypoints.iter().map(|(_, weight)| *weight));
+    match weights.choose(fastrand::u64) {
+        Some(n) => Some(&service.weighted_waypoints[n].0),
+        None => service.waypoint.as_ref(),
     }
-    let mut at = fastrand::u32(0..total);
-    service
-        .weighted_waypoints
-        .iter()
-        .find(|(_, weight)| {
-            let here = at < *weight;
-            at = at.saturating_sub(*weight);
-            here
-        })
-        .map(|(gateway, _)| gateway)
 }
 
 fn through(

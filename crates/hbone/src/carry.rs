@@ -123,8 +123,14 @@ pub(crate) async fn carry(
     let result = {
         let (mut from_app, mut to_app) = app.stream.split();
         let half = HalfClosed::default();
-        let out = async { outwards(&mut from_app, &mut send, moved, bulk).await.map(|()| half.set()) };
-        let back = async { inwards(&mut recv, &mut to_app, moved, bulk).await.map(|()| half.set()) };
+        let out = async {
+            let done = outwards(&mut from_app, &mut send, moved, bulk).await;
+            done.map(|()| half.set(&[from_app.as_ref()]))
+        };
+        let back = async {
+            let done = inwards(&mut recv, &mut to_app, moved, bulk).await;
+            done.map(|()| half.set(&[to_app.as_ref()]))
+        };
         unless(both(out, back), async { Err(CarryError::Application(half.abandoned(moved).await)) }).await
     };
     match &result {

@@ -8,17 +8,20 @@
 //! - [`workload`], [`service`]: what the control plane tells a node about the mesh.
 //! - [`policy`]: layer 4 authorization and its decision.
 //! - [`l7`]: routes and policies of layer 7.
+//! - [`weighted`]: choosing by weight.
 
 pub mod address;
 pub mod identity;
 pub mod l7;
 pub mod policy;
 pub mod service;
+pub mod weighted;
 pub mod workload;
 
 pub use address::{Cidr, NetworkAddress};
 pub use identity::Identity;
 pub use service::{NamespacedHostname, Service};
+pub use weighted::Weighted;
 pub use workload::Workload;
 
 /// A cheap, shared, immutable string.

@@ -67,3 +67,12 @@ pub fn prepare_stream(stream: &TcpStream) -> io::Result<()> {
         TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(60)).with_retries(5);
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
+
+/// Keeps a connection that is half-closed in conntrack's table, which forgets one that is silent for 60 s in this state
+/// (`nf_conntrack_tcp_timeout_close_wait`): its answers would then no longer find their way. Keepalive asks well before.
+pub fn keep_half_closed(stream: &TcpStream) {
+    const EVERY: Duration = Duration::from_secs(20);
+    let keepalive = TcpKeepalive::new().with_time(EVERY).with_interval(EVERY).with_retries(9);
+    // A socket that is gone needs none.
+    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
+}

@@ -201,6 +201,11 @@ fn error_of(body: &[u8]) -> io::Result<()> {
     }
 }
 
+/// What a message holds after its header.
+pub fn payload_of(message: &Message) -> &[u8] {
+    &message.buf[HEADER..]
+}
+
 /// The attributes of a message body after its fixed part.
 pub fn attributes(mut rest: &[u8]) -> Vec<(u16, &[u8])> {
     let mut found = Vec::new();

@@ -16,7 +16,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio_util::io::poll_read_buf;
 
 use crate::turn::Turn;
-use crate::unless;
+use crate::{listen, unless};
 
 /// Bytes moved so far, seen from the first socket; may be read while they move.
 #[derive(Debug, Default)]
@@ -54,8 +54,14 @@ pub async fn relay(mut a: TcpStream, mut b: TcpStream, moved: &Moved) -> io::Res
         let (mut a_read, mut a_write) = a.split();
         let (mut b_read, mut b_write) = b.split();
         let half = HalfClosed::default();
-        let there = async { one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n)).await.map(|()| half.set()) };
-        let back = async { one_way(&mut b_read, &mut a_write, |n| moved.add_received(n)).await.map(|()| half.set()) };
+        let there = async {
+            let done = one_way(&mut a_read, &mut b_write, |n| moved.add_sent(n)).await;
+            done.map(|()| half.set(&[a_read.as_ref(), b_write.as_ref()]))
+        };
+        let back = async {
+            let done = one_way(&mut b_read, &mut a_write, |n| moved.add_received(n)).await;
+            done.map(|()| half.set(&[b_read.as_ref(), a_write.as_ref()]))
+        };
         unless(both(there, back), async { Err(half.abandoned(moved).await) }).await
     };
     if result.is_err() {
@@ -118,9 +124,12 @@ const LOOK: Duration = Duration::from_secs(60);
 pub struct HalfClosed(AtomicBool);
 
 impl HalfClosed {
-    /// A direction has ended.
-    pub fn set(&self) {
+    /// A direction of these sockets has ended.
+    pub fn set(&self, sockets: &[&TcpStream]) {
         self.0.store(true, Relaxed);
+        for socket in sockets {
+            listen::keep_half_closed(socket);
+        }
     }
 
     /// Completes when one direction has ended and the other has been silent for too long.
@@ -247,7 +256,7 @@ mod tests {
         let (half, moved) = (HalfClosed::default(), Moved::default());
         let day = Duration::from_secs(24 * 3600);
         assert!(tokio::time::timeout(day, half.abandoned(&moved)).await.is_err(), "idle, but open both ways");
-        half.set();
+        half.set(&[]);
         let start = tokio::time::Instant::now();
         assert_eq!(half.abandoned(&moved).await.kind(), io::ErrorKind::TimedOut);
         assert!(start.elapsed() <= HALF_CLOSED + LOOK * 2);

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use ambit_model::service::{ClientPlace, LoadBalancing, Service};
 use ambit_model::workload::Health;
-use ambit_model::{NamespacedHostname, Str, Workload};
+use ambit_model::{NamespacedHostname, Str, Weighted, Workload};
 
 /// Endpoints of one service by uid.
 #[derive(Clone, Debug, Default)]
@@ -28,8 +28,7 @@ struct Groups {
 #[derive(Debug, Default)]
 struct Group {
     members: Vec<Arc<Workload>>,
-    /// Sums of capacity up to and with each member.
-    sums: Vec<u64>,
+    capacities: Weighted,
 }
 
 /// A state of the endpoints of a service.
@@ -112,20 +111,21 @@ impl Endpoints {
     }
 
     fn rank_by(&self, balancing: LoadBalancing, client: &ClientPlace) -> Groups {
-        let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Group> = BTreeMap::new();
+        let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Vec<Arc<Workload>>> = BTreeMap::new();
         for workload in self.members.values() {
             let healthy = workload.status == Health::Healthy || balancing.allow_unhealthy;
             if !healthy || workload.capacity == 0 {
                 continue;
             }
             if let Some(rank) = balancing.rank(client, workload) {
-                let group = by_rank.entry(std::cmp::Reverse(rank)).or_default();
-                let sum = group.sums.last().copied().unwrap_or(0) + u64::from(workload.capacity);
-                group.members.push(workload.clone());
-                group.sums.push(sum);
+                by_rank.entry(std::cmp::Reverse(rank)).or_default().push(workload.clone());
             }
         }
-        Groups { place: client.clone(), balancing, ranked: by_rank.into_values().collect() }
+        let group = |members: Vec<Arc<Workload>>| {
+            let capacities = Weighted::new(members.iter().map(|w| w.capacity));
+            Group { members, capacities }
+        };
+        Groups { place: client.clone(), balancing, ranked: by_rank.into_values().map(group).collect() }
     }
 }
 
@@ -137,14 +137,19 @@ fn target(workload: &Workload, service: &Service, key: &NamespacedHostname, port
 
 impl Group {
     fn choose(&self, service: &Service, key: &NamespacedHostname, port: u16, avoid: &[Str]) -> Option<Chosen> {
-        let total = *self.sums.last()?;
         let fits = |workload: &Arc<Workload>| {
             let port = target(workload, service, key, port).filter(|_| !avoid.contains(&workload.uid))?;
             Some(Chosen { workload: workload.clone(), port })
         };
-        let start = self.sums.partition_point(|sum| *sum <= fastrand::u64(0..total));
-        // Nearly always the first fits; the walk is for endpoints without this port and those that just failed.
-        (0..self.members.len()).find_map(|n| fits(&self.members[(start + n) % self.members.len()]))
+        // Nearly always the first fits.
+        if let Some(chosen) = fits(&self.members[self.capacities.choose(fastrand::u64)?]) {
+            return Some(chosen);
+        }
+        // Some have no such port, or have just failed: each of the others keeps its share of what is left.
+        let fitting: Vec<(Chosen, u32)> =
+            self.members.iter().filter_map(|w| Some((fits(w)?, w.capacity))).collect();
+        let chosen = Weighted::new(fitting.iter().map(|(_, capacity)| *capacity)).choose(fastrand::u64)?;
+        fitting.into_iter().nth(chosen).map(|(chosen, _)| chosen)
     }
 }
 
@@ -189,6 +194,45 @@ mod tests {
         let a = share(&e, &service(), "a");
         assert!((0.7..0.8).contains(&a), "{a}");
         assert!(share(&e, &service(), "c") == 0.0);
+    }
+
+    /// Pearson's statistic of `CHOICES` choices, and the limit that chance exceeds once in a million runs.
+    fn assert_shares(capacities: &[u32], avoid: &[Str], limit: f64) {
+        const CHOICES: usize = 40_000;
+        let uid = |n: usize| -> Str { format!("w{n:02}").into() };
+        let e = endpoints(
+            capacities.iter().enumerate().map(|(n, c)| Workload { capacity: *c, ..workload(&uid(n), "") }),
+        );
+        let mut counts: BTreeMap<Str, usize> = BTreeMap::new();
+        for _ in 0..CHOICES {
+            let chosen = e.choose(&service(), 80, &ClientPlace::default(), avoid).expect("an endpoint");
+            *counts.entry(chosen.workload.uid.clone()).or_default() += 1;
+        }
+        let open: Vec<(Str, f64)> = (0..capacities.len())
+            .map(|n| (uid(n), f64::from(capacities[n])))
+            .filter(|(uid, _)| !avoid.contains(uid))
+            .collect();
+        let total: f64 = open.iter().map(|(_, c)| c).sum();
+        let statistic: f64 = open
+            .iter()
+            .map(|(uid, c)| {
+                let expected = CHOICES as f64 * c / total;
+                (counts.get(uid).copied().unwrap_or(0) as f64 - expected).powi(2) / expected
+            })
+            .sum();
+        assert!(statistic < limit, "{capacities:?} without {avoid:?}: {statistic} is beyond {limit}: {counts:?}");
+    }
+
+    #[test]
+    fn every_endpoint_gets_its_share() {
+        assert_shares(&[1; 2], &[], 24.0);
+        assert_shares(&[1; 3], &[], 27.7);
+        assert_shares(&[1; 5], &[], 33.4);
+        assert_shares(&[1; 20], &[], 64.0);
+        assert_shares(&[1, 2, 3], &[], 27.7);
+        // What one that has just failed would have got goes to all others, not to its neighbour.
+        assert_shares(&[1; 5], &["w01".into()], 30.7);
+        assert_shares(&[1, 2, 3, 4], &["w01".into(), "w03".into()], 24.0);
     }
 
     #[test]

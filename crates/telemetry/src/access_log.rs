@@ -22,6 +22,7 @@ const BATCH: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the words are the documentation")]
 pub enum Level {
+    Debug,
     Info,
     Warn,
     Error,
@@ -30,6 +31,7 @@ pub enum Level {
 impl Level {
     fn text(self) -> &'static str {
         match self {
+            Self::Debug => "debug",
             Self::Info => "info",
             Self::Warn => "warn",
             Self::Error => "error",

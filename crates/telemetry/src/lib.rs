@@ -10,4 +10,4 @@ pub mod peers;
 pub mod spans;
 
 pub use access_log::AccessLog;
-pub use metrics::{Counter, CounterVec, Registry};
+pub use metrics::{Counter, CounterVec, Gauge, GaugeVec, Registry};

@@ -14,19 +14,23 @@ use crate::histogram::HistogramVec;
 /// Values of the labels of a series, in the order of the names.
 pub type Labels = Arc<[Str]>;
 
-/// One series: a number that only grows, or a gauge.
+/// The number of one series, and when it last changed.
 #[derive(Debug, Default)]
-pub struct Counter {
+struct Number {
     value: AtomicI64,
     /// Seconds at which it last changed, as told by [`Registry::expire`]'s clock.
     seen: AtomicU64,
     last: AtomicI64,
 }
 
+/// One series of a counter: a number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(Number);
+
 impl Counter {
     /// Adds to the number.
     pub fn add(&self, n: u64) {
-        self.value.fetch_add(n.cast_signed(), Relaxed);
+        self.0.value.fetch_add(n.cast_signed(), Relaxed);
     }
 
     /// Adds one.
@@ -34,36 +38,86 @@ impl Counter {
         self.add(1);
     }
 
-    /// Sets a gauge.
+    /// The number.
+    pub fn get(&self) -> i64 {
+        self.0.value.load(Relaxed)
+    }
+}
+
+/// One series of a gauge: a number that goes up and down. Any thread may change it by a difference at any time.
+#[derive(Debug, Default)]
+pub struct Gauge(Number);
+
+impl Gauge {
+    /// Sets the number; for a gauge that one thread alone writes.
     pub fn set(&self, n: i64) {
-        self.value.store(n, Relaxed);
+        self.0.value.store(n, Relaxed);
+    }
+
+    /// Adds one.
+    pub fn inc(&self) {
+        self.0.value.fetch_add(1, Relaxed);
+    }
+
+    /// Takes one away.
+    pub fn dec(&self) {
+        self.0.value.fetch_sub(1, Relaxed);
     }
 
     /// The number.
     pub fn get(&self) -> i64 {
-        self.value.load(Relaxed)
+        self.0.value.load(Relaxed)
+    }
+}
+
+/// What a series of a metric is.
+pub trait Series: Default + Send + Sync {
+    /// Its type in the text format.
+    const KIND: &'static str;
+    #[doc(hidden)]
+    #[allow(private_interfaces, reason = "only types of this module are series")]
+    fn number(&self) -> &Number;
+}
+
+#[allow(private_interfaces, reason = "only types of this module are series")]
+impl Series for Counter {
+    const KIND: &'static str = "counter";
+    fn number(&self) -> &Number {
+        &self.0
+    }
+}
+
+#[allow(private_interfaces, reason = "only types of this module are series")]
+impl Series for Gauge {
+    const KIND: &'static str = "gauge";
+    fn number(&self) -> &Number {
+        &self.0
     }
 }
 
 /// A metric: its series by labels.
 #[derive(Debug)]
-pub struct CounterVec {
+pub struct SeriesVec<S> {
     name: &'static str,
     help: &'static str,
-    kind: &'static str,
     label_names: &'static [&'static str],
-    series: Mutex<HashMap<Labels, Arc<Counter>>>,
+    series: Mutex<HashMap<Labels, Arc<S>>>,
     /// All that came after the cap was reached counts here.
-    overflow: Arc<Counter>,
+    overflow: Arc<S>,
     cap: usize,
 }
+
+/// A metric of counters.
+pub type CounterVec = SeriesVec<Counter>;
+/// A metric of gauges.
+pub type GaugeVec = SeriesVec<Gauge>;
 
 /// Series that a metric may have.
 const CAP: usize = 20_000;
 
-impl CounterVec {
+impl<S: Series> SeriesVec<S> {
     /// The series with these labels; beyond the cap one that all share and that is exported as `overflow`.
-    pub fn with(&self, labels: &Labels) -> Arc<Counter> {
+    pub fn with(&self, labels: &Labels) -> Arc<S> {
         debug_assert_eq!(labels.len(), self.label_names.len(), "{}", self.name);
         let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = series.get(labels) {
@@ -76,19 +130,19 @@ impl CounterVec {
     }
 
     /// The series with these labels, given as text.
-    pub fn of(&self, labels: &[&str]) -> Arc<Counter> {
+    pub fn of(&self, labels: &[&str]) -> Arc<S> {
         self.with(&labels.iter().map(|l| Str::from(*l)).collect())
     }
 }
 
-impl Metric for CounterVec {
+impl<S: Series> Metric for SeriesVec<S> {
     fn write(&self, out: &mut String) {
         let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         if series.is_empty() {
             return;
         }
         // Writing to a String cannot fail.
-        let _ = writeln!(out, "# HELP {} {}\n# TYPE {} {}", self.name, self.help, self.name, self.kind);
+        let _ = writeln!(out, "# HELP {} {}\n# TYPE {} {}", self.name, self.help, self.name, S::KIND);
         for (labels, counter) in &*series {
             out.push_str(self.name);
             if !labels.is_empty() {
@@ -96,22 +150,24 @@ impl Metric for CounterVec {
                 write_labels(out, self.label_names, labels);
                 out.push('}');
             }
-            let _ = writeln!(out, " {}", counter.get());
+            let _ = writeln!(out, " {}", counter.number().value.load(Relaxed));
         }
-        if self.overflow.get() > 0 {
+        let overflow = self.overflow.number().value.load(Relaxed);
+        if overflow > 0 {
             let first = self.label_names.first().unwrap_or(&"overflow");
-            let _ = writeln!(out, "{}{{{first}=\"overflow\"}} {}", self.name, self.overflow.get());
+            let _ = writeln!(out, "{}{{{first}=\"overflow\"}} {overflow}", self.name);
         }
     }
 
     fn expire(&self, now: u64, idle: u64) {
         let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         series.retain(|_, counter| {
-            let value = counter.get();
-            if counter.last.swap(value, Relaxed) != value || counter.seen.load(Relaxed) == 0 {
-                counter.seen.store(now.max(1), Relaxed);
+            let number = counter.number();
+            let value = number.value.load(Relaxed);
+            if number.last.swap(value, Relaxed) != value || number.seen.load(Relaxed) == 0 {
+                number.seen.store(now.max(1), Relaxed);
             }
-            Arc::strong_count(counter) > 1 || now.saturating_sub(counter.seen.load(Relaxed)) < idle
+            Arc::strong_count(counter) > 1 || now.saturating_sub(number.seen.load(Relaxed)) < idle
         });
     }
 }
@@ -149,12 +205,12 @@ impl std::fmt::Debug for Registry {
 impl Registry {
     /// Adds a counter.
     pub fn counter(&self, name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Arc<CounterVec> {
-        self.add(name, help, "counter", labels, CAP)
+        self.add(name, help, labels, CAP)
     }
 
     /// Adds a gauge.
-    pub fn gauge(&self, name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Arc<CounterVec> {
-        self.add(name, help, "gauge", labels, CAP)
+    pub fn gauge(&self, name: &'static str, help: &'static str, labels: &'static [&'static str]) -> Arc<GaugeVec> {
+        self.add(name, help, labels, CAP)
     }
 
     /// Adds a distribution with these ends of its buckets.
@@ -171,16 +227,14 @@ impl Registry {
         made
     }
 
-    fn add(
+    fn add<S: Series + 'static>(
         &self,
         name: &'static str,
         help: &'static str,
-        kind: &'static str,
         label_names: &'static [&'static str],
         cap: usize,
-    ) -> Arc<CounterVec> {
-        let made =
-            CounterVec { name, help, kind, label_names, series: Mutex::default(), overflow: Arc::default(), cap };
+    ) -> Arc<SeriesVec<S>> {
+        let made = SeriesVec { name, help, label_names, series: Mutex::default(), overflow: Arc::default(), cap };
         let made = Arc::new(made);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(made.clone());
         made
@@ -220,6 +274,26 @@ mod tests {
     }
 
     #[test]
+    fn a_gauge_that_many_threads_change_loses_nothing() {
+        let registry = Registry::default();
+        let gauge = registry.gauge("open", "Open.", &[]).of(&[]);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let gauge = &gauge;
+                scope.spawn(move || {
+                    for n in 0..100_000 {
+                        gauge.inc();
+                        if n >= 10 {
+                            gauge.dec();
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(gauge.get(), 40);
+    }
+
+    #[test]
     fn idle_series_expire_unless_held() {
         let registry = Registry::default();
         let metric = registry.counter("c", "C.", &["l"]);
@@ -240,7 +314,7 @@ mod tests {
     #[test]
     fn the_number_of_series_is_capped() {
         let registry = Registry::default();
-        let metric = registry.add("c", "C.", "counter", &["l"], 2);
+        let metric = registry.add::<Counter>("c", "C.", &["l"], 2);
         for l in ["a", "b", "c", "d"] {
             metric.of(&[l]).inc();
         }

@@ -7,7 +7,7 @@
 //! - [`sandbox`]: namespaces of our own, so that nothing is left behind. [`topology`]: nodes and pods as namespaces.
 //! - [`kubelet`]: pods from YAML. [`tokens`]: service-account tokens. [`programs`]: where the programs are.
 //! - [`zds`]: a node agent like Istio's, for tunnels that are driven by one.
-//! - [`mesh`]: all of it together. [`wire`]: what crosses a link.
+//! - [`mesh`]: all of it together. [`wire`]: what crosses a link. [`segment`]: packets made by hand.
 //! - `bin/ambit-app`: an ordinary client and server that know nothing of the mesh. `bin/ambit-sandbox`: the way in.
 
 pub mod kubelet;
@@ -15,6 +15,7 @@ pub mod mesh;
 pub mod names;
 pub mod programs;
 pub mod sandbox;
+pub mod segment;
 pub mod tokens;
 pub mod topology;
 pub mod wire;

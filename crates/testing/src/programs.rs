@@ -1,7 +1,7 @@
 //! Where the programs are, and that they are built from what is there now.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use crate::{Doing, Failure};
@@ -19,14 +19,24 @@ pub fn directory() -> Result<PathBuf, Failure> {
 /// they are built.
 pub fn build() -> Result<(), Failure> {
     static BUILT: OnceLock<Result<(), String>> = OnceLock::new();
-    BUILT.get_or_init(|| build_all().map_err(|f| f.0)).clone().map_err(Failure)
+    BUILT.get_or_init(|| build_all(false).map_err(|f| f.0)).clone().map_err(Failure)
 }
 
-fn build_all() -> Result<(), Failure> {
+/// Likewise, with cargo's progress on standard error: a fresh machine builds for minutes.
+pub fn build_with_progress() -> Result<(), Failure> {
+    build_all(true)
+}
+
+fn build_all(progress: bool) -> Result<(), Failure> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
     let mut command = Command::new(cargo);
-    command.current_dir(root).args(["build", "--quiet", "--workspace", "--bins"]);
+    command.current_dir(root).args(["build", "--workspace", "--bins"]);
+    if progress {
+        command.stderr(Stdio::inherit());
+    } else {
+        command.arg("--quiet");
+    }
     // What cargo tells a program that it runs of its package: build scripts that look at it (ring's does) would believe
     // that something has changed, and everything above them would be built again, this very program too.
     for (name, _) in std::env::vars_os() {

@@ -9,6 +9,8 @@ pub const NOT_ENROLLED: &str = "not enrolled: ";
 pub const REPAIRED: &str = "repaired: ";
 /// Begins what is wrong with a pod that was enrolled and of which nobody knows whether it still is.
 pub const UNVERIFIED: &str = "not verified: ";
+/// Begins what was dropped because it went past the redirection of a pod that is enrolled.
+pub const DROPPED: &str = "dropped: ";
 /// Longer words are cut.
 const LONGEST: usize = 512;
 

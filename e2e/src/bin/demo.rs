@@ -33,8 +33,7 @@ fn start(stay: bool) -> Result<u8, Failure> {
         sandbox::prepare()?;
         return runtime.doing("start a runtime")?.block_on(demo::run(stay));
     }
-    eprintln!("building ...");
-    programs::build()?;
+    programs::build_with_progress()?;
     runtime.doing("start a runtime")?.block_on(supervise(stay))
 }
 
@@ -63,10 +62,29 @@ async fn supervise(stay: bool) -> Result<u8, Failure> {
                 let code = status.doing("wait")?.code().unwrap_or(1);
                 return Ok(u8::try_from(code).unwrap_or(1));
             }
-            // The terminal has told the one inside as well; it ends in order.
-            _ = tokio::signal::ctrl_c() => {}
+            // A terminal sends it to the one inside as well, which does not mind a second one; `kill -INT` does not. It
+            // ends in order.
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted.doing("signals")?;
+                match child_of(pid).and_then(child_of) {
+                    Some(inner) => interrupt(inner)?,
+                    // It has not begun, and would not hear of it.
+                    None => child.kill().await.doing("end the sandbox")?,
+                }
+            }
             _ = terminated.recv() => child.kill().await.doing("end the sandbox")?,
         }
+    }
+}
+
+/// Sends SIGINT to the process inside.
+fn interrupt(inner: u32) -> Result<(), Failure> {
+    use nix::sys::signal::{Signal, kill};
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(inner).doing("process")?);
+    match kill(pid, Signal::SIGINT) {
+        // It is ending already.
+        Ok(()) | Err(nix::errno::Errno::ESRCH) => Ok(()),
+        Err(error) => Err(Failure(format!("end the one inside: {error}"))),
     }
 }
 

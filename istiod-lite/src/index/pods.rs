@@ -118,11 +118,19 @@ fn node_pod(world: &World<'_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Option<(Str
         namespace: pod.key.namespace.clone(),
         service_account: pod.object.service_account.to_string(),
         enrol: wanted(world, pod),
-        probe_ports: pod.object.probe_ports.iter().copied().map(u32::from).collect(),
+        probe_ports: probe_ports(pod.object),
+        probes: pod.object.probes.to_vec(),
         capture_dns: pod.meta.annotation("ambient.istio.io/dns-capture") != Some("false"),
         trust_domain: mesh.config.trust_domain.clone(),
     };
     Some((node_key(pod)?, OnNode { node: pod.object.node_name.as_ref().into(), pod: told }))
+}
+
+fn probe_ports(pod: &Pod) -> Vec<u32> {
+    let mut ports: Vec<u32> = pod.probes.iter().map(|p| p.port).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }
 
 /// Name of a pod's workload.

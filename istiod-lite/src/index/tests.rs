@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ambit_model::policy::{Connection, Decision, PolicySet};
 use ambit_model::service::{BalanceMode, IpFamilies, Scope};
 use ambit_model::workload::{Health, Protocol};
+use ambit_xds::proto::ambit::ProbeKind;
 
 use super::*;
 use crate::objects::{Loaded, Place, parse};
@@ -517,12 +518,39 @@ fn discovery_selectors_and_trust_domain() {
 }
 
 #[test]
-fn probe_ports_and_accounts() {
+fn probes_and_accounts() {
     let spec = ", containers: [{name: c, ports: [{name: h, containerPort: 8081}], readinessProbe: {httpGet: {port: h}}, \
                 livenessProbe: {tcpSocket: {port: 9}}}]";
     let m = mesh(&[namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", spec, "")].concat());
-    assert_eq!(m.node_pods.values().next().expect("pod").pod.probe_ports, [9, 8081]);
+    let told = &m.node_pods.values().next().expect("pod").pod;
+    assert_eq!(told.probe_ports, [9, 8081]);
+    let ports: Vec<_> = told.probes.iter().map(|p| (p.port, p.kind())).collect();
+    assert_eq!(ports, [(9, ProbeKind::Tcp), (8081, ProbeKind::Http)]);
     assert!(m.accounts.contains_key(&Account { node: "n1".into(), namespace: "ns".into(), account: "sa-a".into() }));
+}
+
+#[test]
+fn what_the_kubelet_asks_of_a_pod_is_what_the_pod_declares_for_itself() {
+    let spec = ", containers: [{name: c, \
+        readinessProbe: {httpGet: {port: 8080, path: /ready, httpHeaders: [{name: X-A, value: b}]}}, \
+        livenessProbe: {httpGet: {port: 8081, host: 10.9.9.9}}, \
+        startupProbe: {httpGet: {port: 8443, scheme: HTTPS}}, \
+        lifecycle: {preStop: {httpGet: {port: 8082, path: /drain}}, postStart: {tcpSocket: {port: 8083, host: victim.example}}}}, \
+        {name: d, livenessProbe: {grpc: {port: 8084, service: s}}, lifecycle: {postStart: {exec: {command: [x]}}}}]";
+    let m = mesh(&[namespace("ns", "istio.io/dataplane-mode: ambient"), pod("a", "ns", "", spec, "")].concat());
+    let told = &m.node_pods.values().next().expect("pod").pod;
+    let mut all: Vec<_> = told.probes.iter().map(|p| (p.port, p.kind(), p.path.as_str(), p.headers.len())).collect();
+    all.sort_unstable();
+    assert_eq!(
+        all,
+        [
+            (8080, ProbeKind::Http, "/ready", 1),
+            (8082, ProbeKind::Http, "/drain", 0),
+            (8084, ProbeKind::Grpc, "", 0),
+            (8443, ProbeKind::Https, "", 0),
+        ],
+        "what is aimed at others is not the pod's"
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ambit_xds::proto::ambit::{PodProbe, ProbeHeader, ProbeKind};
 use serde::Deserialize;
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -28,8 +29,8 @@ pub struct Pod {
     pub ips: Box<[IpAddr]>,
     /// TCP ports of its containers that have a name.
     pub named_ports: Box<[(Box<str>, u16)]>,
-    /// Ports that kubelet probes use.
-    pub probe_ports: Box<[u16]>,
+    /// What the kubelet asks of it: probes and lifecycle hooks that are not for somebody else (`host`).
+    pub probes: Box<[PodProbe]>,
 }
 
 impl Pod {
@@ -49,18 +50,23 @@ impl From<PodDocument> for Pod {
         let named = serving.iter().flat_map(|c| &c.ports).filter(tcp);
         let named_ports: Box<[(Box<str>, u16)]> = named.map(|p| (p.name.as_str().into(), p.container_port)).collect();
         let by_name = |name: &str| named_ports.iter().find(|(n, _)| **n == *name).map(|(_, port)| *port);
-        let probes = serving.iter().flat_map(|c| [&c.readiness_probe, &c.liveness_probe, &c.startup_probe]).flatten();
-        let targets = probes.flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]).flatten();
-        let mut probe_ports: Vec<u16> = targets
-            .filter_map(|t| match &t.port {
-                Port::Number(n) => Some(*n),
-                Port::Name(name) => by_name(name),
-            })
-            .collect();
-        probe_ports.sort_unstable();
-        probe_ports.dedup();
         let listed: Vec<IpAddr> = status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
         let ips = if listed.is_empty() { status.pod_ip.parse().into_iter().collect() } else { listed };
+        let of = |c: &&Container| {
+            let hooks = c.lifecycle.iter().flat_map(|l| [l.post_start.clone(), l.pre_stop.clone()]);
+            let probes = [c.readiness_probe.clone(), c.liveness_probe.clone(), c.startup_probe.clone()];
+            probes.into_iter().chain(hooks).flatten().collect::<Vec<Probe>>()
+        };
+        let by_port = |port: &Port| match port {
+            Port::Number(n) => Some(*n),
+            Port::Name(name) => by_name(name),
+        };
+        // A `host` that is not the pod's own aims the kubelet at somebody else.
+        let own = |host: &str| host.is_empty() || host.parse().is_ok_and(|ip: IpAddr| ips.contains(&ip));
+        let mut probes: Vec<PodProbe> =
+            serving.iter().flat_map(of).filter_map(|p| p.target(own, by_port)).collect();
+        probes.sort();
+        probes.dedup();
         let account = Some(&*spec.service_account_name).filter(|a| !a.is_empty()).unwrap_or("default");
         Self {
             node_name: spec.node_name.as_str().into(),
@@ -70,7 +76,7 @@ impl From<PodDocument> for Pod {
             ready: status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True"),
             ips: ips.into(),
             named_ports,
-            probe_ports: probe_ports.into(),
+            probes: probes.into(),
         }
     }
 }
@@ -101,6 +107,7 @@ struct Container {
     readiness_probe: Option<Probe>,
     liveness_probe: Option<Probe>,
     startup_probe: Option<Probe>,
+    lifecycle: Option<Lifecycle>,
     restart_policy: String,
 }
 
@@ -114,16 +121,59 @@ struct ContainerPort {
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
+struct Lifecycle {
+    post_start: Option<Probe>,
+    pre_stop: Option<Probe>,
+}
+
+/// A probe, or what is done at an event of a container's life.
+#[derive(Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 struct Probe {
-    http_get: Option<ProbePort>,
+    http_get: Option<HttpGet>,
     tcp_socket: Option<ProbePort>,
     grpc: Option<ProbePort>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct HttpGet {
+    port: Port,
+    host: String,
+    path: String,
+    scheme: String,
+    http_headers: Vec<HttpHeader>,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+struct HttpHeader {
+    name: String,
+    value: String,
+}
+
+#[derive(Clone, Default, Deserialize)]
 #[serde(default)]
 struct ProbePort {
     port: Port,
+    host: String,
+}
+
+impl Probe {
+    /// What it asks of its pod; `None` where it runs a command, or asks somebody else.
+    fn target(self, own: impl Fn(&str) -> bool, by_port: impl Fn(&Port) -> Option<u16>) -> Option<PodProbe> {
+        let (kind, port, host) = match (&self.http_get, &self.tcp_socket, &self.grpc) {
+            (Some(http), ..) if http.scheme.eq_ignore_ascii_case("https") => (ProbeKind::Https, &http.port, &http.host),
+            (Some(http), ..) => (ProbeKind::Http, &http.port, &http.host),
+            (_, Some(tcp), _) => (ProbeKind::Tcp, &tcp.port, &tcp.host),
+            (_, _, Some(grpc)) => (ProbeKind::Grpc, &grpc.port, &grpc.host),
+            _ => return None,
+        };
+        let port = by_port(port).filter(|p| *p != 0 && own(host))?;
+        let http = self.http_get.filter(|_| kind == ProbeKind::Http).unwrap_or_default();
+        let headers = http.http_headers.into_iter().map(|h| ProbeHeader { name: h.name, value: h.value });
+        Some(PodProbe { port: port.into(), kind: kind.into(), path: http.path, headers: headers.collect() })
+    }
 }
 
 #[derive(Default, Deserialize)]

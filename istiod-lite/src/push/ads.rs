@@ -35,6 +35,8 @@ const TOGETHER: usize = 500;
 const BOUND: &str = "bound:";
 /// Responses under way to a client.
 const QUEUE: usize = 4;
+/// Responses of one type that are remembered until the client answers.
+const UNANSWERED: usize = 64;
 
 /// What a node has reported, with Kubernetes uids: first all of it, then what changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -151,8 +153,8 @@ struct Wanted {
     own: BTreeSet<String>,
     /// Removals that wait until all else of a change has been sent.
     removals: BTreeSet<String>,
-    /// Nonces that await an answer.
-    pending: BTreeMap<String, Sent>,
+    /// Responses that await an answer, by their number, which is the end of their nonce.
+    pending: BTreeMap<u64, Sent>,
 }
 
 struct Client {
@@ -261,7 +263,8 @@ impl Client {
     }
 
     fn answer(&mut self, type_url: &str, request: &DeltaDiscoveryRequest) {
-        let sent = self.wanted.get_mut(type_url).and_then(|w| w.pending.remove(&request.response_nonce));
+        let number = nonce_number(&request.response_nonce);
+        let sent = number.and_then(|n| self.wanted.get_mut(type_url)?.pending.remove(&n));
         let Some(Sent { generation, since, more, part }) = sent else { return };
         let refused = request.error_detail.as_ref().map(|e| e.message.clone());
         if let Some(reason) = &refused {
@@ -441,11 +444,7 @@ impl Client {
         let generation = sent.generation;
         let nonce = format!("{generation}-{}", self.nonce);
         if let Some(wanted) = self.wanted.get_mut(type_url) {
-            wanted.pending.insert(nonce.clone(), sent);
-            // A client that never answers must not make us remember for ever.
-            while wanted.pending.len() > 64 {
-                wanted.pending.pop_first();
-            }
+            remember(&mut wanted.pending, self.nonce, sent);
         }
         self.registration.note(type_url, |state| state.sent = generation);
         self.service.pushed.of(&[type_url]).add(resources.len() as u64);
@@ -457,6 +456,19 @@ impl Client {
             removed_resources,
         };
         self.responses.send(Ok(response)).await.map_err(|_| Status::cancelled("the client is gone"))
+    }
+}
+
+/// The number of a response, from its nonce `GENERATION-NUMBER`.
+fn nonce_number(nonce: &str) -> Option<u64> {
+    nonce.rsplit_once('-').and_then(|(_, number)| number.parse().ok())
+}
+
+/// Keeps a response until it is answered. Of more than [`UNANSWERED`] the oldest are forgotten.
+fn remember(pending: &mut BTreeMap<u64, Sent>, number: u64, sent: Sent) {
+    pending.insert(number, sent);
+    while pending.len() > UNANSWERED {
+        pending.pop_first();
     }
 }
 
@@ -535,4 +547,22 @@ fn difference(
         }
     }
     Ok((added, removed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_too_many_unanswered_responses_the_oldest_are_forgotten() {
+        let mut pending = BTreeMap::new();
+        // As text, "1-100" comes before "1-37".
+        for number in 1..=100 {
+            remember(&mut pending, number, Sent::default());
+        }
+        assert_eq!(pending.len(), UNANSWERED);
+        assert_eq!(pending.keys().copied().collect::<Vec<_>>(), (37..=100).collect::<Vec<_>>());
+        assert_eq!(nonce_number("12-100"), Some(100));
+        assert_eq!((nonce_number("12"), nonce_number(""), nonce_number("12-x")), (None, None, None));
+    }
 }

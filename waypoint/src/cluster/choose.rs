@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use ambit_model::Weighted;
 use ambit_model::l7::traffic::{Balancing, Traffic};
 use xxhash_rust::xxh64::xxh64;
 
@@ -22,28 +23,22 @@ const DRAWS: usize = 8;
 pub struct Group {
     /// Themselves.
     pub members: Vec<Arc<Member>>,
-    /// Sums of weights up to and with each member.
-    sums: Vec<u64>,
+    weights: Weighted,
 }
 
 impl Group {
     /// A group of these.
     pub fn new(members: Vec<Arc<Member>>) -> Self {
-        let mut sum = 0;
-        let sums = members.iter().map(|m| {
-            sum += u64::from(m.weight);
-            sum
-        });
-        Self { sums: sums.collect(), members }
+        Self { weights: Weighted::new(members.iter().map(|m| m.weight)), members }
     }
 
     fn at(&self, weight: u64) -> &Arc<Member> {
-        let n = self.sums.partition_point(|sum| *sum <= weight);
-        &self.members[n.min(self.members.len() - 1)]
+        // Where nobody has a weight, the first.
+        &self.members[self.weights.at(weight).unwrap_or(0)]
     }
 
     fn total(&self) -> u64 {
-        self.sums.last().copied().unwrap_or(1).max(1)
+        self.weights.total().max(1)
     }
 }
 

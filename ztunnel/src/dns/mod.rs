@@ -1,18 +1,19 @@
-//! Captured DNS: names of the mesh are answered from the snapshot, everything else goes to the pod's own upstream.
+//! Captured DNS: names of the mesh are answered from the snapshot, everything else goes to the server that was asked.
 //!
-//! Owns sockets and deadlines. What a name means is `resolve`; a forwarded answer is passed on byte for byte.
+//! Owns the listeners' sides. What a name means is `resolve`; asking others is `upstream`.
 
 mod resolve;
+mod upstream;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_net::listen;
+use ambit_net::conntrack::{self, Transport};
+use ambit_net::orig_dst;
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tracing::debug;
@@ -21,15 +22,16 @@ use crate::authorize;
 use crate::pods::Pod;
 use crate::worker::Context;
 use resolve::{Outcome, resolve};
+use upstream::{ask, read_message, write_message};
 
 /// Queries of one pod under way at a time; more are dropped, and the resolver asks again.
 const CONCURRENT: usize = 256;
-const UPSTREAM: Duration = Duration::from_secs(2);
 const TCP_IDLE: Duration = Duration::from_secs(5);
 
 /// Answers queries over UDP until dropped.
 pub async fn serve_udp(context: &Rc<Context>, pod: &Arc<Pod>, socket: &Rc<UdpSocket>) {
     let places = Arc::new(Semaphore::new(CONCURRENT));
+    let Ok(local) = socket.local_addr() else { return };
     let mut buf = vec![0; 4096];
     loop {
         let (n, from) = match socket.recv_from(&mut buf).await {
@@ -44,7 +46,7 @@ pub async fn serve_udp(context: &Rc<Context>, pod: &Arc<Pod>, socket: &Rc<UdpSoc
         let (context, pod, socket, query) = (context.clone(), pod.clone(), socket.clone(), buf[..n].to_vec());
         tokio::task::spawn_local(async move {
             let _place = place;
-            if let Some(answer) = answer(&context, &pod, &query, false).await {
+            if let Some(answer) = answer(&context, &pod, &query, Asked::Udp { local, from }).await {
                 // A client that is gone asks no more.
                 let _ = socket.send_to(&answer, from).await;
             }
@@ -54,29 +56,49 @@ pub async fn serve_udp(context: &Rc<Context>, pod: &Arc<Pod>, socket: &Rc<UdpSoc
 
 /// Answers queries over one TCP connection.
 pub async fn handle_tcp(context: Rc<Context>, pod: Arc<Pod>, mut stream: TcpStream, _peer: SocketAddr) {
+    let asked = Asked::Tcp(orig_dst::original_destination(&stream).ok());
     loop {
         let Ok(Ok(query)) = tokio::time::timeout(TCP_IDLE, read_message(&mut stream)).await else { return };
-        let Some(answer) = answer(&context, &pod, &query, true).await else { return };
+        let Some(answer) = answer(&context, &pod, &query, asked).await else { return };
         if write_message(&mut stream, &answer).await.is_err() {
             return;
         }
     }
 }
 
-async fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
-    let len = stream.read_u16().await?;
-    let mut message = vec![0; usize::from(len)];
-    stream.read_exact(&mut message).await?;
-    Ok(message)
+/// How a query came.
+#[derive(Clone, Copy)]
+enum Asked {
+    /// By UDP: the listener, and who asks.
+    Udp { local: SocketAddr, from: SocketAddr },
+    /// By TCP, of this server, where the kernel tells.
+    Tcp(Option<SocketAddr>),
 }
 
-async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Result<()> {
-    let len = u16::try_from(message.len()).unwrap_or(u16::MAX);
-    stream.write_all(&[&len.to_be_bytes(), message].concat()).await
+impl Asked {
+    fn is_tcp(self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+
+    /// Servers to ask what the mesh does not know: the one that the application addressed, else the pod's own.
+    fn servers(self, pod: &Pod) -> Vec<SocketAddr> {
+        let addressed = match self {
+            Self::Tcp(to) => to,
+            Self::Udp { local, from } => conntrack::original_destination(&pod.netns, Transport::Udp, local, from)
+                .inspect_err(|error| debug!(%error, "the server that a query was sent to is not known"))
+                .ok()
+                .flatten(),
+        };
+        match addressed.filter(|server| !server.ip().is_loopback()) {
+            Some(server) => vec![server],
+            None => pod.info.dns.nameservers.iter().map(|ip| SocketAddr::new(*ip, 53)).collect(),
+        }
+    }
 }
 
 /// The answer to a query; nothing where even an error cannot be addressed.
-async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option<Vec<u8>> {
+async fn answer(context: &Context, pod: &Pod, query: &[u8], asked: Asked) -> Option<Vec<u8>> {
+    let tcp = asked.is_tcp();
     let protocol = if tcp { "tcp" } else { "udp" };
     let Ok(message) = Message::from_vec(query) else {
         let id = u16::from_be_bytes(*query.first_chunk()?);
@@ -103,12 +125,10 @@ async fn answer(context: &Context, pod: &Pod, query: &[u8], tcp: bool) -> Option
         }
         Outcome::Forward => {
             observer.dns_upstream.of(&[&kind, protocol]).inc();
-            for server in &settings.nameservers {
-                let server = SocketAddr::new(*server, 53);
-                match tokio::time::timeout(UPSTREAM, forward(pod, server, query, tcp)).await {
-                    Ok(Ok(answer)) => return Some(answer),
-                    Ok(Err(error)) => debug!(%server, %error, "dns upstream"),
-                    Err(_) => debug!(%server, "dns upstream does not answer"),
+            for server in asked.servers(pod) {
+                match ask(&pod.netns, server, query, tcp).await {
+                    Ok(answer) => return Some(answer),
+                    Err(error) => debug!(%server, %error, "dns upstream"),
                 }
             }
             observer.dns_failures.of(&[&kind, protocol]).inc();
@@ -128,13 +148,12 @@ pub async fn lookup(pod: &Pod, host: &str) -> std::io::Result<Vec<IpAddr>> {
             query.add_query(Query::query(name.clone(), kind));
             let bytes = query.to_vec().map_err(std::io::Error::other)?;
             let server = SocketAddr::new(*server, 53);
-            match tokio::time::timeout(UPSTREAM, forward(pod, server, &bytes, false)).await {
-                Ok(Ok(answer)) => {
+            match ask(&pod.netns, server, &bytes, false).await {
+                Ok(answer) => {
                     let answer = Message::from_vec(&answer).map_err(std::io::Error::other)?;
                     ips.extend(answer.answers.iter().filter_map(|r| r.data.ip_addr()));
                 }
-                Ok(Err(error)) => last = error,
-                Err(_) => last = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer from {server}")),
+                Err(error) => last = error,
             }
         }
         if !ips.is_empty() {
@@ -146,26 +165,4 @@ pub async fn lookup(pod: &Pod, host: &str) -> std::io::Result<Vec<IpAddr>> {
 
 fn error(id: u16, code: ResponseCode) -> Option<Vec<u8>> {
     Message::error_msg(id, OpCode::Query, code).to_vec().ok()
-}
-
-/// Asks an upstream from inside the pod's namespace; the answer must be to this very query.
-async fn forward(pod: &Pod, server: SocketAddr, query: &[u8], tcp: bool) -> std::io::Result<Vec<u8>> {
-    if tcp {
-        let mut stream = ambit_net::connect::tcp(&pod.netns, None, server, UPSTREAM).await?;
-        write_message(&mut stream, query).await?;
-        return read_message(&mut stream).await;
-    }
-    let any: IpAddr =
-        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::from_std(listen::udp(&pod.netns, SocketAddr::new(any, 0), true)?)?;
-    socket.connect(server).await?;
-    socket.send(query).await?;
-    let mut buf = vec![0; 4096];
-    loop {
-        let n = socket.recv(&mut buf).await?;
-        if n >= 12 && buf[..2] == query[..2] {
-            buf.truncate(n);
-            return Ok(buf);
-        }
-    }
 }

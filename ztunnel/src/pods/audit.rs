@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_model::Identity;
+use ambit_net::capture::Dropped;
 use ambit_xds::certificates::Lease;
 use ambit_xds::enrolment;
 use tracing::warn;
 
-use super::{Known, Pods, Slot, probe_ports_of};
+use super::{Known, Pods, Slot};
 use crate::mesh::NodePods;
+use crate::probe;
 
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -75,8 +77,8 @@ impl Pods {
                 None | Some(None) => {}
                 Some(Some(pod)) if pod.enrol => {
                     if let Some((_, probes)) = &known.enrolled {
-                        let ports = probe_ports_of(&pod);
-                        probes.send_if_modified(|old| std::mem::replace(old, ports.clone()) != ports);
+                        let declared = probe::declared(&pod);
+                        probes.send_if_modified(|old| std::mem::replace(old, declared.clone()) != declared);
                         // The report of an earlier life of this pod may have come last.
                         self.report(uid, true);
                     }
@@ -91,25 +93,60 @@ impl Pods {
         } else if known.enrolled.is_none() {
             let _ = self.join(known).await;
         }
-        if audit
-            && !known.foreign_rules
-            && let Some((pod, _)) = &known.enrolled
-        {
-            let (capture, netns) = (pod.capture, pod.netns.clone());
-            let found = tokio::task::spawn_blocking(move || match capture.verify(&netns)? {
-                true => Ok(false),
-                false => capture.install(&netns).map(|()| true),
-            });
-            match found.await {
-                Ok(Ok(false)) => self.trouble(known, None),
-                Ok(Ok(true)) => {
-                    warn!(pod = known.info.name, "capture rules were gone and have been written again");
-                    let what =
-                        format!("{}its capture rules were gone and have been written again", enrolment::REPAIRED);
-                    self.trouble(known, Some(what));
-                }
-                Ok(Err::<_, std::io::Error>(error)) => self.unverified(known, &error),
-                Err(error) => self.unverified(known, &error),
+        if audit && !known.foreign_rules {
+            self.verify_capture(known).await;
+        }
+    }
+
+    /// Compares the rules of an enrolled pod with what they are to be, writes them again where they differ, and reads
+    /// what they have dropped.
+    async fn verify_capture(&self, known: &mut Known) {
+        let Some((pod, _)) = &known.enrolled else { return };
+        let (capture, netns) = (pod.capture, pod.netns.clone());
+        let found = tokio::task::spawn_blocking(move || {
+            let found = capture.inspect(&netns)?;
+            if found.difference.is_some() {
+                capture.install(&netns)?;
+            }
+            Ok::<_, std::io::Error>(found)
+        });
+        let found = match found.await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => return self.unverified(known, &error),
+            Err(error) => return self.unverified(known, &error),
+        };
+        let grown = found.dropped.since(known.dropped);
+        // Rules that were written again count from zero.
+        known.dropped = if found.difference.is_some() { Dropped::default() } else { found.dropped };
+        self.count_dropped(known, grown);
+        let (namespace, name) = (&known.info.namespace, &known.info.name);
+        let trouble = match found.difference {
+            Some(difference) => {
+                warn!(namespace, name, difference, "capture rules were not as written and have been written again");
+                let what = format!(
+                    "{}its capture rules were gone or changed and have been written again: {difference}",
+                    enrolment::REPAIRED
+                );
+                Some(what)
+            }
+            None if grown != Dropped::default() => {
+                let Dropped { inbound, outbound } = grown;
+                warn!(namespace, name, inbound, outbound, "connection attempts past the capture rules were dropped");
+                let what = format!(
+                    "{}{inbound} inbound and {outbound} outbound connection attempts that went past the capture rules",
+                    enrolment::DROPPED
+                );
+                Some(what)
+            }
+            None => None,
+        };
+        self.trouble(known, trouble);
+    }
+
+    fn count_dropped(&self, known: &Known, grown: Dropped) {
+        for (direction, packets) in [("inbound", grown.inbound), ("outbound", grown.outbound)] {
+            if packets > 0 {
+                self.dropped.of(&[&known.info.namespace, &known.info.name, direction]).add(packets);
             }
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_model::{Identity, Str};
-use ambit_net::capture::Capture;
+use ambit_net::capture::{Capture, Dropped};
 use ambit_store::Store;
 use ambit_xds::enrolment;
 use ambit_xds::proto::ambit::NodePod;
@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use super::{Known, Pod, Pods, Relaxed, View, WAIT, probe_ports_of};
+use super::{Known, Pod, Pods, Relaxed, View, WAIT};
+use crate::probe::{self, Probe};
 use crate::worker::Listeners;
 
 /// After opting out HBONE is still taken for this long.
@@ -38,6 +39,7 @@ impl Pods {
             Ok(joined) => {
                 info!(namespace, name, uid = known.info.uid, "pod enrolled");
                 known.enrolled = Some(joined);
+                known.dropped = Dropped::default();
                 known.error = None;
                 self.report(&known.info.uid, true);
                 self.trouble(known, None);
@@ -52,7 +54,7 @@ impl Pods {
         }
     }
 
-    async fn try_join(&self, known: &Known) -> Result<(Arc<Pod>, watch::Sender<Vec<u16>>), String> {
+    async fn try_join(&self, known: &Known) -> Result<(Arc<Pod>, watch::Sender<Vec<Probe>>), String> {
         let info = known.info.clone();
         let netns = known.netns.clone().ok_or("no network namespace")?;
         let told = self.node_pods.borrow().as_ref().and_then(|p| p.get(&info.uid).cloned());
@@ -65,14 +67,14 @@ impl Pods {
         let capture_dns = told.as_ref().is_none_or(|p| p.capture_dns);
         let capture = Capture::detect(&netns, capture_dns).map_err(place)?;
         let (views, view) = watch::channel(View::default());
-        let (probes, probe_ports) = watch::channel(told.map(|p| probe_ports_of(&p)).unwrap_or_default());
+        let (probes, probes_seen) = watch::channel(told.map(|p| probe::declared(&p)).unwrap_or_default());
         let pod = Arc::new(Pod {
             info,
             identity,
             netns: netns.clone(),
             certificate,
             view,
-            probe_ports,
+            probes: probes_seen,
             stop: CancellationToken::new(),
             gone: CancellationToken::new(),
             capture,

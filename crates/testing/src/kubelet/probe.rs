@@ -17,11 +17,14 @@ pub(super) struct Probe {
     pub(super) delay: Duration,
     pub(super) failures: u64,
     timeout: Duration,
+    /// Whom it asks, where that is not its own pod.
+    host: Option<IpAddr>,
 }
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Http(u16, String),
+    /// Port, path, and more headers.
+    Http(u16, String, String),
     Tcp(u16),
     Exec(Vec<String>),
 }
@@ -47,7 +50,11 @@ impl Probe {
             p.as_u64().or_else(named).and_then(|p| u16::try_from(p).ok())
         };
         let kind = if let Some(http) = probe.get("httpGet") {
-            Kind::Http(port(&http["port"])?, http["path"].as_str().unwrap_or("/").to_owned())
+            let headers = http["httpHeaders"].as_array().into_iter().flatten();
+            let headers = headers.map(|h| {
+                format!("{}: {}\r\n", h["name"].as_str().unwrap_or_default(), h["value"].as_str().unwrap_or_default())
+            });
+            Kind::Http(port(&http["port"])?, http["path"].as_str().unwrap_or("/").to_owned(), headers.collect())
         } else if let Some(tcp) = probe.get("tcpSocket") {
             Kind::Tcp(port(&tcp["port"])?)
         } else {
@@ -61,6 +68,7 @@ impl Probe {
             delay: seconds("initialDelaySeconds", 0),
             failures: probe["failureThreshold"].as_u64().unwrap_or(3),
             timeout: seconds("timeoutSeconds", 1),
+            host: ["httpGet", "tcpSocket"].iter().find_map(|kind| probe[*kind]["host"].as_str()?.parse().ok()),
         })
     }
 
@@ -68,8 +76,11 @@ impl Probe {
     pub(super) fn succeeds(&self, target: &Target) -> bool {
         match &self.kind {
             Kind::Tcp(port) => self.connect(target, *port).is_some(),
-            Kind::Http(port, path) => self.connect(target, *port).is_some_and(|mut stream| {
-                let request = format!("GET {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", target.ip);
+            Kind::Http(port, path, headers) => self.connect(target, *port).is_some_and(|mut stream| {
+                let host = self.host.unwrap_or(target.ip);
+                let request = format!(
+                    "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: kube-probe/1.35\r\n{headers}Connection: close\r\n\r\n"
+                );
                 let mut answer = [0; 12];
                 let asked = stream.write_all(request.as_bytes()).and_then(|()| stream.read_exact(&mut answer));
                 asked.is_ok() && matches!(answer[9], b'2' | b'3')
@@ -91,7 +102,7 @@ impl Probe {
     }
 
     fn connect(&self, target: &Target, port: u16) -> Option<TcpStream> {
-        let addr = SocketAddr::new(target.ip, port);
+        let addr = SocketAddr::new(self.host.unwrap_or(target.ip), port);
         let stream = target.node.run(|| TcpStream::connect_timeout(&addr, self.timeout)).ok()?.ok()?;
         stream.set_read_timeout(Some(self.timeout)).ok()?;
         Some(stream)

@@ -31,7 +31,7 @@ pub struct NodePod {
     /// The pod belongs into the mesh.
     #[prost(bool, tag = "5")]
     pub enrol: bool,
-    /// Ports that kubelet probes use.
+    /// Ports that kubelet probes use; for tunnels that do not read `probes` yet.
     #[prost(uint32, repeated, tag = "6")]
     pub probe_ports: Vec<u32>,
     /// DNS is captured.
@@ -40,6 +40,44 @@ pub struct NodePod {
     /// Trust domain of its identity.
     #[prost(string, tag = "8")]
     pub trust_domain: String,
+    /// What the kubelet asks of the pod: its probes and lifecycle hooks.
+    #[prost(message, repeated, tag = "9")]
+    pub probes: Vec<PodProbe>,
+}
+
+/// A probe or lifecycle hook that a pod declares for itself.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Message)]
+pub struct PodProbe {
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    #[prost(enumeration = "ProbeKind", tag = "2")]
+    pub kind: i32,
+    /// Path and query, of an HTTP probe.
+    #[prost(string, tag = "3")]
+    pub path: String,
+    /// Headers that the kubelet sends besides its own, of an HTTP probe.
+    #[prost(message, repeated, tag = "4")]
+    pub headers: Vec<ProbeHeader>,
+}
+
+/// A header of a probe.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Message)]
+pub struct ProbeHeader {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(string, tag = "2")]
+    pub value: String,
+}
+
+/// How a probe asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ProbeKind {
+    Http = 0,
+    Https = 1,
+    /// It connects and closes.
+    Tcp = 2,
+    Grpc = 3,
 }
 
 /// What the waypoint of a service is told of it.
