@@ -18,6 +18,10 @@ pub const SHOP: &str = include_str!("../../manifests/examples/shop.yaml");
 /// A waypoint for it, and a second version of the server.
 pub const WAYPOINT: &str = include_str!("../../manifests/examples/waypoint.yaml");
 
+/// A mesh configuration in which entries of all namespaces are for clients of all namespaces, as in Istio.
+pub const EXPORT_ALL: &str = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\n\
+    data: {mesh: \"defaultServiceExportTo: ['*']\"}\n";
+
 /// Pods of the example.
 pub const CLIENT: &str = "front/client";
 /// The server, on the other node.

@@ -1,7 +1,7 @@
 //! To what policies may be attached, and the rarer things that they say: each on real traffic.
 
 use ambit_e2e::many::{MANY, destination_rule, eventually, grpc, number, run, said, start, start_grpc, traffic_policy};
-use ambit_e2e::{expect, layer7_shop, request, route, until};
+use ambit_e2e::{EXPORT_ALL, expect, layer7_shop, request, route, until};
 use ambit_testing::{Failure, sandbox};
 
 const GATEWAY_API: &str = "group: gateway.networking.k8s.io";
@@ -206,6 +206,7 @@ fn endpoints_are_drawn_weighed_and_found_by_a_parameter() {
             let pod = mesh.kubelet.pod("shop", name).ok_or_else(|| Failure::new("no pod"))?;
             Ok::<_, Failure>(pod.net.ips[0])
         };
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         mesh.apply(
             "weighed.yaml",
             &format!(

@@ -1,6 +1,6 @@
 //! The main job: bytes between pods, by name, over both families, with ends and resets as the applications made them.
 
-use ambit_e2e::{CLIENT, OUTSIDER, WEB, expect, shop};
+use ambit_e2e::{CLIENT, EXPORT_ALL, OUTSIDER, WEB, expect, shop};
 use ambit_net::route;
 use ambit_testing::mesh::{Mesh, Options, start_in};
 use ambit_testing::{Doing, Failure, sandbox, topology};
@@ -140,6 +140,7 @@ fn names_outside_the_mesh_are_forwarded() {
         expect(&output, true, "192.0.2.7")?;
         let output = mesh.exec(CLIENT, &["ambit-app", "resolve", "nowhere.test"]).await?;
         expect(&output, false, "")?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         // A host of a ServiceEntry gets a stable address, kept in the overlay.
         let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: api, namespace: shop}\n\
                      spec: {hosts: [api.example.com], resolution: STATIC, ports: [{number: 80, name: http}], \
@@ -172,6 +173,7 @@ async fn wait_for_vip_of(mesh: &Mesh, name: &str) -> Result<(), Failure> {
 fn endpoints_that_have_only_a_name() {
     sandbox::test("endpoints_that_have_only_a_name", || async {
         let mesh = shop(Options::default()).await?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         // Somebody outside, at the address that the upstream name server gives for `outside.test`.
         let ip: std::net::IpAddr = "192.0.2.7".parse().doing("address")?;
         let control = &mesh.control;
@@ -195,9 +197,12 @@ fn endpoints_that_cannot_be_reached_are_passed_over() {
     sandbox::test("endpoints_that_cannot_be_reached_are_passed_over", || async {
         let mesh = shop(Options::default()).await?;
         // An endpoint outside the mesh where nobody listens, beside one that serves.
-        let ghost = "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: ghost, namespace: shop}\n\
-                     spec: {address: 10.244.2.1, labels: {app: web}}\n";
-        mesh.apply("ghost.yaml", ghost)?;
+        let ghost = format!(
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: ghost, namespace: shop}}\n\
+             spec: {{address: {}, labels: {{app: web}}}}\n",
+            mesh.control.ip
+        );
+        mesh.apply("ghost.yaml", &ghost)?;
         mesh.wait("the ghost at the client's node", |m| {
             m.dump(0)
                 .is_ok_and(|d| d["workloads"].as_array().is_some_and(|all| all.iter().any(|w| w["name"] == "ghost")))

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ambit_e2e::{CLIENT, expect, layer7_shop, request, told, until};
+use ambit_e2e::{CLIENT, EXPORT_ALL, expect, layer7_shop, request, told, until};
 use ambit_testing::mesh::{Mesh, PATIENCE, Running, start_in};
 use ambit_testing::{Doing, Failure, names, sandbox};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
@@ -64,18 +64,19 @@ async fn server(mesh: &Mesh, dir: &Path) -> Result<std::net::IpAddr, Failure> {
     mesh.apply(
         "api.yaml",
         &format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: api, namespace: outside}}\nspec: {{nodeName: node2, serviceAccountName: api, \
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: api, namespace: shop, labels: {{istio.io/dataplane-mode: none}}}}\nspec: {{nodeName: node2, serviceAccountName: api, \
              containers: [{{name: c, command: [{words}], readinessProbe: {{tcpSocket: {{port: 8443}}}}}}]}}\n"
         ),
     )?;
-    mesh.ready(&["outside/api"]).await?;
-    Ok(mesh.kubelet.pod("outside", "api").ok_or_else(|| Failure::new("no pod"))?.net.ips[0])
+    mesh.ready(&["shop/api"]).await?;
+    Ok(mesh.kubelet.pod("shop", "api").ok_or_else(|| Failure::new("no pod"))?.net.ips[0])
 }
 
 #[test]
 fn a_waypoint_makes_tls_to_what_is_declared() {
     sandbox::test("a_waypoint_makes_tls_to_what_is_declared", || async {
         let mesh = layer7_shop().await?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         let dir = certificates()?;
         let ip = server(&mesh, &dir).await?;
         let file = |name: &str| dir.join(name).display().to_string();
@@ -173,6 +174,7 @@ fn start_tls(mesh: &Mesh, dir: &Path, more: &[String]) -> Result<Running, Failur
 fn names_are_asked_for_again_when_their_answer_is_over() {
     sandbox::test("names_are_asked_for_again_when_their_answer_is_over", || async {
         let mesh = layer7_shop().await?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         ambit_e2e::many::start(&mesh, &[("a", ""), ("b", "")]).await?;
         let ip = |name: &str| match mesh.kubelet.pod("shop", name).map(|pod| pod.net.ips[0]) {
             Some(std::net::IpAddr::V4(ip)) => Ok(ip),
@@ -196,6 +198,7 @@ fn names_are_asked_for_again_when_their_answer_is_over() {
 fn blocks_of_addresses_outside_are_reached_with_tls_as_well() {
     sandbox::test("blocks_of_addresses_outside_are_reached_with_tls_as_well", || async {
         let mesh = layer7_shop().await?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         let dir = certificates()?;
         let file = |name: &str| dir.join(name).display().to_string();
         // Not a pod: a host beside the cluster.
@@ -257,6 +260,7 @@ fn kept(dir: &Path) -> Result<String, Failure> {
 fn keys_are_mounted_from_the_waypoints_own_namespace() {
     sandbox::test("keys_are_mounted_from_the_waypoints_own_namespace", || async {
         let mesh = layer7_shop().await?;
+        mesh.apply("export.yaml", EXPORT_ALL)?;
         let dir = certificates()?;
         let ip = server(&mesh, &dir).await?;
         mesh.apply("kept.yaml", &kept(&dir)?)?;

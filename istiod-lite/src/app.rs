@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_runtime::{Readiness, http, logging, signal};
+use ambit_runtime::{Readiness, descriptors, heap, http, logging, signal};
 use ambit_telemetry::Registry;
 use ambit_telemetry::histogram::MILLISECONDS;
 use ambit_xds::service::{AdsServer, CertificateServer};
@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tracing::info;
 
+use crate::auth::refused::RememberRefused;
 use crate::auth::review::ReviewVerifier;
 use crate::auth::{KeySetVerifier, TokenVerifier};
 use crate::authority::{Authority, AuthorityError, Current};
@@ -55,6 +56,8 @@ pub enum RunError {
 /// Runs until a signal.
 pub fn run(config: Config) -> Result<(), RunError> {
     logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
+    descriptors::raise_limit();
+    heap::purge_in_background();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -121,6 +124,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
             image: config.image.clone(),
             discovery_address: config.discovery_address.clone(),
             tracing: config.otlp_endpoint.clone().map(|endpoint| (endpoint, config.trace_sampling)),
+            cluster_ranges: config.cluster_ranges.clone(),
             daemonset: client.as_ref().map(|_| crate::source::kube::DAEMONSET.to_owned()),
         }),
         enrolments: Enrolments::load(config.state_directory.join("enrolments.json")),
@@ -141,6 +145,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
         Some(client) => Arc::new(ReviewVerifier::new(client, audiences, nodes)),
         None => Arc::new(KeySetVerifier::new(config.jwks.clone(), config.token_issuer.clone(), audiences, nodes)),
     };
+    let verifier: Arc<dyn TokenVerifier> = Arc::new(RememberRefused::new(verifier));
     let clients = Clients::default();
     let ads = Ads {
         verifier: verifier.clone(),

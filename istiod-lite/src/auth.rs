@@ -16,6 +16,9 @@ use serde::Deserialize;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
+use crate::serving::CallerPlace;
+
+pub mod refused;
 pub mod review;
 #[cfg(test)]
 mod tests;
@@ -80,14 +83,21 @@ pub trait TokenVerifier: Send + Sync + 'static {
     fn verify<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, AuthError>> + Send + 'a>>;
 }
 
-/// The caller of a gRPC call.
-pub async fn authenticate(verifier: &dyn TokenVerifier, metadata: &MetadataMap) -> Result<Caller, Status> {
+/// The caller of a gRPC call, whose connection may stay from then on.
+pub async fn authenticate(
+    verifier: &dyn TokenVerifier,
+    metadata: &MetadataMap,
+    extensions: &tonic::Extensions,
+) -> Result<Caller, Status> {
     let header = metadata.get("authorization").and_then(|v| v.to_str().ok());
     let token = header.and_then(|h| h.strip_prefix("Bearer ")).map(str::trim);
     let result = match token {
         None | Some("") => Err(AuthError::Missing),
         Some(token) => verifier.verify(token).await,
     };
+    if let (Ok(_), Some(place)) = (&result, extensions.get::<CallerPlace>()) {
+        place.keep();
+    }
     result.map_err(|error| {
         tracing::warn!(%error, "call refused");
         match error {

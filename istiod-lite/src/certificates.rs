@@ -60,7 +60,7 @@ impl Certificates for CertificateService {
 
 impl CertificateService {
     async fn decide(&self, request: Request<CertificateRequest>) -> Result<CertificateResponse, Status> {
-        let caller = authenticate(&*self.verifier, request.metadata()).await?;
+        let caller = authenticate(&*self.verifier, request.metadata(), request.extensions()).await?;
         let request = request.into_inner();
         let refuse = |reason: String| {
             warn!(%caller, reason, "certificate refused");

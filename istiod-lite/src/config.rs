@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ambit_model::Cidr;
 use ambit_runtime::config::{ConfigError, Source, duration};
 use ambit_runtime::logging::Format;
 
@@ -25,6 +26,8 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   nodeAccounts     CA_TRUSTED_NODE_ACCOUNTS  accounts of node tunnels, comma-separated [istio-system/ztunnel]
   clusterId        CLUSTER_ID             cluster [Kubernetes]
   clusterDomain    CLUSTER_DOMAIN         DNS suffix of the cluster [cluster.local]
+  clusterRanges    AMBIT_CLUSTER_RANGES   ranges of Services and pods, comma-separated, which entries cannot claim; those
+                                          that Nodes tell of their pods count in any case []
   namespace        POD_NAMESPACE          namespace of the installation [istio-system]
   replica          POD_NAME               kube: name of this replica, unique among them [istiod-lite]
   image            AMBIT_IMAGE            image of our programs, for waypoints [ambit:VERSION]
@@ -63,6 +66,7 @@ pub struct Config {
     pub node_accounts: Vec<(String, String)>,
     pub cluster_id: String,
     pub cluster_domain: String,
+    pub cluster_ranges: Vec<Cidr>,
     pub namespace: String,
     pub replica: String,
     pub image: String,
@@ -112,6 +116,13 @@ impl Config {
         let overlay = s.get("overlay", &["AMBIT_OVERLAY"], "a directory").unwrap_or_else(|| {
             directory.parent().map_or_else(|| PathBuf::from("overlay"), |parent| parent.join("overlay"))
         });
+        let mut cluster_ranges = Vec::new();
+        for range in list(text(&mut s, "clusterRanges", "AMBIT_CLUSTER_RANGES", "")).iter().filter(|r| !r.is_empty()) {
+            match range.parse() {
+                Ok(range) => cluster_ranges.push(range),
+                Err(error) => s.problem(format!("clusterRanges: {error}")),
+            }
+        }
         let mut node_accounts = Vec::new();
         for account in list(text(&mut s, "nodeAccounts", "CA_TRUSTED_NODE_ACCOUNTS", "istio-system/ztunnel")) {
             match account.split_once('/') {
@@ -143,6 +154,7 @@ impl Config {
             token_audiences: list(text(&mut s, "tokenAudiences", "AMBIT_TOKEN_AUDIENCES", "istio-ca,ambit")),
             node_accounts,
             cluster_id: text(&mut s, "clusterId", "CLUSTER_ID", "Kubernetes"),
+            cluster_ranges,
             cluster_domain: text(&mut s, "clusterDomain", "CLUSTER_DOMAIN", "cluster.local"),
             namespace,
             replica: text(&mut s, "replica", "POD_NAME", "istiod-lite"),

@@ -68,6 +68,15 @@ impl Pipeline {
             }
             let built = self.index.update(&state.objects, &self.enrolments.by_node);
             last = state.clone();
+            match built.config.broken.clone().filter(|_| state.ready) {
+                // With another trust domain than the one that was meant nobody would know anybody.
+                Some(reason) => {
+                    warn!(reason, "the mesh configuration cannot be read, and there is no earlier one");
+                    self.readiness.pending("mesh configuration", reason);
+                    continue;
+                }
+                None => self.readiness.ready("mesh configuration"),
+            }
             self.write_allocations(&built);
             // Before the source has been read nothing is known to be gone.
             if let (Some(rendered), true) = (&mut rendered, state.ready) {

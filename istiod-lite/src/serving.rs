@@ -1,6 +1,8 @@
 //! The port that nodes and waypoints connect to: TLS with the controller's own certificate.
 //!
-//! Owns accepting, with a bound on connections and a deadline on handshakes, and the renewal of what is served.
+//! Owns accepting and the renewal of what is served. Every state of a connection has a deadline: the handshake, and the
+//! time until a first call whose caller is known; until then it also gives way to newer ones (see
+//! [`ambit_runtime::admission`]).
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use ambit_runtime::admission::{Admission, Limits, Place};
 use ambit_tls::certificate::LeafFacts;
 use ambit_tls::{control, provider, renew};
 use arc_swap::ArcSwap;
@@ -17,17 +20,19 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 use tracing::{debug, error, info, warn};
 
 use crate::app::{RunError, load_authority, publish_roots};
 use crate::authority::{Authority, Current};
 use crate::config::Config;
 
-/// Connections at a time; a mesh of some thousand nodes fits.
-const MAX_CONNECTIONS: usize = 16 * 1024;
+/// Connections at a time; a mesh of some thousand nodes fits, and some nodes behind one address.
+const LIMITS: Limits = Limits { total: 16 * 1024, per_source: 256 };
+/// After the handshake, the first call of a known caller must have come within this.
+const FIRST_CALL: Duration = Duration::from_secs(10);
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const SERVING_TTL: Duration = Duration::from_secs(24 * 3600);
 
@@ -121,27 +126,33 @@ pub(crate) async fn accept(
             .map_err(|e| RunError::Io(format!("listen on port {port}"), e))?,
     };
     let (sender, receiver) = mpsc::channel(64);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let admission = Admission::new(LIMITS);
     tokio::spawn(async move {
         loop {
-            // Never closed.
-            let Ok(place) = places.clone().acquire_owned().await else { return };
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let (stream, source) = match listener.accept().await {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     warn!(%error, "accept");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
+            let Some(place) = admission.admit(source.ip().to_canonical()) else {
+                debug!(%source, "connection refused: too many of this address");
+                continue;
+            };
             // Without it the connection still works.
             let _ = stream.set_nodelay(true);
             let (acceptor, sender) = (acceptor.clone(), sender.clone());
             tokio::spawn(async move {
-                match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(tls)) => drop(sender.send(Ok(Connection { tls, _place: place })).await),
-                    Ok(Err(error)) => debug!(%error, "TLS handshake"),
-                    Err(_) => debug!("TLS handshake not finished in time"),
+                let handshake = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream));
+                tokio::select! {
+                    accepted = handshake => match accepted {
+                        Ok(Ok(tls)) => drop(sender.send(Ok(Connection::new(tls, place))).await),
+                        Ok(Err(error)) => debug!(%error, "TLS handshake"),
+                        Err(_) => debug!("TLS handshake not finished in time"),
+                    },
+                    () = place.displaced() => debug!(%source, "connection displaced by a newer one"),
                 }
             });
         }
@@ -152,19 +163,58 @@ pub(crate) async fn accept(
 /// A TLS connection as tonic wants it.
 pub(crate) struct Connection {
     tls: tokio_rustls::server::TlsStream<TcpStream>,
-    _place: OwnedSemaphorePermit,
+    place: Arc<Place>,
+    /// Completes when it is to end: nobody who is known has called, or it was displaced. `None` once it may stay.
+    unproven: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl Connection {
+    fn new(tls: tokio_rustls::server::TlsStream<TcpStream>, place: Place) -> Self {
+        let place = Arc::new(place);
+        let waiting = place.clone();
+        let unproven = async move {
+            tokio::select! {
+                () = tokio::time::sleep(FIRST_CALL) => {}
+                () = waiting.displaced() => {}
+            }
+        };
+        Self { tls, place, unproven: Some(Box::pin(unproven)) }
+    }
+
+    /// Whether it must end now.
+    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.place.is_kept() {
+            self.unproven = None;
+        }
+        self.unproven.as_mut().is_some_and(|unproven| unproven.as_mut().poll(cx).is_ready() && !self.place.is_kept())
+    }
+}
+
+/// What a call knows of its connection.
+#[derive(Clone, Debug)]
+pub(crate) struct CallerPlace(Arc<Place>);
+
+impl CallerPlace {
+    /// The caller is known: the connection may stay.
+    pub(crate) fn keep(&self) {
+        self.0.keep();
+    }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = CallerPlace;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.tls.get_ref().0.connect_info()
+    fn connect_info(&self) -> CallerPlace {
+        CallerPlace(self.place.clone())
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        if self.poll_overdue(cx) {
+            let why = "no call of a known caller in time";
+            return Poll::Ready(Err(std::io::Error::new(std::io::ErrorKind::TimedOut, why)));
+        }
         Pin::new(&mut self.tls).poll_read(cx, buf)
     }
 }

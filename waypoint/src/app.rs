@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ambit_net::{Netns, listen};
+use ambit_runtime::admission::{Admission, Limits};
 use ambit_runtime::http::{self, Method, Page, Request, StatusCode};
-use ambit_runtime::{Readiness, Workers, heap, logging, profile, signal};
+use ambit_runtime::{Readiness, Workers, descriptors, heap, logging, profile, signal};
 use ambit_store::Store;
 use ambit_telemetry::metrics::GaugeVec;
 use ambit_telemetry::spans::{Spans, SpansError};
@@ -62,12 +63,16 @@ pub enum RunError {
 const HBONE_PORT: u16 = 15008;
 /// What must be cut has so long to tell its client, and then the log to be written.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Tunnels at a time. A client pod has a few with each of its tunnel's workers.
+const TUNNELS: Limits = Limits { total: 32_768, per_source: 512 };
 /// Series that have not changed for this long are dropped.
 const METRIC_IDLE: u64 = 3600;
 
 /// Runs until a signal.
 pub fn run(config: Config) -> Result<(), RunError> {
     logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
+    descriptors::raise_limit();
+    heap::purge_in_background();
     let workers = Workers::start("waypoint", config.worker_threads).map_err(|e| RunError::Io("workers", e))?;
     let control = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -129,6 +134,7 @@ async fn serve(config: Arc<Config>, workers: &Workers) -> Result<AccessLog, RunE
         moves: Moves::default(),
         spread,
         overload,
+        admission: Admission::new(TUNNELS),
         config: config.clone(),
     });
     pages(&config, &shared, &readiness, &registry).await?;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use ambit_hbone::flood::Flood;
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::io::TunnelIo;
 use ambit_hbone::server::Incoming;
@@ -24,7 +25,6 @@ use hyper_util::server::conn::auto;
 use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::flood::Flood;
 use crate::heads::Heads;
 use crate::observe::{Facts, Meter, Observer, Telling};
 use crate::rebalance;

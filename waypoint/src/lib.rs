@@ -6,7 +6,7 @@
 //!   replicas than before.
 //! - [`target`]: what a CONNECT asks for. [`connection`]: one stream inside a tunnel, told apart into HTTP and TCP; [`relay`]: the
 //!   latter; [`rewind`]: what was read to tell;
-//!   [`flood`]: frames that are too many; [`heads`]: heads that are too slow.
+//!   [`heads`]: heads that are too slow.
 //! - [`request`]: one request from its head to its answer; [`admission`]: whether it may go on; [`plan`]: its rule and backend;
 //!   [`filters`]: what routes do to it; [`local`]: answers of our own; [`token`]: its JWT, [`keys`] where those are fetched;
 //!   [`authorizer`]: asking somebody else.
@@ -25,7 +25,6 @@ pub mod connection;
 pub mod ending;
 pub mod explain;
 pub mod filters;
-pub mod flood;
 pub mod forward;
 pub mod heads;
 pub mod keys;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::flood::Frames;
+use ambit_hbone::flood::Frames;
 
 /// A stream of which some bytes have been read already.
 #[derive(Debug)]
@@ -55,6 +55,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Rewind<T> {
             && let Err(flood) = frames.see(&buf.filled()[before..], since.elapsed())
         {
             this.flooded.store(true, Relaxed);
+            buf.set_filled(before);
             return Poll::Ready(Err(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, flood)));
         }
         Poll::Ready(Ok(()))

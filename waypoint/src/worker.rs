@@ -9,8 +9,9 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use ambit_hbone::server::{Incoming, serve};
-use ambit_net::{listen, orig_dst};
+use ambit_net::{listen, orig_dst, unless};
 use ambit_runtime::Worker;
+use ambit_runtime::admission::{Admission, Place};
 use ambit_store::Store;
 use ambit_tls::{Peer, handshake};
 use ambit_xds::certificates::Lease;
@@ -55,6 +56,8 @@ pub struct Shared {
     pub moves: Moves,
     pub spread: Spread,
     pub overload: Arc<Overload>,
+    /// Tunnels: in all, and of one address.
+    pub admission: Admission,
 }
 
 /// What a worker has.
@@ -156,7 +159,16 @@ fn spawn_stream(context: &Rc<Context>, incoming: Incoming, downstream: Arc<Downs
     });
 }
 
-async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr, _held: Held) {
+/// Serves a tunnel while it has its place; until its peer is proven it gives way to newer ones.
+async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr, held: Held) {
+    let Some(place) = context.shared.admission.admit(source.ip()) else {
+        context.shared.overload.cut();
+        return debug!(%source, "tunnel refused: too many of them");
+    };
+    unless(proven_tunnel(context, stream, source, held, &place), place.displaced()).await;
+}
+
+async fn proven_tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr, _held: Held, place: &Place) {
     let settings = &context.shared.config.hbone;
     let Some(own) = context.shared.certificate.current() else {
         return warn!(%source, "tunnel refused: no certificate yet");
@@ -165,6 +177,7 @@ async fn tunnel(context: Rc<Context>, stream: TcpStream, source: SocketAddr, _he
         Ok(accepted) => accepted,
         Err(error) => return warn!(%source, %error, "tunnel refused"),
     };
+    place.keep();
     let end = peer.not_after.min(own.facts.not_after);
     let downstream = Arc::new(Downstream { peer, source });
     let served = serve(tls, settings, until(&context, end), |incoming| {

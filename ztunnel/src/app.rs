@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ambit_net::Netns;
-use ambit_runtime::{Readiness, Workers, http, logging, signal};
+use ambit_runtime::{Readiness, Workers, descriptors, heap, http, logging, signal};
 use ambit_store::Store;
 use ambit_telemetry::spans::{Spans, SpansError};
 use ambit_telemetry::{AccessLog, Registry};
@@ -60,7 +60,8 @@ const METRIC_IDLE: u64 = 3600;
 /// Runs until a signal.
 pub fn run(config: Config) -> Result<(), RunError> {
     logging::init(&config.log_level, config.log_format).map_err(RunError::Logging)?;
-    raise_descriptor_limit();
+    descriptors::raise_limit();
+    heap::purge_in_background();
     let workers = Workers::start("ztunnel", config.worker_threads).map_err(|e| RunError::Io("workers", e))?;
     let control = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -70,16 +71,6 @@ pub fn run(config: Config) -> Result<(), RunError> {
     workers.stop();
     log.finish(LAST_LINES);
     Ok(())
-}
-
-/// As many descriptors as we may have: a connection takes two.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the limit of descriptors was not raised");
-    }
 }
 
 /// Runs until the process has to end; the log that is to be finished.

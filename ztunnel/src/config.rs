@@ -50,6 +50,7 @@ FILE is YAML, one key a line; each may be set by its environment variable, which
   connectTimeout       CONNECT_TIMEOUT           TCP connect [10s]
   handshakeTimeout     HANDSHAKE_TIMEOUT         TLS and HTTP/2 with a peer, each [10s]
   podConnections       POD_CONNECTIONS           connections of one pod in each direction, over all workers [65536]
+  peerConnections      PEER_CONNECTIONS          of those towards a pod, how many one address may have [a quarter, at least 1024]
   auditInterval        AUDIT_INTERVAL            enrolled pods are verified this often [30s]
   poolIdle             POOL_UNUSED_RELEASE_TIMEOUT       an idle tunnel is closed [5m]
   poolStreams          POOL_MAX_STREAMS_PER_CONNECTION   streams in one tunnel [100]
@@ -111,6 +112,7 @@ pub struct Config {
     pub connect_timeout: Duration,
     pub audit_interval: Duration,
     pub pod_connections: usize,
+    pub peer_connections: usize,
     pub hbone: Settings,
     pub otlp_endpoint: Option<String>,
     pub trace_sampling: f64,
@@ -189,6 +191,8 @@ impl Config {
         if !(16_384..=16_777_215).contains(&max_frame) {
             s.problem(format!("frameSize {max_frame}: expected 16384 to 16777215 (RFC 9113 section 4.2)"));
         }
+        let pod_connections =
+            s.get("podConnections", &["POD_CONNECTIONS"], "a number").unwrap_or(65536_usize).max(1);
         let config = Self {
             node_name: node_name.into(),
             cluster_id: text(&mut s, "clusterId", &["CLUSTER_ID", "ISTIO_META_CLUSTER_ID"], "Kubernetes").into(),
@@ -227,10 +231,11 @@ impl Config {
             readiness_port: s.get("readinessPort", &["READINESS_PORT"], "a port").unwrap_or(15021),
             drain_deadline: time(&mut s, "drainDeadline", &["CONNECTION_TERMINATION_DEADLINE"], grace),
             connect_timeout: time(&mut s, "connectTimeout", &["CONNECT_TIMEOUT"], Duration::from_secs(10)),
-            pod_connections: s
-                .get("podConnections", &["POD_CONNECTIONS"], "a number")
-                .unwrap_or(65536)
-                .clamp(1, tokio::sync::Semaphore::MAX_PERMITS),
+            pod_connections,
+            peer_connections: s
+                .get("peerConnections", &["PEER_CONNECTIONS"], "a number")
+                .unwrap_or((pod_connections / 4).max(1024))
+                .clamp(1, pod_connections),
             audit_interval: time(&mut s, "auditInterval", &["AUDIT_INTERVAL"], Duration::from_secs(30)),
             hbone: Settings {
                 handshake: time(&mut s, "handshakeTimeout", &["HANDSHAKE_TIMEOUT"], defaults.handshake),

@@ -15,6 +15,7 @@ use ambit_model::Workload;
 use ambit_model::policy::Connection;
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 use ambit_net::{connect, orig_dst, relay, unless};
+use ambit_runtime::admission::Place;
 use ambit_telemetry::spans::Parent;
 use ambit_tls::{Peer, handshake};
 use http::StatusCode;
@@ -39,8 +40,14 @@ struct Tunnel {
     local: SocketAddr,
 }
 
-/// Handles one connection to 15008.
-pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, source: SocketAddr) {
+/// Handles one connection to 15008; it keeps its place once its peer is proven.
+pub async fn handle(
+    context: Rc<Context>,
+    pod: Arc<Pod>,
+    stream: TcpStream,
+    source: SocketAddr,
+    place: Rc<Place>,
+) {
     let Ok(local) = stream.local_addr().map(orig_dst::canonical) else { return };
     let facts = Facts::new(Reporter::Destination, source, local);
     let settings = &context.shared.config.hbone;
@@ -58,6 +65,7 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
             return context.shared.observer.refused(&facts, &failure, "tunnel refused");
         }
     };
+    place.keep();
     let end = peer.not_after.min(own_end);
     let tunnel = Rc::new(Tunnel { context: context.clone(), pod: pod.clone(), peer, source, local });
     // No new stream after either certificate's end, when the pod leaves, or when the process drains.
@@ -71,13 +79,14 @@ pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, sour
     };
     let served = serve(tls, settings, drain, |incoming| {
         let (tunnel, gone) = (tunnel.clone(), pod.gone.clone());
-        let Ok(place) = pod.places(Reporter::Destination).clone().try_acquire_owned() else {
+        let Some(place) = pod.admission(Reporter::Destination).admit(source.ip()) else {
             let mut facts = facts.clone();
             facts.src_identity = Some(tunnel.peer.identity.clone());
             let reason = worker::too_many(&context, &pod);
             context.shared.observer.refused(&facts, &Failure::new(Flag::Overflow, &reason), "connection refused");
             return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, &reason);
         };
+        place.keep();
         let work = context.shared.connections.track_future(async move {
             let _place = place;
             unless(tunnel.stream(incoming), gone.cancelled()).await;

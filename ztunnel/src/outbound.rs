@@ -11,8 +11,8 @@ use std::time::Instant;
 use ambit_hbone::headers::{Baggage, TraceParent};
 use ambit_hbone::pool::ConnectLost;
 use ambit_hbone::{ConnectHeaders, OpenError, Tunnel};
-use ambit_model::workload::WorkloadType;
-use ambit_model::{Str, Workload};
+use ambit_model::workload::{Protocol, WorkloadType};
+use ambit_model::{Service, Str, Workload};
 use ambit_net::netns::NetnsId;
 use ambit_net::{connect, orig_dst, relay};
 use ambit_telemetry::spans::Begun;
@@ -98,6 +98,38 @@ impl Ready {
     }
 }
 
+/// The workload of a pod that opens a connection. The kubelet reports the address of a pod only after it has started all of its
+/// containers, so the controller may not know it for long; what an outbound connection needs of it is known here.
+pub async fn client(context: &Context, pod: &Pod) -> Result<Arc<Workload>, authorize::Rejection> {
+    let known = pod.view.borrow().workload.clone();
+    if let Some(workload) = known {
+        return Ok(workload);
+    }
+    let (config, snapshot) = (&context.shared.config, context.shared.store.load());
+    // The network is that of the node's other workloads: with a wrong one nothing of the mesh would be found.
+    let neighbour = snapshot.workloads().find(|w| w.node == config.node_name);
+    if let (true, false, Some(neighbour)) = (snapshot.addresses_synced, pod.info.ips.is_empty(), neighbour) {
+        return Ok(Arc::new(Workload {
+            name: pod.info.name.as_str().into(),
+            namespace: pod.identity.namespace.clone(),
+            trust_domain: pod.identity.trust_domain.clone(),
+            service_account: pod.identity.service_account.clone(),
+            workload_name: pod.info.name.as_str().into(),
+            canonical_name: pod.info.name.as_str().into(),
+            canonical_revision: "latest".into(),
+            workload_type: WorkloadType::Pod,
+            network: neighbour.network.clone(),
+            locality: neighbour.locality.clone(),
+            cluster_id: config.cluster_id.clone(),
+            node: config.node_name.clone(),
+            protocol: Protocol::Hbone,
+            workload_ips: pod.info.ips.clone(),
+            ..Workload::default()
+        }));
+    }
+    authorize::known(&mut pod.view.clone()).await?.workload.ok_or(authorize::Rejection::Unknown)
+}
+
 /// Gets to the next hop.
 async fn reach(
     context: &Rc<Context>,
@@ -106,11 +138,7 @@ async fn reach(
     to: SocketAddr,
     facts: &mut Facts,
 ) -> Result<Ready, Failure> {
-    let mut view = pod.view.clone();
-    let view = authorize::known(&mut view).await.map_err(|r| Failure::new(Flag::Connect, r))?;
-    let Some(client) = view.workload else {
-        return Err(Failure::new(Flag::Connect, authorize::Rejection::Unknown));
-    };
+    let client = client(context, pod).await.map_err(|r| Failure::new(Flag::Connect, r))?;
     facts.src_workload = Some(client.clone());
     let mut avoid: Vec<Str> = Vec::new();
     let mut last: Option<Failure> = None;
@@ -131,14 +159,14 @@ async fn reach(
                 }
             }
             Route::Named { host, port, workload, service } => {
-                facts.service = service;
+                facts.service = service.clone();
                 facts.dst_workload = Some(workload.clone());
-                match named(context, pod, &host, port, to.is_ipv4()).await {
-                    Ok((ready, addr)) => {
-                        facts.dst = addr;
-                        return Ok(ready);
-                    }
-                    Err(failure) => (failure, workload.uid.clone()),
+                let uid = workload.uid.clone();
+                let endpoint = NamedEndpoint { host, port, workload, service };
+                match named(context, pod, &client, endpoint, (stream, to), facts).await {
+                    Ok(ready) => return Ok(ready),
+                    Err((failure, true)) => return Err(failure),
+                    Err((failure, false)) => (failure, uid),
                 }
             }
             Route::Hbone(hop) => {
@@ -207,21 +235,49 @@ async fn plain(context: &Context, pod: &Pod, to: SocketAddr) -> Result<Ready, Fa
 /// Addresses of a name that are tried for one connection.
 const ANSWERS: usize = 4;
 
-/// Connects to a name: its addresses one after the other, those of the family addressed first.
-async fn named(
-    context: &Context,
-    pod: &Pod,
-    host: &str,
+/// An endpoint that has only a name.
+struct NamedEndpoint {
+    host: Str,
     port: u16,
-    ipv4: bool,
-) -> Result<(Ready, SocketAddr), Failure> {
-    let mut ips = dns::lookup(pod, host).await.map_err(|e| Failure::new(Flag::Connect, format!("{host}: {e}")))?;
-    ips.sort_by_key(|ip| ip.is_ipv4() != ipv4);
-    let mut last = Failure::new(Flag::Connect, format!("{host} has no address"));
+    workload: Arc<Workload>,
+    service: Option<Arc<Service>>,
+}
+
+/// Connects to a name: its addresses one after the other, those of the family addressed first. An address that is that of
+/// a pod of the mesh is reached as the pod. The flag of an error says whether a peer has given an answer.
+async fn named(
+    context: &Rc<Context>,
+    pod: &Arc<Pod>,
+    client: &Workload,
+    endpoint: NamedEndpoint,
+    (stream, to): (&TcpStream, SocketAddr),
+    facts: &mut Facts,
+) -> Result<Ready, (Failure, bool)> {
+    let NamedEndpoint { host, port, workload, service } = endpoint;
+    let lost = |reason: String| Failure::new(Flag::Connect, format!("{host}: {reason}"));
+    let mut ips = dns::lookup(pod, &host).await.map_err(|e| (lost(e.to_string()), false))?;
+    ips.sort_by_key(|ip| ip.is_ipv4() != to.is_ipv4());
+    let mut last = (lost("it has no address".into()), false);
     for ip in ips.into_iter().take(ANSWERS) {
         let addr = SocketAddr::new(ip, port);
-        match plain(context, pod, addr).await {
-            Ok(ready) => return Ok((ready, addr)),
+        let decided = crate::route::resolved(&context.shared.store.load(), client, addr, &workload, &service);
+        let tried = match decided {
+            Route::Hbone(hop) => {
+                facts.dst = hop.peer;
+                facts.hbone = Some(hop.authority.to_string());
+                facts.dst_workload = Some(hop.workload.clone());
+                tunnel(context, pod, client, hop, stream, facts).await
+            }
+            Route::Plain { to, .. } => {
+                facts.dst = to;
+                plain(context, pod, to).await.map_err(|failure| (failure, false))
+            }
+            Route::Refuse(refusal) => Err((lost(refusal.to_string()), false)),
+            Route::Passthrough { .. } | Route::Named { .. } => unreachable!("an address has been found"),
+        };
+        match tried {
+            Ok(ready) => return Ok(ready),
+            Err((failure, true)) => return Err((failure, true)),
             Err(failure) => last = failure,
         }
     }

@@ -18,12 +18,13 @@ use ambit_model::{Identity, Workload};
 use ambit_net::Netns;
 use ambit_net::capture::{Capture, Dropped};
 use ambit_net::netns::NetnsId;
+use ambit_runtime::admission::Admission;
 use ambit_store::Store;
 use ambit_telemetry::CounterVec;
 use ambit_xds::proto::ambit::NodePod;
 use futures::StreamExt;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -105,14 +106,14 @@ pub struct Pod {
     pub capture: Capture,
     /// What ends when the pod is gone: its connections and tunnels.
     pub tasks: TaskTracker,
-    /// Connections that it may still have, outwards and inwards.
-    pub(crate) places: [Arc<Semaphore>; 2],
+    /// Connections that it may have, outwards and inwards.
+    pub(crate) admission: [Admission; 2],
 }
 
 impl Pod {
     /// Places for connections of one direction.
-    pub fn places(&self, reporter: Reporter) -> &Arc<Semaphore> {
-        &self.places[usize::from(reporter == Reporter::Destination)]
+    pub fn admission(&self, reporter: Reporter) -> &Admission {
+        &self.admission[usize::from(reporter == Reporter::Destination)]
     }
 }
 

@@ -11,7 +11,7 @@ use ambit_model::service::{BalanceMode, ClientPlace, Service};
 use ambit_model::workload::{GatewayAddress, Protocol};
 use ambit_model::{Str, Weighted, Workload};
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
-use ambit_store::{Destination, Snapshot};
+use ambit_store::{Chosen, Destination, Snapshot};
 
 #[cfg(test)]
 mod tests;
@@ -82,6 +82,9 @@ pub enum Refusal {
     /// The endpoint is in another network, which needs a gateway.
     #[error("{0} is in network {1:?}; reaching other networks is not supported")]
     OtherNetwork(Str, Str),
+    /// A name of an endpoint was resolved to an address that nobody can own.
+    #[error("{0} is a {1} address, to which no name of an endpoint leads")]
+    Reserved(IpAddr, &'static str),
     /// The endpoint has no address.
     #[error("{0} has no address of its own")]
     NoAddress(Str),
@@ -97,7 +100,7 @@ pub fn route(snapshot: &Snapshot, client: &Workload, to: SocketAddr, avoid: &[St
     let place = place_of(client);
     match snapshot.find(&client.network, to.ip(), &client.namespace) {
         Some(Destination::Service(service)) => to_service(snapshot, client, &place, service, to, avoid),
-        Some(Destination::Workload(workload)) => to_workload(snapshot, client, &place, workload, to, avoid),
+        Some(Destination::Workload(workload)) => to_workload(snapshot, client, &place, workload, to, None, avoid),
         None => Route::Passthrough { service: None },
     }
 }
@@ -127,9 +130,51 @@ fn to_service(
         return Route::Passthrough { service: Some(service) };
     }
     match snapshot.choose(&service, to.port(), place, avoid) {
-        Some(chosen) => direct(client, chosen.workload, chosen.port, to, Some(service)),
+        Some(chosen) => to_endpoint(snapshot, client, place, chosen, to, service, avoid),
         None => Route::Refuse(Refusal::NoUpstream(service.key().to_string(), to.port())),
     }
+}
+
+/// To an endpoint of a service. One that is known by a bare address and is a pod of the mesh is that pod: it gets a tunnel.
+fn to_endpoint(
+    snapshot: &Snapshot,
+    client: &Workload,
+    place: &ClientPlace,
+    chosen: Chosen,
+    to: SocketAddr,
+    service: Arc<Service>,
+    avoid: &[Str],
+) -> Route {
+    match direct(client, chosen.workload, chosen.port, to, Some(service)) {
+        Route::Plain { to, workload, service } => match pod_at(snapshot, client, to.ip(), &workload) {
+            Some(pod) => to_workload(snapshot, client, place, pod, to, service, avoid),
+            None => Route::Plain { to, workload, service },
+        },
+        other => other,
+    }
+}
+
+/// Where an address goes that a name of an endpoint was resolved to.
+pub fn resolved(
+    snapshot: &Snapshot,
+    client: &Workload,
+    to: SocketAddr,
+    workload: &Arc<Workload>,
+    service: &Option<Arc<Service>>,
+) -> Route {
+    if let Some(what) = ambit_model::address::reserved(to.ip()) {
+        return Route::Refuse(Refusal::Reserved(to.ip(), what));
+    }
+    match pod_at(snapshot, client, to.ip(), workload) {
+        Some(pod) => to_workload(snapshot, client, &place_of(client), pod, to, service.clone(), &[]),
+        None => Route::Plain { to, workload: workload.clone(), service: service.clone() },
+    }
+}
+
+/// The pod of the mesh that has an address which `other`, of which less is known, has too.
+fn pod_at(snapshot: &Snapshot, client: &Workload, ip: IpAddr, other: &Workload) -> Option<Arc<Workload>> {
+    let found = snapshot.workload_at(&client.network, ip)?;
+    (found.uid != other.uid && found.protocol == Protocol::Hbone).then(|| found.clone())
 }
 
 fn to_workload(
@@ -138,6 +183,7 @@ fn to_workload(
     place: &ClientPlace,
     workload: Arc<Workload>,
     to: SocketAddr,
+    service: Option<Arc<Service>>,
     avoid: &[Str],
 ) -> Route {
     if let Some(waypoint) = &workload.waypoint {
@@ -145,10 +191,15 @@ fn to_workload(
         let we_are_it =
             snapshot.gateway(waypoint, place, &[]).is_some_and(|w| w.workload.identity() == client.identity());
         if !we_are_it {
-            return through(snapshot, place, waypoint, to, None, avoid);
+            return through(snapshot, place, waypoint, to, service, avoid);
         }
     }
-    direct(client, workload, to.port(), to, None)
+    // Names that a service lends its endpoints are not for a pod that has its own identity.
+    match direct(client, workload, to.port(), to, None) {
+        Route::Hbone(hop) => Route::Hbone(Hop { service, ..hop }),
+        Route::Plain { to, workload, .. } => Route::Plain { to, workload, service },
+        other => other,
+    }
 }
 
 /// The waypoint of a service; one of several by weight.

@@ -13,6 +13,7 @@ use ambit_hbone::Pool;
 use ambit_net::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 use ambit_net::{Netns, listen, relay, unless};
 use ambit_runtime::Worker;
+use ambit_runtime::admission::Place;
 use ambit_store::Store;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::mpsc;
@@ -128,11 +129,21 @@ async fn sweep(context: Rc<Context>) {
 
 fn serve(context: &Rc<Context>, pod: &Arc<Pod>, listeners: Listeners) -> std::io::Result<()> {
     let Listeners { outbound, plaintext, hbone, dns_udp, dns_tcp } = listeners;
-    accept(context, pod, Reporter::Source, TcpListener::from_std(outbound)?, outbound::handle);
-    accept(context, pod, Reporter::Destination, TcpListener::from_std(plaintext)?, passthrough::handle);
+    accept(context, pod, Reporter::Source, TcpListener::from_std(outbound)?, |c, p, stream, peer, place| {
+        place.keep();
+        outbound::handle(c, p, stream, peer)
+    });
+    accept(context, pod, Reporter::Destination, TcpListener::from_std(plaintext)?, |c, p, stream, peer, place| {
+        place.keep();
+        passthrough::handle(c, p, stream, peer)
+    });
+    // Until its peer is proven, a tunnel gives way to newer ones.
     accept(context, pod, Reporter::Destination, TcpListener::from_std(hbone)?, inbound::handle);
     for listener in dns_tcp {
-        accept(context, pod, Reporter::Source, TcpListener::from_std(listener)?, dns::handle_tcp);
+        accept(context, pod, Reporter::Source, TcpListener::from_std(listener)?, |c, p, stream, peer, place| {
+            place.keep();
+            dns::handle_tcp(c, p, stream, peer)
+        });
     }
     let (gone, netns, pool) = (pod.gone.clone(), pod.netns.id(), context.pool.clone());
     tokio::task::spawn_local(pod.tasks.track_future(async move {
@@ -160,7 +171,7 @@ fn accept<F>(
     pod: &Arc<Pod>,
     reporter: Reporter,
     listener: TcpListener,
-    handle: impl Fn(Rc<Context>, Arc<Pod>, TcpStream, SocketAddr) -> F + 'static,
+    handle: impl Fn(Rc<Context>, Arc<Pod>, TcpStream, SocketAddr, Rc<Place>) -> F + 'static,
 ) where
     F: Future<Output = ()> + 'static,
 {
@@ -177,15 +188,20 @@ fn accept<F>(
                     // Without these options the connection still works.
                     let _ = listen::prepare_stream(&stream);
                     let peer = ambit_net::orig_dst::canonical(peer);
-                    let Ok(place) = pod.places(reporter).clone().try_acquire_owned() else {
+                    let Some(place) = pod.admission(reporter).admit(peer.ip()).map(Rc::new) else {
                         refuse(&context, &pod, reporter, &stream, peer);
                         continue;
                     };
                     let gone = pod.gone.clone();
-                    let work = handle(context.clone(), pod.clone(), stream, peer);
+                    let work = handle(context.clone(), pod.clone(), stream, peer, place.clone());
                     let tracked = context.shared.connections.track_future(async move {
-                        let _place = place;
-                        unless(work, gone.cancelled()).await;
+                        let ends = async {
+                            tokio::select! {
+                                () = gone.cancelled() => {}
+                                () = place.displaced() => {}
+                            }
+                        };
+                        unless(work, ends).await;
                     });
                     tokio::task::spawn_local(pod.tasks.track_future(tracked));
                 }
@@ -201,8 +217,11 @@ fn accept<F>(
 
 /// Why a pod gets no further connection.
 pub(crate) fn too_many(context: &Context, pod: &Pod) -> String {
-    let limit = context.shared.config.pod_connections;
-    format!("pod {}/{} has {limit} connections (podConnections)", pod.info.namespace, pod.info.name)
+    let (all, of_peer) = (context.shared.config.pod_connections, context.shared.config.peer_connections);
+    format!(
+        "pod {}/{} has {all} connections (podConnections), or {of_peer} of this peer (peerConnections)",
+        pod.info.namespace, pod.info.name
+    )
 }
 
 /// One pod that leaks connections must not take those of the others.

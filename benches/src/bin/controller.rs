@@ -61,6 +61,7 @@ struct Controller {
 impl Controller {
     fn new() -> Self {
         let settings = Settings {
+            cluster_ranges: Vec::new(),
             cluster_id: "Kubernetes".into(),
             cluster_domain: "cluster.local".into(),
             namespace: "istio-system".into(),

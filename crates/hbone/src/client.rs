@@ -20,6 +20,7 @@ use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
+use crate::flood::{Frames, Watched};
 use crate::carry::{BulkMark, CarryError, carry};
 use crate::headers::{Authority, ConnectHeaders, reason};
 use crate::io::TunnelIo;
@@ -79,7 +80,7 @@ impl Tunnel {
             .initial_max_send_streams(settings.streams_per_tunnel)
             .max_header_list_size(16 * 1024)
             .enable_push(false)
-            .handshake(stream);
+            .handshake(Watched::new(stream, Frames::of_server()));
         let (request, mut connection) = tokio::time::timeout(settings.handshake, handshake)
             .await
             .map_err(|_| OpenError::Http2(format!("not finished within {:?}", settings.handshake)))?

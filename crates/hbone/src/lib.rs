@@ -8,11 +8,12 @@
 //! - [`headers`]: what the CONNECT request carries. [`settings`]: windows, limits, deadlines.
 //! - [`client`]: one tunnel outwards. [`pool`]: who shares one. [`server`]: tunnels coming in.
 //! - [`carry`]: bytes between a socket and a stream, shared by both ends. [`io`]: a stream for who parses what it carries.
-//!   [`pings`], [`path`]: is the peer there, and
+//!   [`flood`]: control frames that are too many. [`pings`], [`path`]: is the peer there, and
 //!   how large are windows to be.
 
 pub mod carry;
 pub mod client;
+pub mod flood;
 pub mod headers;
 pub mod io;
 pub mod path;

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::carry::{BulkMark, CarryError, carry};
+use crate::flood::{Frames, Watched};
 use crate::headers::{Authority, ConnectHeaders, REASON};
 use crate::io::TunnelIo;
 use crate::pings::{Dead, Pings, Traffic};
@@ -95,7 +96,7 @@ where
         .max_send_buffer_size(settings.send_buffer)
         .max_concurrent_streams(settings.max_streams)
         .max_header_list_size(64 * 1024)
-        .handshake::<S, Bytes>(stream);
+        .handshake::<_, Bytes>(Watched::new(stream, Frames::default()));
     let mut connection = tokio::time::timeout(settings.handshake, handshake)
         .await
         .map_err(|_| ServeError::Deadline(settings.handshake))??;

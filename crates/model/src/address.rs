@@ -42,6 +42,32 @@ pub fn ip_to_bytes(ip: IpAddr) -> Vec<u8> {
     }
 }
 
+/// What kind of address this is, where it is one that nobody can own because it means something else to each host:
+/// loopback, link-local (with the metadata services of clouds), unspecified, multicast, broadcast.
+pub fn reserved(ip: IpAddr) -> Option<&'static str> {
+    // Of the addresses that embed one of IPv4 the embedded one counts as well (RFC 4291 2.5.5, RFC 6052).
+    let ip = match ip {
+        IpAddr::V6(v6) if v6.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0] => {
+            let [.., a, b, c, d] = v6.octets();
+            IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+        }
+        ip => ip.to_canonical(),
+    };
+    match ip {
+        _ if ip.is_unspecified() => Some("unspecified"),
+        _ if ip.is_loopback() => Some("loopback"),
+        _ if ip.is_multicast() => Some("multicast"),
+        IpAddr::V4(v4) if v4.octets()[0] == 0 => Some("unspecified"),
+        IpAddr::V4(v4) if v4.is_link_local() => Some("link-local"),
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("broadcast"),
+        // fd00:ec2::254 is the metadata service of a cloud.
+        IpAddr::V6(v6) if v6.segments()[..2] == [0xfd00, 0xec2] => Some("metadata"),
+        IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80 => Some("link-local"),
+        IpAddr::V6(v6) if v6.segments()[..6] == [0; 6] => Some("loopback"),
+        _ => None,
+    }
+}
+
 /// Why something is not an address or a block of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InvalidAddress {
@@ -82,6 +108,31 @@ impl Cidr {
             Ok(prefix) if prefix <= bits => Ok(Self { address, prefix }),
             _ => Err(InvalidAddress::Prefix(prefix)),
         }
+    }
+
+    /// Whether the block is one address.
+    pub fn is_single(&self) -> bool {
+        self.prefix == if self.address.is_ipv4() { 32 } else { 128 }
+    }
+
+    /// The same block by its first address.
+    pub fn network(&self) -> Self {
+        Self::masked(self.address, self.prefix)
+    }
+
+    /// The block of this length that an address is in. An IPv4-mapped IPv6 address counts as IPv4.
+    pub fn masked(ip: IpAddr, prefix: u8) -> Self {
+        let address = match ip.to_canonical() {
+            IpAddr::V4(v4) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+                IpAddr::V4(Ipv4Addr::from(u32::from(v4) & mask))
+            }
+            IpAddr::V6(v6) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128))).unwrap_or(0);
+                IpAddr::V6(Ipv6Addr::from(u128::from(v6) & mask))
+            }
+        };
+        Self { address, prefix }
     }
 
     /// Whether the block holds this address. An IPv4-mapped IPv6 address counts as IPv4.
@@ -143,6 +194,20 @@ mod tests {
         for (block, ip, expected) in cases {
             let cidr: Cidr = block.parse().expect(block);
             assert_eq!(cidr.contains(ip.parse().expect(ip)), expected, "{block} {ip}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_nobody_can_own() {
+        for ip in [
+            "127.0.0.1", "127.9.9.9", "0.0.0.0", "0.1.2.3", "169.254.169.254", "169.254.0.1", "224.0.0.1", "255.255.255.255",
+            "::", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::169.254.169.254", "::7f00:1", "fe80::1", "ff02::1",
+            "fd00:ec2::254",
+        ] {
+            assert!(reserved(ip.parse().expect(ip)).is_some(), "{ip}");
+        }
+        for ip in ["10.0.0.1", "240.240.1.1", "1.1.1.1", "2001:db8::1", "fd00::1", "64:ff9b::1.1.1.1"] {
+            assert_eq!(reserved(ip.parse().expect(ip)), None, "{ip}");
         }
     }
 

@@ -3,12 +3,21 @@
 //! Owns the pages only; the allocator samples, and does so only in a process that was started for it, for its cost. It counts
 //! always.
 
-use tikv_jemalloc_ctl::stats_print;
+use tikv_jemalloc_ctl::{background_thread, stats_print};
 
 use crate::http::{self, Page, StatusCode};
 
 /// What has to be in the environment at the start.
 const NEEDED: &str = "_RJEM_MALLOC_CONF=prof:true,prof_active:true,lg_prof_sample:19";
+
+/// Lets the allocator give memory back by threads of its own. Without them what a thread has freed stays with the process
+/// until that thread allocates again, and a worker that has nothing to do never does: the process would seem short of
+/// memory for as long as it refuses work because of that.
+pub fn purge_in_background() {
+    if let Err(error) = background_thread::write(true) {
+        tracing::warn!(%error, "freed memory is not given back in the background");
+    }
+}
 
 /// The page `/debug/pprof/heap`: what is allocated now, by who allocated it.
 pub async fn page() -> Page {

@@ -92,9 +92,7 @@ impl Snapshot {
                 true
             });
         }
-        for (network, cidr) in &service.cidr_vips {
-            self.by_cidr.push((network.clone(), *cidr, service.clone()));
-        }
+        self.by_block.insert(&service);
         self.by_hostname.update(&service.hostname, |all| {
             all.push(service.clone());
             true
@@ -112,7 +110,7 @@ impl Snapshot {
             self.by_vip.update(vip, keep);
         }
         self.by_hostname.update(&old.hostname, keep);
-        self.by_cidr.retain(|(_, _, s)| s.key() != *key);
+        self.by_block.remove(&old);
     }
 
     fn insert_policy(&mut self, policy: Arc<Policy>) {

@@ -10,6 +10,7 @@
 //! - [`shards`]: the copy-on-write map below them.
 
 pub mod apply;
+mod blocks;
 pub mod endpoints;
 pub mod receive;
 pub mod shards;

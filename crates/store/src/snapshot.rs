@@ -8,8 +8,9 @@ use std::sync::Arc;
 use ambit_model::policy::{Policy, PolicyScope, PolicySet};
 use ambit_model::service::{ClientPlace, Service};
 use ambit_model::workload::{GatewayAddress, GatewayDestination, Protocol};
-use ambit_model::{Cidr, NamespacedHostname, NetworkAddress, Str, Workload};
+use ambit_model::{NamespacedHostname, NetworkAddress, Str, Workload};
 
+use crate::blocks::Blocks;
 use crate::endpoints::{Chosen, Endpoints};
 use crate::shards::Shards;
 
@@ -26,7 +27,7 @@ pub struct Snapshot {
     pub(crate) endpoints: Shards<NamespacedHostname, Endpoints>,
     pub(crate) by_vip: Shards<NetworkAddress, Vec<Arc<Service>>>,
     pub(crate) by_hostname: Shards<Str, Vec<Arc<Service>>>,
-    pub(crate) by_cidr: Vec<(Str, Cidr, Arc<Service>)>,
+    pub(crate) by_block: Blocks,
     pub(crate) policies: Shards<Str, Arc<Policy>>,
     pub(crate) by_scope: Shards<Option<Str>, Vec<Arc<Policy>>>,
 }
@@ -53,19 +54,28 @@ impl Snapshot {
         all.iter().max_by_key(|w| (w.is_pod(), w.protocol == Protocol::Hbone))
     }
 
-    /// What an address means to a client in `namespace`: a workload, else a service.
+    /// What an address means to a client in `namespace`: a pod, a service, another workload, a block of a service; of
+    /// blocks those of the client's own namespace first, then the longest prefix.
     pub fn find(&self, network: &Str, ip: IpAddr, namespace: &str) -> Option<Destination> {
-        if let Some(workload) = self.workload_at(network, ip) {
-            return Some(Destination::Workload(workload.clone()));
+        let workload = self.workload_at(network, ip);
+        if let Some(pod) = workload.filter(|w| w.is_pod()) {
+            return Some(Destination::Workload(pod.clone()));
         }
         let address = NetworkAddress { network: network.clone(), address: ip };
         if let Some(service) = self.by_vip.get(&address).and_then(|all| preferred(all, namespace)) {
             return Some(Destination::Service(service.clone()));
         }
-        let in_block = self.by_cidr.iter().filter(|(n, c, s)| n == network && c.contains(ip) && visible(s, namespace));
-        in_block
-            .max_by_key(|(_, c, s)| (*s.namespace == *namespace, c.prefix, s.canonical))
-            .map(|(_, _, s)| Destination::Service(s.clone()))
+        if let Some(workload) = workload {
+            return Some(Destination::Workload(workload.clone()));
+        }
+        let mut other: Option<&Arc<Service>> = None;
+        for services in self.by_block.holding(network, ip) {
+            match preferred(services, namespace) {
+                Some(own) if *own.namespace == *namespace => return Some(Destination::Service(own.clone())),
+                found => other = other.or(found),
+            }
+        }
+        other.map(|service| Destination::Service(service.clone()))
     }
 
     /// A service by key.
@@ -138,12 +148,14 @@ fn visible(service: &Service, namespace: &str) -> bool {
     !service.namespace_visibility || *service.namespace == *namespace
 }
 
-/// Among services of one address or name: that of the client's namespace, then the canonical one, then the first.
+/// Among services of one address or name: that of the client's namespace, then the canonical one; of equals the one whose
+/// namespace comes first, whichever came earlier.
 fn preferred<'a>(all: &'a [Arc<Service>], namespace: &str) -> Option<&'a Arc<Service>> {
     let mut best: Option<&Arc<Service>> = None;
     let rank = |s: &Service| (*s.namespace == *namespace, s.canonical);
     for service in all.iter().filter(|s| visible(s, namespace)) {
-        if best.is_none_or(|b| rank(service) > rank(b)) {
+        let before = |b: &Service| service.key() < b.key();
+        if best.is_none_or(|b| rank(service) > rank(b) || (rank(service) == rank(b) && before(b))) {
             best = Some(service);
         }
     }

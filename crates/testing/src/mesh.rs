@@ -177,6 +177,7 @@ impl Mesh {
             ("AMBIT_STATE", path("state")),
             ("AMBIT_JWKS", path("jwks.json")),
             ("AMBIT_DISCOVERY_ADDRESS", format!("https://{}:15012", self.control.ip)),
+            ("AMBIT_CLUSTER_RANGES", topology::RANGES.to_owned()),
             ("AMBIT_CERTIFICATE_TTL", format!("{}s", self.options.certificate_ttl.as_secs())),
         ]
         .map(|(k, v)| (k.to_owned(), v))

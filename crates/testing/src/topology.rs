@@ -8,6 +8,9 @@ use ambit_net::{Netns, route};
 
 use crate::{Doing, Failure};
 
+/// Ranges from which Services and pods have their addresses.
+pub const RANGES: &str = "10.96.0.0/12,10.244.0.0/16,fd00:96::/32,fd00:10:244::/48";
+
 /// A host on the fabric.
 #[derive(Clone, Debug)]
 pub struct Host {

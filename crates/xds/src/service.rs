@@ -21,8 +21,8 @@ use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const CREATE: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
-/// Largest message of a stream; what is held of a mesh of 100,000 pods fits. Read only after its sender is known.
-const MAX_MESSAGE: usize = 200 << 20;
+/// Largest message that a client reads from its controller; what is held of a mesh of 100,000 pods fits.
+pub const MAX_MESSAGE: usize = 200 << 20;
 /// Largest request for a certificate; it is read before its sender is known.
 const MAX_REQUEST: usize = 64 << 10;
 
@@ -32,6 +32,13 @@ pub type Responses = Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, St
 
 /// What a controller implements for delta ADS.
 pub trait DeltaAds: Send + Sync + 'static {
+    /// Looks at who calls before any message is read: the request, with what is to be known later among its extensions,
+    /// and the largest message that this caller may send, in bytes.
+    fn admit(
+        self: Arc<Self>,
+        request: http::Request<Body>,
+    ) -> BoxFuture<Result<(http::Request<Body>, usize), Status>>;
+
     /// Takes a client's requests and returns the responses.
     fn delta(
         self: Arc<Self>,
@@ -41,6 +48,14 @@ pub trait DeltaAds: Send + Sync + 'static {
 
 /// What a controller implements for certificates.
 pub trait Certificates: Send + Sync + 'static {
+    /// Like [`DeltaAds::admit`]; a request is small, whoever sends it.
+    fn admit(
+        self: Arc<Self>,
+        request: http::Request<Body>,
+    ) -> BoxFuture<Result<(http::Request<Body>, usize), Status>> {
+        Box::pin(std::future::ready(Ok((request, MAX_REQUEST))))
+    }
+
     /// Signs, or says why not.
     fn create(
         self: Arc<Self>,
@@ -84,7 +99,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 macro_rules! server {
-    ($(#[$doc:meta])* $server:ident, $service:ident, $name:literal, $adapter:ident, $path:ident, $call:ident, $limit:ident) => {
+    ($(#[$doc:meta])* $server:ident, $service:ident, $name:literal, $adapter:ident, $path:ident, $call:ident) => {
         $(#[$doc])*
         #[derive(Debug)]
         pub struct $server<T>(Arc<T>);
@@ -121,7 +136,11 @@ macro_rules! server {
                     if request.uri().path() != $path {
                         return Ok(Status::unimplemented("no such method").into_http());
                     }
-                    let mut grpc = tonic::server::Grpc::new(ProstCodec::default()).max_decoding_message_size($limit);
+                    let (request, limit) = match inner.clone().admit(request).await {
+                        Ok(admitted) => admitted,
+                        Err(status) => return Ok(status.into_http()),
+                    };
+                    let mut grpc = tonic::server::Grpc::new(ProstCodec::default()).max_decoding_message_size(limit);
                     Ok(grpc.$call($adapter(inner), request).await)
                 })
             }
@@ -154,9 +173,9 @@ impl<T: Certificates> tonic::server::UnaryService<CertificateRequest> for Create
 
 server!(
     /// The delta ADS server.
-    AdsServer, DeltaAds, "envoy.service.discovery.v3.AggregatedDiscoveryService", DeltaAdapter, DELTA, streaming, MAX_MESSAGE
+    AdsServer, DeltaAds, "envoy.service.discovery.v3.AggregatedDiscoveryService", DeltaAdapter, DELTA, streaming
 );
 server!(
     /// The certificate server.
-    CertificateServer, Certificates, "istio.v1.auth.IstioCertificateService", CreateAdapter, CREATE, unary, MAX_REQUEST
+    CertificateServer, Certificates, "istio.v1.auth.IstioCertificateService", CreateAdapter, CREATE, unary
 );

@@ -7,6 +7,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use xxhash_rust::xxh64::xxh64;
 
+/// Whether an address is one that is given here: a status may have been written by anybody.
+pub fn is_ours(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.octets()[..2] == [240, 240],
+        IpAddr::V6(ip) => ip.segments()[..3] == [0x2001, 2, 0],
+    }
+}
+
 /// Gives addresses; each only once.
 #[derive(Debug, Default)]
 pub struct Allocator {

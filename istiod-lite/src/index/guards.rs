@@ -16,6 +16,7 @@ use ambit_model::{Identity, NamespacedHostname, Service, Str};
 use super::l7::{Bound, Owner};
 use super::lookup::{Entry, World};
 use super::policies::Invalid;
+use super::principals::{Trust, written_out};
 use super::{Condition, Mesh, Rows, routes, services, waypoints};
 use crate::objects::Key;
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
@@ -249,7 +250,8 @@ fn policy(
     services: &Rows<NamespacedHostname, Service>,
     entry: &Entry<'_, istio::AuthorizationPolicy>,
 ) -> Result<HttpPolicy, Invalid> {
-    let spec = &entry.object.spec;
+    let trust = Trust { namespace: &entry.key.namespace, config: &world.config };
+    let spec = &written_out(&entry.object.spec, trust)?;
     let action = match spec.action {
         PolicyAction::Allow => HttpAction::Allow,
         PolicyAction::Deny => HttpAction::Deny,

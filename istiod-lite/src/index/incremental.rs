@@ -7,7 +7,9 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock};
 
+use super::claims::Claims;
 use super::lookup::{ENDPOINTS, Entry, World};
+use super::ownership::Ownership;
 use super::policies::Authentication;
 use super::{Enrolled, Mesh, Settings, build_with, gateways, pods, routes};
 use crate::objects::all::Change;
@@ -87,7 +89,9 @@ impl Last {
         let mut mesh = self.mesh.clone();
         // What authentication says of itself has been said.
         let authentication = Authentication::new(&world, &mut Mesh::default());
-        let context = pods::Context::new(&world, enrolled, &authentication);
+        // Pods that claims depend on do not stand alone; of the others nothing is asked.
+        let (claims, _) = Claims::new(&world, &Ownership::new(&world));
+        let context = pods::Context::new(&world, enrolled, &authentication, &claims);
         for change in &changes {
             let old = change.old.and_then(|o| pod(&world, change.key, o));
             let new = change.new.and_then(|o| pod(&world, change.key, o));
@@ -113,12 +117,13 @@ impl Last {
     fn stands_alone(&self, world: &World<'_>, key: &Key, loaded: &Loaded) -> bool {
         let (namespace, meta, entangled) = (&*key.namespace, &loaded.meta, &self.mesh.entangled);
         match &loaded.object {
-            Object::Pod(_) => {
+            Object::Pod(pod) => {
                 let named = entangled.named_ports.get(namespace).into_iter().flatten();
                 meta.label(gateways::NAME).is_none()
                     && !pods::joins_alone(world, namespace, meta)
                     && !named.into_iter().any(|labels| meta.has_labels(labels))
                     && !entangled.endpoints.contains(&pods::uid(world, key))
+                    && !pod.ips.iter().any(|ip| entangled.addresses.contains(&ip.to_canonical()))
             }
             // Endpoints of a service with a selector are its pods.
             Object::EndpointSlice(_) => meta

@@ -35,6 +35,7 @@ pub struct World<'a> {
     pub config: MeshConfig,
     pub namespaces: BTreeMap<&'a str, &'a Meta>,
     pub localities: BTreeMap<&'a str, Locality>,
+    pub nodes: Vec<Entry<'a, core::Node>>,
     pub pods: Vec<Entry<'a, core::Pod>>,
     pub services: Vec<Entry<'a, core::Service>>,
     pub slices: Vec<Entry<'a, core::EndpointSlice>>,
@@ -69,6 +70,7 @@ impl<'a> World<'a> {
             config,
             namespaces: BTreeMap::new(),
             localities: BTreeMap::new(),
+            nodes: Vec::new(),
             pods: Vec::new(),
             services: Vec::new(),
             slices: Vec::new(),
@@ -106,7 +108,8 @@ impl<'a> World<'a> {
     fn add(&mut self, key: &'a Key, loaded: &'a Arc<Loaded>) {
         let meta = &loaded.meta;
         match &loaded.object {
-            Object::Node(_) => {
+            Object::Node(object) => {
+                self.nodes.push(Entry { key, meta, object });
                 let label = |name: &str| Str::from(meta.label(name).unwrap_or_default());
                 let locality = Locality {
                     region: label("topology.kubernetes.io/region"),

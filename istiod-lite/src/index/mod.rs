@@ -6,15 +6,18 @@
 pub mod allocate;
 pub mod backends;
 mod canary;
+pub mod claims;
 pub mod entries;
 pub mod gateways;
 mod guards;
 pub mod incremental;
 pub mod l7;
 pub mod lookup;
+pub mod ownership;
 pub mod parameters;
 pub mod pods;
 pub mod policies;
+pub mod principals;
 pub mod routes;
 pub mod services;
 pub mod shared;
@@ -25,10 +28,11 @@ pub mod treatment;
 pub mod waypoints;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_model::policy::Policy;
-use ambit_model::{NamespacedHostname, Service, Str, Workload};
+use ambit_model::{Cidr, NamespacedHostname, Service, Str, Workload};
 use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
 use crate::objects::mesh::MeshConfig;
@@ -59,6 +63,8 @@ pub struct Settings {
     pub tracing: Option<(String, f64)>,
     /// The DaemonSet of the node tunnels there, where the source shows such objects.
     pub daemonset: Option<String>,
+    /// Ranges of the addresses of Services and pods, beside what Nodes say of their pods'.
+    pub cluster_ranges: Vec<Cidr>,
 }
 
 /// The mesh.
@@ -122,8 +128,10 @@ pub type Labels = BTreeMap<String, String>;
 pub struct Entangled {
     /// Selectors, by namespace, of services whose ports are closed and are named by their pods.
     pub named_ports: BTreeMap<String, Vec<Labels>>,
-    /// Workloads that are endpoints by an EndpointSlice.
+    /// Workloads that are endpoints by an EndpointSlice or an entry.
     pub endpoints: BTreeSet<Str>,
+    /// Addresses that EndpointSlices and entries name without a word of whose they are.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// Kubernetes uids of the pods that each node has reported as enrolled.
@@ -143,17 +151,35 @@ fn build_with(objects: &Objects, enrolled: &Enrolled, settings: &Settings, known
     };
     let world = World::new(objects, settings, config.clone(), &[]);
     let mut mesh = Mesh { uninstalling: uninstalling(objects, settings), ..Mesh::default() };
+    mesh.statuses.entry(config_key).or_default().extend(configured(&config));
     *mesh.config = config;
+    let ownership = ownership::Ownership::new(&world);
+    let (claims, refused) = claims::Claims::new(&world, &ownership);
+    claims::say(&claims, refused, &mut mesh);
     services::build(&world, &mut mesh);
-    entries::services(&world, &mut mesh);
+    entries::services(&world, &claims, &mut mesh);
     let authentication = policies::Authentication::new(&world, &mut mesh);
     policies::authorization(&world, &mut mesh);
     l7::build(&world, known, &mut mesh);
-    pods::build(&pods::Context::new(&world, enrolled, &authentication), &mut mesh);
-    entries::workloads(&world, &authentication, &mut mesh);
-    services::endpoints(&world, &mut mesh);
+    pods::build(&pods::Context::new(&world, enrolled, &authentication, &claims), &mut mesh);
+    entries::workloads(&world, &claims, &ownership, &authentication, &mut mesh);
+    services::endpoints(&world, &ownership, &mut mesh);
     gateways::build(&world, &mut mesh);
     mesh
+}
+
+/// What is to be said of the mesh configuration.
+fn configured(config: &MeshConfig) -> Option<Condition> {
+    if let Some(reason) = &config.broken {
+        return Some(Condition::no("Accepted", "Invalid", format!("{reason}; the controller is not ready")));
+    }
+    let mut problems: Vec<String> = config.unknown.iter().map(|field| format!("{field}: not supported")).collect();
+    problems.extend(telemetry::log_form(config).err().map(|invalid| invalid.to_string()));
+    if problems.is_empty() {
+        return None;
+    }
+    let message = format!("not in force: {}; the rest is", problems.join("; "));
+    Some(Condition::no("Accepted", "PartiallyInvalid", message))
 }
 
 /// Gone or going is gone for good; an upgrade changes the object and keeps it.
@@ -168,7 +194,12 @@ pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
     let invalid =
         |path: String, value: &str, expected| Err(policies::Invalid { path, value: value.to_owned(), expected });
     match object {
-        Object::AuthorizationPolicy(policy) => policies::convert(&policy.spec).map(drop),
+        // What its namespace and the mesh configuration add to it makes nothing invalid.
+        Object::AuthorizationPolicy(policy) => {
+            let config = MeshConfig::default();
+            let trust = principals::Trust { namespace: "default", config: &config };
+            policies::convert(&policy.spec, trust).map(drop)
+        }
         Object::ServiceEntry(entry) => {
             let spec = &entry.spec;
             if spec.hosts.is_empty() {
@@ -191,7 +222,6 @@ pub fn validate(object: &Object) -> Result<(), policies::Invalid> {
         }
         Object::Telemetry(telemetry) => telemetry::validate(&telemetry.spec),
         Object::WaypointParameters(parameters) => parameters::validate(&parameters.spec),
-        Object::MeshConfig(config) => telemetry::log_form(config).map(drop),
         Object::WorkloadEntry(entry) if entry.spec.address.is_empty() => {
             invalid("spec.address".into(), "", "an IP address or host name")
         }

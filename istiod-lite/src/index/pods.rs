@@ -7,6 +7,8 @@ use ambit_model::workload::{Health, Protocol, Workload, WorkloadType};
 use ambit_model::{NamespacedHostname, Str};
 use ambit_xds::proto::ambit::{NamespaceMode, NodePod};
 
+use super::claims::Claims;
+use super::entries::{self, Selecting};
 use super::lookup::{Entry, World};
 use super::policies::Authentication;
 use super::{Account, Enrolled, Mesh, OnNode, canary, services, waypoints};
@@ -23,12 +25,19 @@ pub struct Context<'w, 'a> {
     enrolled: &'w Enrolled,
     authentication: &'w Authentication<'a>,
     services: BTreeMap<&'a str, Vec<Entry<'a, core::Service>>>,
+    selecting: Selecting<'a>,
 }
 
 impl<'w, 'a> Context<'w, 'a> {
     /// Sorts the services.
-    pub fn new(world: &'w World<'a>, enrolled: &'w Enrolled, authentication: &'w Authentication<'a>) -> Self {
-        Self { world, enrolled, authentication, services: services::by_namespace(world) }
+    pub fn new(
+        world: &'w World<'a>,
+        enrolled: &'w Enrolled,
+        authentication: &'w Authentication<'a>,
+        claims: &Claims<'a>,
+    ) -> Self {
+        let (services, selecting) = (services::by_namespace(world), entries::selecting(claims));
+        Self { world, enrolled, authentication, services, selecting }
     }
 }
 
@@ -177,7 +186,8 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
             ports.insert(key, services::pod_ports(service.object, pod.object));
         }
     }
-    super::entries::select(world, namespace, meta, Some(pod.object), &mut ports);
+    let of = |spec: &_| entries::pod_ports(spec, pod.object);
+    entries::select(&context.selecting, namespace, meta, of, &mut ports);
     let (capacity, primary) = canary::pod(world, namespace, meta);
     if let Some(service) = primary.and_then(|name| world.service(namespace, name)) {
         let key = NamespacedHostname::new(namespace, world.hostname(&service.key.name, namespace));

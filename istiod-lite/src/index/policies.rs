@@ -9,10 +9,11 @@ use ambit_model::Str;
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 use super::lookup::{Entry, World};
+use super::principals::{Trust, written_out};
 use super::{Condition, Mesh};
 use crate::objects::Meta;
 use crate::objects::istio::{
-    AuthorizationPolicySpec, MtlsMode, Operation, PeerAuthentication, PolicyAction, PolicyRule, Source, When,
+    AuthorizationPolicy, AuthorizationPolicySpec, MtlsMode, Operation, PeerAuthentication, PolicyAction, PolicyRule, Source, When,
 };
 
 /// A value that cannot be used.
@@ -45,10 +46,18 @@ pub struct Converted {
 pub fn authorization(world: &World<'_>, mesh: &mut Mesh) {
     // Those with targets are a waypoint's: see `l7`.
     for entry in world.authorization.iter().filter(|e| !e.object.spec.has_targets()) {
-        let condition = match convert(&entry.object.spec) {
-            // Refused when it was read.
-            Err(invalid) => {
-                Condition::no("ZtunnelAccepted", "Invalid", format!("{}: {:?}", invalid.path, invalid.value))
+        let converted = match &entry.object.spec.broken {
+            Some(reason) => Err(reason.clone()),
+            None => convert(&entry.object.spec, Trust { namespace: &entry.key.namespace, config: &world.config })
+                .map_err(|invalid| invalid.to_string()),
+        };
+        let condition = match converted {
+            // Nobody knows whom it would have refused.
+            Err(reason) => {
+                let policy = closing(world, entry);
+                mesh.policies.put(policy.key(), policy);
+                let message = format!("{reason}; what it covers takes no connections");
+                Condition::no("ZtunnelAccepted", "Invalid", message)
             }
             Ok(Converted { rules: None, notes }) => {
                 Condition::no("ZtunnelAccepted", "UnsupportedValue", notes.join("; "))
@@ -74,6 +83,18 @@ pub fn authorization(world: &World<'_>, mesh: &mut Mesh) {
     }
 }
 
+/// A policy that refuses every connection to what another one covers.
+fn closing(world: &World<'_>, entry: &Entry<'_, AuthorizationPolicy>) -> Policy {
+    Policy {
+        name: entry.key.name.as_str().into(),
+        namespace: entry.key.namespace.as_str().into(),
+        scope: scope(world, &entry.key.namespace, selector(&entry.object.spec)),
+        action: Action::Deny,
+        dry_run: entry.meta.annotation("istio.io/dry-run") == Some("true"),
+        rules: vec![Rule { clauses: vec![Clause::default()] }],
+    }
+}
+
 fn selector(spec: &AuthorizationPolicySpec) -> &BTreeMap<String, String> {
     static NONE: BTreeMap<String, String> = BTreeMap::new();
     spec.selector.as_ref().map_or(&NONE, |s| &s.match_labels)
@@ -88,7 +109,8 @@ fn scope(world: &World<'_>, namespace: &str, selector: &BTreeMap<String, String>
 }
 
 /// Converts the rules of a policy, or names the first value that is invalid.
-pub fn convert(spec: &AuthorizationPolicySpec) -> Result<Converted, Invalid> {
+pub fn convert(spec: &AuthorizationPolicySpec, trust: Trust<'_>) -> Result<Converted, Invalid> {
+    let spec = &written_out(spec, trust)?;
     let mut notes = Vec::new();
     let mut rules = Vec::new();
     let action = match spec.action {
@@ -274,10 +296,8 @@ fn ports(path: &str, list: &[String]) -> Result<Vec<u16>, Invalid> {
     each(path, list, "a port, 1 to 65535", |s| s.parse().ok().filter(|p| *p != 0))
 }
 
-/// Principals: as identities without their scheme, whichever way they are written.
 fn principals(path: &str, list: &[String]) -> Result<Vec<StringMatch>, Invalid> {
-    let plain: Vec<String> = list.iter().map(|p| p.strip_prefix("spiffe://").unwrap_or(p).to_owned()).collect();
-    strings(path, &plain)
+    strings(path, list)
 }
 
 fn strings(path: &str, list: &[String]) -> Result<Vec<StringMatch>, Invalid> {
@@ -322,7 +342,12 @@ impl<'a> Authentication<'a> {
         let mut selecting: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for entry in &world.authorization {
             let labels = selector(&entry.object.spec);
-            if !labels.is_empty() && convert(&entry.object.spec).is_ok_and(|c| c.rules.is_some()) {
+            let trust = Trust { namespace: &entry.key.namespace, config: &world.config };
+            // One that cannot be read is in force as well: it closes.
+            if !labels.is_empty()
+                && !entry.object.spec.has_targets()
+                && convert(&entry.object.spec, trust).map_or(true, |c| c.rules.is_some())
+            {
                 let name = Str::from(format!("{}/{}", entry.key.namespace, entry.key.name));
                 selecting.entry(&entry.key.namespace).or_default().push((labels, name));
             }
@@ -334,7 +359,13 @@ impl<'a> Authentication<'a> {
         }
         for entry in &this.all {
             let spec = &entry.object.spec;
-            let mut condition = Condition::yes("ZtunnelAccepted", "Accepted", "enforced at layer 4");
+            let mut condition = match &spec.broken {
+                Some(reason) => {
+                    let message = format!("{reason}; what it covers takes no plaintext");
+                    Condition::no("ZtunnelAccepted", "Invalid", message)
+                }
+                None => Condition::yes("ZtunnelAccepted", "Accepted", "enforced at layer 4"),
+            };
             if !spec.port_level_mtls.is_empty() && selects(entry).is_empty() {
                 let message = "spec.portLevelMtls: needs a selector; ignored";
                 condition = Condition::no("ZtunnelAccepted", "Invalid", message);
@@ -386,7 +417,7 @@ impl<'a> Authentication<'a> {
                 MtlsMode::Unset => strict_base,
                 mode => mode == MtlsMode::Strict,
             };
-            levels.iter().filter(|(_, m)| is(m.mode) == strict).map(|(p, _)| *p).collect()
+            levels.iter().filter(|(_, m)| is(m.mode) == strict).map(|(p, _)| p.0).collect()
         };
         let mut rule = Match { not_principals: vec![StringMatch::Presence], ..Match::default() };
         if strict_base {

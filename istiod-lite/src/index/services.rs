@@ -1,6 +1,7 @@
 //! Kubernetes services and endpoints that are no pods (reference/controlplane.md 1.5).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_model::service::{AppProtocol, BalanceMode, IpFamilies, LoadBalancing, Scope, Service, ServicePort};
@@ -8,8 +9,9 @@ use ambit_model::workload::{Health, Workload};
 use ambit_model::{NamespacedHostname, NetworkAddress};
 
 use super::lookup::{Entry, World};
-use super::{Condition, Mesh, waypoints};
-use crate::objects::Meta;
+use super::ownership::Ownership;
+use super::{Condition, Mesh, pods, waypoints};
+use crate::objects::{Key, Meta};
 use crate::objects::core::{self, Port};
 
 /// Services by namespace.
@@ -30,9 +32,12 @@ fn is_tcp(protocol: &str) -> bool {
     protocol.is_empty() || protocol == "TCP"
 }
 
-/// Adds all services.
+/// Adds all services. Of two with one address the older has it; an API server gives no address twice, a directory may.
 pub fn build(world: &World<'_>, mesh: &mut Mesh) {
-    for entry in world.services.iter().filter(|s| !is_external(s.object)) {
+    let mut entries: Vec<_> = world.services.iter().filter(|s| !is_external(s.object)).collect();
+    entries.sort_by_key(|e| e.meta.age());
+    let mut owners: HashMap<IpAddr, &Key> = HashMap::new();
+    for entry in entries {
         let (meta, spec) = (entry.meta, &entry.object.spec);
         if spec.cluster_ip.is_empty() && spec.cluster_ips.is_empty() {
             // Not headless (that is "None"): whoever gives addresses has not done so yet. Sent as it is, names would
@@ -43,7 +48,17 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
         }
         let listed =
             if spec.cluster_ips.is_empty() { std::slice::from_ref(&spec.cluster_ip) } else { &spec.cluster_ips[..] };
-        let vip = |ip: &String| ip.parse().ok().map(|address| NetworkAddress { network: world.network(), address });
+        let mut vips = Vec::new();
+        for address in listed.iter().filter_map(|ip| ip.parse::<IpAddr>().ok()) {
+            let owner = *owners.entry(address).or_insert(entry.key);
+            if owner != entry.key {
+                let message = format!("{address} belongs to the older {}/{}", owner.namespace, owner.name);
+                let condition = Condition::no("Accepted", "Conflicted", message);
+                mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
+                continue;
+            }
+            vips.push(NetworkAddress { network: world.network(), address });
+        }
         let port = |p: &core::ServicePort| {
             let target = match &p.target_port {
                 None => p.port,
@@ -57,7 +72,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             name: entry.key.name.as_str().into(),
             namespace: entry.key.namespace.as_str().into(),
             hostname: world.hostname(&entry.key.name, &entry.key.namespace),
-            vips: listed.iter().filter_map(vip).collect(),
+            vips,
             ports: spec.ports.iter().filter(|p| is_tcp(&p.protocol)).map(port).collect(),
             waypoint: waypoints::for_service(world, entry.key, meta, mesh),
             load_balancing: balancing(world, meta, spec),
@@ -128,8 +143,9 @@ pub fn app_protocol(declared: &str, name: &str) -> AppProtocol {
     }
 }
 
-/// Adds endpoints of slices: of services without a selector, by reference to a pod or by bare address.
-pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
+/// Adds endpoints of slices: of services without a selector, by reference to a pod of their namespace or by bare address.
+pub fn endpoints(world: &World<'_>, ownership: &Ownership<'_, '_>, mesh: &mut Mesh) {
+    let mut refused: BTreeMap<&Key, Vec<String>> = BTreeMap::new();
     for slice in &world.slices {
         let Some(service) = slice.meta.label("kubernetes.io/service-name") else { continue };
         let namespace = &*slice.key.namespace;
@@ -151,6 +167,11 @@ pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
             match &endpoint.target_ref {
                 Some(target) if target.kind == "Pod" => {
                     let of = if target.namespace.is_empty() { namespace } else { &target.namespace };
+                    if of != namespace {
+                        let what = format!("EndpointSlice {}: Pod {of}/{} is of another namespace", slice.key.name, target.name);
+                        refused.entry(found.key).or_default().push(what);
+                        continue;
+                    }
                     let uid = format!("{}//Pod/{of}/{}", world.settings.cluster_id, target.name);
                     if let Some(workload) = mesh.workloads.get_mut(&*uid) {
                         Arc::make_mut(workload).services.insert(key.clone(), ports.clone());
@@ -158,33 +179,61 @@ pub fn endpoints(world: &World<'_>, mesh: &mut Mesh) {
                     mesh.entangled.endpoints.insert(uid.into());
                 }
                 _ => {
-                    for address in endpoint.addresses.iter().filter_map(|a| a.parse().ok()) {
-                        let cluster = &world.settings.cluster_id;
-                        let name = &slice.key.name;
-                        let uid = format!("{cluster}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}");
-                        let ready = endpoint.conditions.ready.unwrap_or(true);
-                        // Nothing is known of it: no identity, no policy, no tunnel, not found by its address.
-                        let workload = Workload {
-                            workload_ips: vec![address],
-                            host_network: true,
-                            uid: uid.as_str().into(),
-                            name: name.as_str().into(),
-                            namespace: namespace.into(),
-                            trust_domain: mesh.config.trust_domain.as_str().into(),
-                            service_account: "default".into(),
-                            network: world.network(),
-                            node: endpoint.node_name.as_str().into(),
-                            locality: world.locality(&endpoint.node_name),
-                            cluster_id: cluster.clone(),
-                            status: if ready { Health::Healthy } else { Health::Unhealthy },
-                            services: [(key.clone(), ports.clone())].into(),
-                            capacity: 1,
-                            ..Workload::default()
-                        };
-                        mesh.workloads.put(workload.uid.clone(), workload);
+                    for ip in endpoint.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
+                        mesh.entangled.addresses.insert(ip.to_canonical());
+                        if let Err(why) = ownership.slice_endpoint(namespace, ip) {
+                            let what = format!("EndpointSlice {}: {why}", slice.key.name);
+                            refused.entry(found.key).or_default().push(what);
+                            continue;
+                        }
+                        // A pod of the own namespace, which its slice does not name.
+                        if let Some(uid) = ownership.pod_at(ip).map(|pod| pods::uid(world, pod))
+                            && let Some(workload) = mesh.workloads.get_mut(&*uid)
+                        {
+                            Arc::make_mut(workload).services.insert(key.clone(), ports.clone());
+                            mesh.entangled.endpoints.insert(uid);
+                            continue;
+                        }
+                        let row = bare(world, mesh, slice, endpoint, ip, [(key.clone(), ports.clone())].into());
+                        mesh.workloads.put(row.uid.clone(), row);
                     }
                 }
             }
         }
+    }
+    for (service, what) in refused {
+        let message = format!("not in force: {}", what[..what.len().min(5)].join("; "));
+        let condition = Condition::no("EndpointsAccepted", "NotOwned", message);
+        mesh.statuses.entry(service.clone()).or_default().push(condition);
+    }
+}
+
+/// An endpoint of which nothing is known but its address: no identity, no policy, no tunnel, not found by its address.
+fn bare(
+    world: &World<'_>,
+    mesh: &Mesh,
+    slice: &Entry<'_, core::EndpointSlice>,
+    endpoint: &core::Endpoint,
+    address: IpAddr,
+    services: BTreeMap<NamespacedHostname, BTreeMap<u16, u16>>,
+) -> Workload {
+    let (cluster, namespace, name) = (&world.settings.cluster_id, &slice.key.namespace, &slice.key.name);
+    let ready = endpoint.conditions.ready.unwrap_or(true);
+    Workload {
+        workload_ips: vec![address],
+        host_network: true,
+        uid: format!("{cluster}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}").into(),
+        name: name.as_str().into(),
+        namespace: namespace.as_str().into(),
+        trust_domain: mesh.config.trust_domain.as_str().into(),
+        service_account: "default".into(),
+        network: world.network(),
+        node: endpoint.node_name.as_str().into(),
+        locality: world.locality(&endpoint.node_name),
+        cluster_id: cluster.clone(),
+        status: if ready { Health::Healthy } else { Health::Unhealthy },
+        services,
+        capacity: 1,
+        ..Workload::default()
     }
 }

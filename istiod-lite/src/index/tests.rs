@@ -14,6 +14,7 @@ mod canary;
 mod l7;
 mod parameters;
 mod telemetry;
+mod tenancy;
 
 fn objects(yaml: &str) -> Objects {
     let mut all = Objects::new();
@@ -28,6 +29,7 @@ fn objects(yaml: &str) -> Objects {
 
 pub(super) fn settings() -> Settings {
     Settings {
+        cluster_ranges: Vec::new(),
         image: "ambit".into(),
         discovery_address: "https://istiod".into(),
         tracing: None,
@@ -237,7 +239,8 @@ fn service_entries() {
     assert_eq!((endpoint.capacity, &endpoint.services[&s.key()]), (3, &[(443, 8443)].into()));
     let kept = mesh(&format!("{ENTRY}}}\nstatus: {{addresses: [{{value: 240.240.9.9, host: api.example.com}}]}}\n"));
     assert_eq!(of(&kept, "ns/api.example.com").vips[0].address.to_string(), "240.240.9.9");
-    let given = mesh(&format!("{ENTRY}, addresses: [10.9.0.1, 10.10.0.0/16]}}\n"));
+    let granted = "apiVersion: v1\nkind: Namespace\nmetadata: {name: ns, annotations: {ambit.dev/grants: address-blocks}}\n---\n";
+    let given = mesh(&format!("{granted}{ENTRY}, addresses: [10.9.0.1, 10.10.0.0/16]}}\n"));
     let given = of(&given, "ns/api.example.com");
     assert_eq!((given.vips.len(), given.cidr_vips.len()), (1, 1));
     let none = mesh(&format!("{ENTRY}}}\n").replace("STATIC", "NONE"));
@@ -512,9 +515,12 @@ fn discovery_selectors_and_trust_domain() {
     let m = mesh(&yaml.concat());
     assert_eq!(m.workloads.len(), 1);
     assert_eq!(workload(&m, "in", "a").identity().to_string(), "spiffe://example.org/ns/in/sa/sa-a");
-    let unknown = config.replace("trustDomain", "trustDomian");
-    let error = parse::parse(unknown.trim_end_matches("---\n")).expect_err("refused");
-    assert!(error.reason.contains("trustDomian"), "{error:?}");
+    // A field that is not known takes nothing of the others with it, and is named.
+    let key = Key { kind: "ConfigMap", namespace: "istio-system".into(), name: "istio".into() };
+    let unknown = mesh(&config.replace("trustDomain", "trustDomian: x\\ntrustDomain"));
+    let said = &unknown.statuses[&key][0];
+    assert!(!said.status && said.message.contains("trustDomian"), "{said:?}");
+    assert_eq!(unknown.config.trust_domain, "example.org");
 }
 
 #[test]

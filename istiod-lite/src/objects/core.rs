@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ambit_model::Cidr;
 use ambit_xds::proto::ambit::{PodProbe, ProbeHeader, ProbeKind};
 use serde::Deserialize;
 
@@ -11,9 +12,53 @@ use serde::Deserialize;
 #[serde(rename_all = "camelCase", default)]
 pub struct Namespace {}
 
+/// What is read of a node.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Node {}
+#[serde(from = "NodeDocument")]
+pub struct Node {
+    pub addresses: Box<[IpAddr]>,
+    /// Ranges from which its pods have their addresses.
+    pub pod_ranges: Box<[Cidr]>,
+}
+
+impl From<NodeDocument> for Node {
+    fn from(document: NodeDocument) -> Self {
+        let NodeDocument { spec, status } = document;
+        let ranges = std::iter::once(spec.pod_cidr).chain(spec.pod_cidrs);
+        Self {
+            addresses: status.addresses.iter().filter_map(|a| a.address.parse().ok()).collect(),
+            pod_ranges: ranges.filter_map(|r| r.parse().ok()).collect(),
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeDocument {
+    spec: NodeSpec,
+    status: NodeStatus,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: String,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Vec<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeStatus {
+    addresses: Vec<NodeAddress>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct NodeAddress {
+    address: String,
+}
 
 /// What is read of a pod, in little memory: there are ten thousands.
 #[derive(Clone, Debug, Default, Deserialize)]

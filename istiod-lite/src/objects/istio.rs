@@ -89,7 +89,40 @@ pub struct PeerAuthentication {
 pub struct PeerAuthenticationSpec {
     pub selector: Option<Selector>,
     pub mtls: Option<MutualTls>,
-    pub port_level_mtls: BTreeMap<u16, MutualTls>,
+    pub port_level_mtls: BTreeMap<PortKey, MutualTls>,
+    /// Why it could not be read; then what it covers takes no plaintext.
+    #[serde(skip)]
+    pub broken: Option<String>,
+}
+
+/// A port as the key of a map: keys of JSON are strings, and YAML may quote them or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortKey(pub u16);
+
+impl<'de> Deserialize<'de> for PortKey {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = PortKey;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a port, 1 to 65535")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, n: u64) -> Result<PortKey, E> {
+                let port = u16::try_from(n).ok().filter(|p| *p != 0);
+                port.map(PortKey).ok_or_else(|| E::invalid_value(serde::de::Unexpected::Unsigned(n), &self))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, s: &str) -> Result<PortKey, E> {
+                let port = s.parse().ok().filter(|p| *p != 0);
+                port.map(PortKey).ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(s), &self))
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -183,6 +216,8 @@ pub struct Source {
     pub not_ip_blocks: Vec<String>,
     pub remote_ip_blocks: Vec<String>,
     pub not_remote_ip_blocks: Vec<String>,
+    pub trust_domains: Vec<String>,
+    pub not_trust_domains: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

@@ -1,19 +1,24 @@
 //! The mesh configuration: the ConfigMap `istio` of the installation's namespace, with Istio's MeshConfig names.
 //!
-//! Owns its shape and defaults. Fields that are not known are refused.
+//! Owns its shape and defaults. A field that is not known is named, and takes nothing of the others with it: Istio's own
+//! installer writes many.
 
 use serde::Deserialize;
 
 /// Mesh configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct MeshConfig {
     /// Trust domain of all identities.
     pub trust_domain: String,
+    /// Trust domains that policies may name in its place.
+    pub trust_domain_aliases: Vec<String>,
     /// Namespace whose policies apply everywhere.
     pub root_namespace: String,
     /// Namespaces that the mesh looks at; all where none is given.
     pub discovery_selectors: Vec<super::istio::Selector>,
+    /// Namespaces whose clients use a ServiceEntry that does not say so itself: `.` for its own, `*` for all.
+    pub default_service_export_to: Vec<String>,
     /// External services that policies may name.
     pub extension_providers: Vec<ExtensionProvider>,
     /// `/dev/stdout`: waypoints write nowhere else.
@@ -22,6 +27,46 @@ pub struct MeshConfig {
     pub access_log_encoding: String,
     /// Form of a line of text; see [`ambit_model::l7::log_format`].
     pub access_log_format: String,
+    /// Fields that are not known, and so not in force.
+    #[serde(skip)]
+    pub unknown: Vec<String>,
+    /// Why it could not be read; then nothing of it is known, and nothing is to be assumed.
+    #[serde(skip)]
+    pub broken: Option<String>,
+}
+
+/// Fields of Istio that are without effect here, because what they ask for is done in any case or by nobody.
+const WITHOUT_EFFECT: &[&str] = &[
+    "defaultConfig",
+    "defaultProviders",
+    "enablePrometheusMerge",
+    "enableTracing",
+    "ingressControllerMode",
+    "ingressClass",
+    "ingressService",
+    "protocolDetectionTimeout",
+];
+
+impl MeshConfig {
+    /// Reads the text of the key `mesh`.
+    pub fn parse(text: &str) -> Result<Self, serde_yaml::Error> {
+        let mut unknown = Vec::new();
+        let note = |path: serde_ignored::Path<'_>| {
+            let path = path.to_string();
+            let of = |known: &&&str| path == **known || path.strip_prefix(**known).is_some_and(|p| p.starts_with('.'));
+            if !WITHOUT_EFFECT.iter().any(|known| of(&known)) {
+                unknown.push(path);
+            }
+        };
+        let mut read: Self = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), note)?;
+        if read.trust_domain.is_empty() || read.root_namespace.is_empty() {
+            return Err(serde::de::Error::custom("trustDomain and rootNamespace: expected a name, or no such field"));
+        }
+        unknown.sort();
+        unknown.dedup();
+        read.unknown = unknown;
+        Ok(read)
+    }
 }
 
 /// An external service.
@@ -84,12 +129,16 @@ impl Default for MeshConfig {
     fn default() -> Self {
         Self {
             trust_domain: "cluster.local".into(),
+            trust_domain_aliases: Vec::new(),
             root_namespace: "istio-system".into(),
             discovery_selectors: Vec::new(),
+            default_service_export_to: vec![".".into()],
             extension_providers: Vec::new(),
             access_log_file: String::new(),
             access_log_encoding: String::new(),
             access_log_format: String::new(),
+            unknown: Vec::new(),
+            broken: None,
         }
     }
 }

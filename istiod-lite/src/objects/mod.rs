@@ -77,7 +77,9 @@ impl Object {
     pub fn is_broken(&self) -> bool {
         match self {
             Self::AuthorizationPolicy(policy) => policy.spec.broken.is_some(),
+            Self::PeerAuthentication(mode) => mode.spec.broken.is_some(),
             Self::RequestAuthentication(tokens) => tokens.spec.broken.is_some(),
+            Self::MeshConfig(config) => config.broken.is_some(),
             Self::DestinationRule(rule) => rule.spec.broken.is_some(),
             Self::BackendTlsPolicy(policy) => policy.spec.broken.is_some(),
             _ => false,

@@ -7,9 +7,11 @@ use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
 use super::istio::{
-    AuthorizationPolicy, AuthorizationPolicySpec, PolicyTarget, RequestAuthentication, RequestAuthenticationSpec,
+    AuthorizationPolicy, AuthorizationPolicySpec, MtlsMode, MutualTls, PeerAuthentication, PeerAuthenticationSpec,
+    PolicyTarget, RequestAuthentication, RequestAuthenticationSpec, Selector,
 };
 use super::known::Kind;
+use super::mesh::MeshConfig;
 use super::traffic::{BackendTlsPolicy, BackendTlsPolicySpec, DestinationRule, DestinationRuleSpec, TrafficTarget};
 use super::{Key, Meta, Object};
 
@@ -126,8 +128,8 @@ pub fn from_value(value: Value) -> Result<Parsed, ParseError> {
     parse(&text)
 }
 
-/// What stands for an object that guards services and cannot be read: its targets, which are to be closed. `None` where an
-/// object that cannot be read guards nothing by itself.
+/// What stands for an object that guards something and cannot be read: what it covers (targets, what a selector selects, its
+/// namespace), which is to be closed. `None` where an object that cannot be read guards nothing by itself.
 pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<Parsed> {
     let meta = Meta::deserialize(&object["metadata"]).unwrap_or_default();
     let meta = Meta { name: key.name.as_str().into(), namespace: key.namespace.as_str().into(), ..meta };
@@ -151,6 +153,20 @@ pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<P
             let spec = DestinationRuleSpec { host, broken, ..DestinationRuleSpec::default() };
             Object::DestinationRule(Box::new(DestinationRule { spec }))
         }
+        "AuthorizationPolicy" => {
+            let selector = selector_of(&object["spec"]["selector"]);
+            let spec = AuthorizationPolicySpec { selector, target_refs, broken, ..AuthorizationPolicySpec::default() };
+            Object::AuthorizationPolicy(Box::new(AuthorizationPolicy { spec }))
+        }
+        "PeerAuthentication" => {
+            let selector = selector_of(&object["spec"]["selector"]);
+            let mtls = Some(MutualTls { mode: MtlsMode::Strict });
+            let spec = PeerAuthenticationSpec { selector, mtls, broken, ..PeerAuthenticationSpec::default() };
+            Object::PeerAuthentication(PeerAuthentication { spec })
+        }
+        "ConfigMap" if key.name == "istio" => {
+            Object::MeshConfig(Box::new(MeshConfig { broken, ..MeshConfig::default() }))
+        }
         _ if target_refs.is_empty() => return None,
         "BackendTLSPolicy" => {
             let of = |t: PolicyTarget| TrafficTarget { group: t.group, kind: t.kind, name: t.name, section_name: None };
@@ -158,15 +174,19 @@ pub fn stand_in(key: &Key, object: &serde_json::Value, reason: &str) -> Option<P
             let spec = BackendTlsPolicySpec { target_refs, broken, ..BackendTlsPolicySpec::default() };
             Object::BackendTlsPolicy(Box::new(BackendTlsPolicy { spec }))
         }
-        "AuthorizationPolicy" => Object::AuthorizationPolicy(Box::new(AuthorizationPolicy {
-            spec: AuthorizationPolicySpec { target_refs, broken, ..AuthorizationPolicySpec::default() },
-        })),
         "RequestAuthentication" => Object::RequestAuthentication(Box::new(RequestAuthentication {
             spec: RequestAuthenticationSpec { target_refs, broken, ..RequestAuthenticationSpec::default() },
         })),
         _ => return None,
     };
     Some(Parsed { key: key.clone(), meta, object })
+}
+
+/// The labels of a selector, as far as they can be read: of what is no label nothing is known, so the whole namespace is meant.
+fn selector_of(selector: &serde_json::Value) -> Option<Selector> {
+    let labels = selector["matchLabels"].as_object()?;
+    let read = labels.iter().map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
+    Some(Selector { match_labels: read.collect::<Option<_>>()? })
 }
 
 fn identify(header: &Header) -> Result<(&'static Kind, Key), String> {
@@ -260,7 +280,7 @@ impl<I: Input> Reader<'_, I> {
                 }
                 let data: Data = self.input.read(|_| {})?;
                 let mesh = data.data.get("mesh").map_or("{}", String::as_str);
-                Object::MeshConfig(serde_yaml::from_str(mesh).map_err(serde::de::Error::custom)?)
+                Object::MeshConfig(Box::new(MeshConfig::parse(mesh).map_err(serde::de::Error::custom)?))
             }
             _ => Object::Other,
         })

@@ -14,12 +14,14 @@ use ambit_telemetry::histogram::HistogramVec;
 use ambit_telemetry::metrics::CounterVec;
 use ambit_xds::enrolment::{self, Said};
 use ambit_xds::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
-use ambit_xds::service::{DeltaAds, Responses};
+use ambit_xds::service::{DeltaAds, MAX_MESSAGE, Responses};
 use ambit_xds::{
     ADDRESS, AUTHORIZATION, CAPABILITY, CAPABILITY_V1, ENROLMENT, NAMESPACE_MODE, NODE_POD, WAYPOINT_SERVICE,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
@@ -35,6 +37,14 @@ const TOGETHER: usize = 500;
 const BOUND: &str = "bound:";
 /// Responses under way to a client.
 const QUEUE: usize = 4;
+/// Largest message of a caller that is not a node, in bytes.
+const OTHERS_MESSAGE: usize = 4 << 20;
+/// Names that such a caller may subscribe to on one stream...
+const NAMES: usize = 10_000;
+/// ...their bytes in all...
+const NAME_BYTES: usize = 1 << 20;
+/// ...and of each.
+const LONGEST_NAME: usize = 512;
 /// Responses of one type that are remembered until the client answers.
 const UNANSWERED: usize = 64;
 
@@ -84,12 +94,26 @@ pub struct Ads {
 }
 
 impl DeltaAds for Ads {
+    fn admit(
+        self: Arc<Self>,
+        mut request: http::Request<Body>,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<(http::Request<Body>, usize), Status>> + Send>> {
+        Box::pin(async move {
+            let metadata = MetadataMap::from_headers(request.headers().clone());
+            let caller = authenticate(&*self.verifier, &metadata, request.extensions()).await?;
+            let limit = if matches!(caller.role, Role::Node { .. }) { MAX_MESSAGE } else { OTHERS_MESSAGE };
+            request.extensions_mut().insert(caller);
+            Ok((request, limit))
+        })
+    }
+
     fn delta(
         self: Arc<Self>,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<Response<Responses>, Status>> + Send>> {
         Box::pin(async move {
-            let caller = authenticate(&*self.verifier, request.metadata()).await?;
+            let caller = request.extensions().get::<Caller>().cloned();
+            let caller = caller.ok_or_else(|| Status::internal("a call that was not admitted"))?;
             let (node, types) = match &caller.role {
                 Role::Node { node } => (node.clone(), NODE_TYPES),
                 Role::Other if waypoint_account(&self.mesh, &caller).await => {
@@ -103,7 +127,11 @@ impl DeltaAds for Ads {
                 }
             };
             let (responses, receiver) = mpsc::channel(QUEUE);
-            let registration = self.clients.register(caller.to_string(), node.clone());
+            let (namespace, account) = (caller.namespace.clone(), caller.account.clone());
+            let registration = self.clients.register(namespace, account, node.clone()).map_err(|error| {
+                warn!(%caller, node, %error, "stream refused");
+                Status::resource_exhausted(error.to_string())
+            })?;
             info!(%caller, node, "stream opened");
             let client = Client {
                 resources: self.resources.clone(),
@@ -228,6 +256,7 @@ impl Client {
         if !request.response_nonce.is_empty() {
             self.answer(&type_url, &request);
         }
+        self.within_bounds(&request)?;
         let subscribe: BTreeSet<String> = request.resource_names_subscribe.into_iter().collect();
         let unsubscribe: BTreeSet<String> = request.resource_names_unsubscribe.into_iter().collect();
         match self.wanted.get_mut(&type_url) {
@@ -250,6 +279,7 @@ impl Client {
                 self.first(&type_url).await
             }
             Some(wanted) => {
+                // What is asked for again was there before, or is part of everything.
                 let Some(names) = &mut wanted.names else { return Ok(()) };
                 names.retain(|n| !unsubscribe.contains(n));
                 // It says itself what it has dropped; nobody needs to be told of its end.
@@ -260,6 +290,25 @@ impl Client {
                 if new.is_empty() { Ok(()) } else { self.send_named(&type_url, &new).await }
             }
         }
+    }
+
+    /// Whether what this client subscribes to, with this request, is what a client may: a node sees the whole mesh, others
+    /// are waypoints.
+    fn within_bounds(&self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        if matches!(self.caller.role, Role::Node { .. }) {
+            return Ok(());
+        }
+        let held = self.wanted.values().flat_map(|w| w.names.iter().flatten().chain(w.holds.keys()));
+        let new = request.resource_names_subscribe.iter().chain(request.initial_resource_versions.keys());
+        let sizes: Vec<usize> = held.chain(new).map(String::len).collect();
+        let (names, bytes) = (sizes.len(), sizes.iter().sum::<usize>());
+        if names <= NAMES && bytes <= NAME_BYTES && sizes.iter().all(|n| *n <= LONGEST_NAME) {
+            return Ok(());
+        }
+        warn!(caller = %self.caller, names, bytes, "stream ended: it subscribes to more names than there can be for it");
+        Err(Status::resource_exhausted(format!(
+            "{names} names of {bytes} bytes; expected at most {NAMES} names, {NAME_BYTES} bytes in all, {LONGEST_NAME} each"
+        )))
     }
 
     fn answer(&mut self, type_url: &str, request: &DeltaDiscoveryRequest) {

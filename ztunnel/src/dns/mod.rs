@@ -18,7 +18,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tracing::debug;
 
-use crate::authorize;
+use crate::outbound;
 use crate::pods::Pod;
 use crate::worker::Context;
 use resolve::{Outcome, resolve};
@@ -109,8 +109,7 @@ async fn answer(context: &Context, pod: &Pod, query: &[u8], asked: Asked) -> Opt
     observer.dns_requests.of(&[&kind, protocol]).inc();
     // A pod that has just started asks before the controller has told of it: its first name is worth a wait, for a
     // resolver takes an error for one name of its search list as a reason to try the next, and in the end gives up.
-    let known = authorize::known(&mut pod.view.clone()).await.ok();
-    let Some(client) = known.and_then(|view| view.workload) else {
+    let Ok(client) = outbound::client(context, pod).await else {
         return error(message.metadata.id, ResponseCode::ServFail);
     };
     let settings = &pod.info.dns;

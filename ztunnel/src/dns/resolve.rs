@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use ambit_model::service::IpFamilies;
-use ambit_model::{Service, Str, Workload};
+use ambit_model::{Service, Workload};
 use ambit_store::Snapshot;
 use hickory_proto::op::{Message, MessageType, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME};
@@ -36,8 +36,7 @@ pub(super) fn resolve(
     }
     let asked = question.name().to_lowercase().to_string();
     let asked = asked.trim_end_matches('.');
-    for (candidate, searched) in candidates(asked, client, domain, searches) {
-        let Some(service) = find(snapshot, client, &candidate) else { continue };
+    if let Some((service, candidate, searched)) = find(snapshot, client, &candidates(asked, client, domain, searches)) {
         let Some(mut ips) = addresses(snapshot, client, service, domain) else { return Outcome::Forward };
         let wanted = |ip: &IpAddr| ip.is_ipv4() == (kind == RecordType::A) && allowed(service, ip);
         ips.retain(wanted);
@@ -104,20 +103,23 @@ fn candidates(asked: &str, client: &Workload, domain: &str, searches: &[String])
     all
 }
 
-/// The service with a host name, else with a wildcard that covers it, most specific first.
-fn find<'a>(snapshot: &'a Snapshot, client: &Workload, name: &str) -> Option<&'a Service> {
-    let exact = Str::from(name);
-    if let Some(service) = snapshot.service_named(&exact, &client.namespace) {
-        return Some(service);
-    }
-    let mut rest = name;
-    while let Some((_, parent)) = rest.split_once('.') {
-        if let Some(service) = snapshot.service_named(&format!("*.{parent}").into(), &client.namespace) {
-            return Some(service);
-        }
-        rest = parent;
-    }
-    None
+/// The service that the first of these names means exactly, else the first that a wildcard covers, the most specific one
+/// first. A wildcard of anybody comes after all exact names: a search list asks for `api.example.NAMESPACE.svc.DOMAIN` before
+/// `api.example`.
+fn find<'a, 'n>(
+    snapshot: &'a Snapshot,
+    client: &Workload,
+    candidates: &'n [(String, bool)],
+) -> Option<(&'a Service, &'n str, bool)> {
+    let named = |name: &str| snapshot.service_named(&name.into(), &client.namespace).map(|s| &**s);
+    let exact = candidates.iter().find_map(|(name, searched)| Some((named(name)?, name.as_str(), *searched)));
+    exact.or_else(|| {
+        candidates.iter().find_map(|(name, searched)| {
+            let parents = std::iter::successors(name.split_once('.'), |(_, rest)| rest.split_once('.'));
+            let service = parents.into_iter().find_map(|(_, parent)| named(&format!("*.{parent}")))?;
+            Some((service, name.as_str(), *searched))
+        })
+    })
 }
 
 /// Addresses of a service for a client: its virtual ones, or for a headless service those of its endpoints. `None`
@@ -159,6 +161,11 @@ mod tests {
     use hickory_proto::op::{OpCode, Query};
 
     fn ask(name: &str, kind: RecordType) -> Option<Vec<String>> {
+        ask_beside(&[], name, kind)
+    }
+
+    /// Asks where there are more services: host and address.
+    fn ask_beside(more: &[(&str, &str)], name: &str, kind: RecordType) -> Option<Vec<String>> {
         let store = Store::default();
         let service = |name: &str, namespace: &str, host: &str, vips: &[&str]| {
             Change::Service(Box::new(Service {
@@ -188,6 +195,7 @@ mod tests {
                 ..Workload::default()
             })),
         ]);
+        store.apply(more.iter().map(|(host, vip)| service("more", "mallory", host, &[vip])));
         let client = Workload { namespace: "client".into(), ..Workload::default() };
         let mut query = Message::new(7, MessageType::Query, OpCode::Query);
         query.add_query(Query::query(Name::from_ascii(name).expect("name"), kind));
@@ -225,5 +233,24 @@ mod tests {
             assert_eq!(ask(forwarded, RecordType::A), None, "{forwarded}");
         }
         assert_eq!(ask("web.shop.", RecordType::MX), None);
+    }
+
+    #[test]
+    fn exact_names_of_all_candidates_come_before_wildcards_of_any() {
+        // It covers what a search list makes of any name.
+        let trap = [("*.svc.cluster.local", "240.241.1.1"), ("*.example.com", "240.241.1.2"), ("*.shop", "240.241.1.3")];
+        let answer = |name: &str| ask_beside(&trap, name, RecordType::A).unwrap_or_default().pop();
+        for (name, expected) in [
+            ("web.shop.", "10.96.0.1"),
+            ("web.shop.client.svc.cluster.local.", "10.96.0.1"),
+            ("web.shop.svc.cluster.local.", "10.96.0.1"),
+            ("api.example.com.client.svc.cluster.local.", "240.240.0.1"),
+            ("api.example.com.svc.cluster.local.", "240.240.0.1"),
+            ("api.example.com.", "240.240.0.1"),
+            ("a.b.wild.example.com.", "240.240.0.2"),
+            ("other.example.com.", "240.241.1.2"),
+        ] {
+            assert_eq!(answer(name).as_deref(), Some(expected), "{name}");
+        }
     }
 }

@@ -76,6 +76,10 @@ impl Pods {
                 // A controller that is away, or does not know the pod yet, changes nothing.
                 None | Some(None) => {}
                 Some(Some(pod)) if pod.enrol => {
+                    let identity = self.identity(&known.info.namespace, &known.info.service_account, Some(&pod));
+                    if known.enrolled.as_ref().is_some_and(|(enrolled, _)| enrolled.identity != identity) {
+                        self.rejoin(known).await;
+                    }
                     if let Some((_, probes)) = &known.enrolled {
                         let declared = probe::declared(&pod);
                         probes.send_if_modified(|old| std::mem::replace(old, declared.clone()) != declared);

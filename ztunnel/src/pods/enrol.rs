@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use ambit_model::{Identity, Str};
 use ambit_net::capture::{Capture, Dropped};
+use ambit_runtime::admission::{Admission, Limits};
 use ambit_store::Store;
 use ambit_xds::enrolment;
 use ambit_xds::proto::ambit::NodePod;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -54,6 +55,22 @@ impl Pods {
         }
     }
 
+    /// Takes a pod up again under another identity: the trust domain of the mesh has changed. What is open goes on.
+    pub(super) async fn rejoin(&self, known: &mut Known) {
+        let (namespace, name) = (&known.info.namespace, &known.info.name);
+        match self.try_join(known).await {
+            Ok(joined) => {
+                info!(namespace, name, identity = %joined.0.identity, "pod has another identity");
+                if let Some((old, _)) = known.enrolled.replace(joined) {
+                    old.stop.cancel();
+                    known.left.push(old);
+                }
+            }
+            // It stays as it is, and this is tried again.
+            Err(error) => warn!(namespace, name, error, "pod keeps its identity for now"),
+        }
+    }
+
     async fn try_join(&self, known: &Known) -> Result<(Arc<Pod>, watch::Sender<Vec<Probe>>), String> {
         let info = known.info.clone();
         let netns = known.netns.clone().ok_or("no network namespace")?;
@@ -79,7 +96,10 @@ impl Pods {
             gone: CancellationToken::new(),
             capture,
             tasks: TaskTracker::new(),
-            places: std::array::from_fn(|_| Arc::new(Semaphore::new(self.config.pod_connections))),
+            admission: [
+                Admission::new(Limits { total: self.config.pod_connections, per_source: self.config.pod_connections }),
+                Admission::new(Limits { total: self.config.pod_connections, per_source: self.config.peer_connections }),
+            ],
         });
         // From here on a failure must close what was opened.
         let (guard, gone_guard) = (pod.stop.clone().drop_guard(), pod.gone.clone().drop_guard());
@@ -94,9 +114,10 @@ impl Pods {
             pod.gone.clone(),
         ));
         if !known.foreign_rules {
+            let first = known.enrolled.is_none();
             let rules = tokio::task::spawn_blocking(move || {
                 let written = capture.install(&netns).and_then(|()| capture.verify(&netns));
-                if !matches!(written, Ok(true)) {
+                if first && !matches!(written, Ok(true)) {
                     // Rules without listeners would cut the pod off.
                     let _ = capture.remove(&netns);
                 }

@@ -12,6 +12,8 @@ use crate::tokens::Claims;
 use crate::topology::PodNet;
 use crate::{Doing, Failure};
 
+/// Annotation of a pod: seconds for which its address is not reported though its containers run.
+const LATE_ADDRESS: &str = "testing.ambit.dev/late-address";
 const TICK: Duration = Duration::from_millis(30);
 const RETRY: Duration = Duration::from_millis(500);
 /// An agent that has restarted is told of its pods again.
@@ -132,9 +134,22 @@ impl Life {
         if !self.join(&net, stop).await {
             return Ok(());
         }
-        self.publish("Pending", &net.ips, false, false)?;
+        // A kubelet reports the address only after its first pass over all containers: one that pulls an image, or whose
+        // postStart hook runs, holds it up while others run already.
+        let late = self.object["metadata"]["annotations"][LATE_ADDRESS].as_str().and_then(|s| s.parse().ok());
+        let late = late.map(Duration::from_secs);
+        if late.is_none() {
+            self.publish("Pending", &net.ips, false, false)?;
+        }
         let mut containers = self.containers()?;
         let mut ready = false;
+        if let Some(late) = late {
+            let until = Instant::now() + late;
+            while Instant::now() < until && !*stop.borrow() {
+                self.tend(&net, &mut containers).await;
+                let _ = tokio::time::timeout(TICK, stop.changed()).await;
+            }
+        }
         self.publish("Running", &net.ips, false, false)?;
         let mut resync = Instant::now() + RESYNC;
         while !*stop.borrow() {

@@ -1,9 +1,13 @@
 //! Frames of HTTP/2 that cost more to answer than to send, counted while they go by (RFC 9113 section 10.5).
 //!
-//! Owns finding their headers in a stream of bytes, and how many are too many. Has no socket and no clock; knows nothing of
-//! what the frames say, and nothing of HTTP/1, which it lets pass.
+//! Owns finding their headers in a stream of bytes, and how many are too many. [`Frames`] has no socket and no clock; it
+//! knows nothing of what the frames say, and nothing of HTTP/1, which it lets pass. [`Watched`] ends a stream that floods.
 
-use std::time::Duration;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Begins a connection of HTTP/2.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -61,6 +65,11 @@ impl Default for Frames {
 }
 
 impl Frames {
+    /// Those that a server sends: they begin without a preface.
+    pub fn of_server() -> Self {
+        Self { at: At::Header(0), ..Self::default() }
+    }
+
     /// Sees bytes of a client; `now` is the age of the connection.
     pub fn see(&mut self, mut bytes: &[u8], now: Duration) -> Result<(), Flood> {
         let mut cost = 0;
@@ -122,6 +131,60 @@ fn price(kind: u8, flags: u8, length: usize) -> u64 {
     }
 }
 
+/// A stream whose reader gets an error in place of what becomes a flood.
+#[derive(Debug)]
+pub struct Watched<T> {
+    io: T,
+    frames: Frames,
+    since: Instant,
+}
+
+impl<T> Watched<T> {
+    /// Watches a stream from its first byte.
+    pub fn new(io: T, frames: Frames) -> Self {
+        Self { io, frames, since: Instant::now() }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
+        if let Err(flood) = this.frames.see(&buf.filled()[before..], this.since.elapsed()) {
+            buf.set_filled(before);
+            return Poll::Ready(Err(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, flood)));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,6 +234,24 @@ mod tests {
             }
             assert_eq!(BURST * DEAR - frames.left, dear);
         }
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_where_its_flood_begins() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut peer, ours) = tokio::io::duplex(1 << 20);
+        let mut watched = Watched::new(ours, Frames::of_server());
+        let pings: Vec<u8> = (0..2 * BURST).flat_map(|_| frame(PING, 8)).collect();
+        let sending = tokio::spawn(async move {
+            // The reader may have given up.
+            let _ = peer.write_all(&pings).await;
+            peer
+        });
+        let mut read = Vec::new();
+        let error = watched.read_to_end(&mut read).await.expect_err("a flood");
+        assert!(error.to_string().contains("flood"), "{error}");
+        drop(watched);
+        drop(sending.await.expect("sent"));
     }
 
     #[test]
