@@ -60,6 +60,13 @@ fn a_policy_that_cannot_be_read_closes_what_it_covers() {
             mesh.apply("policy.yaml", &policy(spec))?;
             until(&mesh, CLIENT, url, passes).await.map_err(|f| Failure(format!("{spec}: {f}")))?;
             mesh.delete("policy.yaml")?;
+            // Gone everywhere: the next one is not an edit of this one.
+            let gone = |m: &Mesh| {
+                let objects = m.debug("/debug/objects").unwrap_or_default().to_string();
+                let policies = m.dump(1).unwrap_or_default()["policies"].as_array().map_or(1, Vec::len);
+                !objects.contains("AuthorizationPolicy") && policies == 0
+            };
+            mesh.wait(&format!("{spec} to be gone"), gone).await?;
             until(&mesh, CLIENT, url, true).await.map_err(|f| Failure(format!("after {spec}: {f}")))?;
         }
         // The mode of a namespace that cannot be read takes no plaintext.

@@ -40,6 +40,9 @@ impl Pages {
 
     /// Pages on localhost.
     pub fn debug(&self, request: &Request<()>) -> Page {
+        if !http::is_local(request) {
+            return http::not_local();
+        }
         match request.uri().path() {
             "/debug" | "/debug/" => http::text(
                 StatusCode::OK,

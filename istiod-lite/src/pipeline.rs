@@ -88,6 +88,7 @@ impl Pipeline {
             mesh.send_replace(Arc::new(built));
             resources.send_replace(Arc::new(next));
             if state.ready {
+                self.index.settle();
                 self.readiness.ready("source");
             }
         }

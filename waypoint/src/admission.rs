@@ -143,9 +143,6 @@ pub(crate) fn authorize(
     }
     match bound.policies.decide(&subject) {
         Verdict::Allow(by) => Ok(by.map(|(name, rule)| format!("{name} rule {rule}").into())),
-        Verdict::HiddenSlash => {
-            Err(Local::new(StatusCode::BAD_REQUEST, "DPE", "the path is not valid\n", Verdict::HiddenSlash))
-        }
         refused => Err(Local::new(StatusCode::FORBIDDEN, "UAEX", "RBAC: access denied", refused)),
     }
 }

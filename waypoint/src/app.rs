@@ -220,6 +220,9 @@ async fn pages(
     tokio::spawn(http::serve(listener, move |request| {
         let (admin, metrics) = (admin.clone(), metrics.clone());
         async move {
+            if !http::is_local(&request) {
+                return http::not_local();
+            }
             match (request.method(), request.uri().path()) {
                 (&Method::GET, "/explain") => explain::page(&admin, &request),
                 (&Method::GET, "/debug/pprof/profile") => profile::page(&request).await,

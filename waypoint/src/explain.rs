@@ -3,6 +3,7 @@
 //! `GET /explain?source=spiffe://TD/ns/NS/sa/SA&host=HOST&port=PORT&method=GET&path=/x&header=NAME:VALUE`
 
 use ::http::{HeaderMap, HeaderName, HeaderValue, Method};
+use ambit_model::l7::compare;
 use ambit_model::l7::policy::{HttpSubject, Subject};
 use ambit_model::l7::table::RequestView;
 use ambit_model::l7::{BackendTarget, path};
@@ -34,7 +35,6 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
     let port: u16 = get("port").unwrap_or("80").parse().map_err(|_| "port: expected a number")?;
     let method = Method::from_bytes(get("method").unwrap_or("GET").as_bytes()).map_err(|e| format!("method: {e}"))?;
     let (raw, query) = get("path").unwrap_or("/").split_once('?').unwrap_or((get("path").unwrap_or("/"), ""));
-    let path = path::normalise(raw).map_err(|e| format!("path: {e}; such a request is answered 400"))?;
     let mut headers = HeaderMap::new();
     for (_, header) in pairs.iter().filter(|(k, _)| k == "header") {
         let (name, value) = header.split_once(':').ok_or("header: expected NAME:VALUE")?;
@@ -42,7 +42,7 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
         headers.append(name, HeaderValue::from_str(value.trim()).map_err(|e| format!("header: {e}"))?);
     }
     let snapshot = shared.store.load();
-    let bare: Str = host.split(':').next().unwrap_or(host).into();
+    let bare: Str = compare::canonical_name(compare::split_port(host).0).into();
     let service = snapshot
         .service_named(&bare, &source.namespace)
         .ok_or_else(|| format!("host: no service {bare} that this waypoint serves or leads to"))?;
@@ -50,6 +50,8 @@ fn explain(shared: &Shared, query: &str) -> Result<Value, String> {
     let Some(bound) = services.get(&service.key()) else {
         return Ok(json!({ "service": service.key(), "outcome": "not bound to this waypoint" }));
     };
+    let path = path::normalise(raw, bound.path_normalization);
+    let path = path.map_err(|e| format!("path: {e}; such a request is answered 400"))?;
     let address = std::net::IpAddr::from([0, 0, 0, 0]);
     let subject = Subject {
         source: &source,

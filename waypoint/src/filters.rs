@@ -3,7 +3,8 @@
 //! Owns these changes as functions of a head. Never sends anything.
 
 use ambit_model::Str;
-use ambit_model::l7::{Cors, HeaderChange, PathChange, Redirect};
+use ambit_model::l7::compare;
+use ambit_model::l7::{Cors, Filter, HeaderChange, PathChange, Redirect};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Response, StatusCode};
 
@@ -39,20 +40,42 @@ pub fn path(path: &str, change: &PathChange, prefix: Option<&str>) -> String {
     }
 }
 
-/// The answer of a redirect. `host` is as it was asked for, maybe with a port; `port` is the service's.
-pub fn redirect(r: &Redirect, host: &str, port: u16, from: &str, query: &str, prefix: Option<&str>) -> Response<Body> {
-    let scheme = r.scheme.as_deref().unwrap_or("http");
-    let bare = match host.rsplit_once(':') {
-        Some((name, digits)) if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => host,
-    };
+/// What a redirect is made from: the request as it was asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Redirected<'a> {
+    /// Host, maybe with a port.
+    pub host: &'a str,
+    /// Port of the service.
+    pub port: u16,
+    /// Path.
+    pub path: &'a str,
+    /// Query; empty where there is none.
+    pub query: &'a str,
+    /// What of the path was matched.
+    pub prefix: Option<&'a str>,
+    /// It came to a gateway over TLS, as that says (`x-forwarded-proto`).
+    pub secure: bool,
+}
+
+/// Whether a gateway before us has ended the TLS of a request.
+pub fn is_secure(headers: &HeaderMap) -> bool {
+    headers.get("x-forwarded-proto").is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"https"))
+}
+
+/// The answer of a redirect.
+pub fn redirect(r: &Redirect, of: Redirected<'_>) -> Response<Body> {
+    let Redirected { path: from, query, prefix, .. } = of;
+    let scheme = r.scheme.as_deref().unwrap_or(if of.secure { "https" } else { "http" });
+    let (bare, asked_port) = compare::split_port(of.host);
     let name = r.hostname.as_deref().unwrap_or(bare);
-    // A port that is given counts; else that of a scheme that is given; else the one that was asked for.
+    // A port that is given counts; else that of a scheme that is given; else the one that was asked for. Behind a gateway that
+    // is the gateway's.
     let port = match (r.port, r.scheme.as_deref()) {
         (Some(port), _) => port,
         (None, Some("http")) => 80,
         (None, Some("https")) => 443,
-        (None, _) => port,
+        (None, _) if of.secure => asked_port.and_then(|p| p.parse().ok()).unwrap_or(443),
+        (None, _) => of.port,
     };
     let usual = matches!((scheme, port), ("http", 80) | ("https", 443));
     let port = if usual { String::new() } else { format!(":{port}") };
@@ -88,6 +111,12 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
         && headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
+/// The method that a preflight asks about.
+pub fn preflight_method(method: &Method, headers: &HeaderMap) -> Option<Method> {
+    let asked = headers.get(header::ACCESS_CONTROL_REQUEST_METHOD).filter(|_| is_preflight(method, headers))?;
+    Method::from_bytes(asked.as_bytes()).ok()
+}
+
 /// The answer to such a request.
 pub fn preflight(cors: &Cors, headers: &HeaderMap) -> Response<Body> {
     let mut response = Response::new(Body::whole(""));
@@ -116,6 +145,22 @@ pub fn preflight(cors: &Cors, headers: &HeaderMap) -> Response<Body> {
     response
 }
 
+/// Puts on an answer what a rule says of answers, whoever gives them: browsers show a script an answer of ours only with the
+/// headers of CORS (Fetch standard, CORS check). `asked` are the headers of the request.
+pub fn decorate(filters: &[Filter], asked: &HeaderMap, out: &mut HeaderMap) {
+    for filter in filters {
+        match filter {
+            Filter::ResponseHeaders(of) => change(out, of),
+            Filter::Cors(cors) => {
+                if let Some(origin) = allowed_origin(cors, asked) {
+                    origin_headers(cors, origin, out);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 /// Headers of an answer to an allowed origin.
 pub fn origin_headers(cors: &Cors, origin: HeaderValue, out: &mut HeaderMap) {
     let any = cors.allow_origins.iter().any(|o| **o == *"*") && !cors.allow_credentials;
@@ -136,10 +181,13 @@ pub fn wanted_upgrade(method: &Method, version: http::Version, headers: &HeaderM
     let mut values = headers.get_all(header::UPGRADE).iter();
     let (Some(one), None) = (values.next(), values.next()) else { return None };
     let protocol = one.to_str().ok()?.to_ascii_lowercase();
-    let listed = headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
-    let wanted = listed.map(str::trim).any(|name| name.eq_ignore_ascii_case("upgrade"));
+    let wanted = compare::has_token(headers, header::CONNECTION, "upgrade");
+    // What comes after the head is the other protocol's: a body would be between them.
+    let empty = headers.get(header::CONTENT_LENGTH).is_none_or(|n| n.as_bytes() == b"0")
+        && !headers.contains_key(header::TRANSFER_ENCODING);
+    let any = method == Method::GET || (empty && method != Method::CONNECT && method != Method::HEAD);
     let hidden = protocol.contains(',') || ["h2", "http", "tls"].iter().any(|p| protocol.trim().starts_with(p));
-    let fits = method == Method::GET && version == http::Version::HTTP_11 && wanted && !hidden;
+    let fits = any && version == http::Version::HTTP_11 && wanted && !hidden;
     fits.then(|| one.clone())
 }
 
@@ -191,8 +239,9 @@ mod tests {
 
     #[test]
     fn redirects_name_a_port_only_where_it_is_unusual() {
+        let of = |host: &'static str, port, secure| Redirected { host, port, path: "/a", query: "q=1", prefix: None, secure };
         let to = |r: Redirect, port| {
-            let response = redirect(&Redirect { status: 301, ..r }, "web.shop:8080", port, "/a", "q=1", None);
+            let response = redirect(&Redirect { status: 301, ..r }, of("web.shop:8080", port, false));
             assert_eq!(response.status(), 301);
             response.headers()["location"].to_str().expect("text").to_owned()
         };
@@ -210,6 +259,16 @@ mod tests {
             ..Redirect::default()
         };
         assert_eq!(to(full, 80), "https://other:8443/b?q=1");
+        // Behind a gateway that has ended TLS.
+        let behind = |host| {
+            let response = redirect(&Redirect { status: 302, ..Redirect::default() }, of(host, 80, true));
+            response.headers()["location"].to_str().expect("text").to_owned()
+        };
+        assert_eq!(behind("py.shop"), "https://py.shop/a?q=1");
+        assert_eq!(behind("py.shop:"), "https://py.shop/a?q=1");
+        assert_eq!(behind("py.shop:8443"), "https://py.shop:8443/a?q=1");
+        let empty = redirect(&Redirect { status: 302, ..Redirect::default() }, of("py.shop:", 80, false));
+        assert_eq!(empty.headers()["location"], "http://py.shop/a?q=1");
     }
 
     #[test]
@@ -244,7 +303,13 @@ mod tests {
         ] {
             assert!(!wanted(Method::GET, connection, upgrade), "{connection}: {upgrade}");
         }
-        assert!(!wanted(Method::POST, "upgrade", "websocket"));
+        assert!(wanted(Method::POST, "upgrade", "SPDY/3.1"), "without a body any method may ask");
+        assert!(!wanted(Method::HEAD, "upgrade", "websocket"));
+        let with_body: HeaderMap = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "x"), (header::CONTENT_LENGTH, "5")]
+            .map(|(n, v)| (n, v.parse().expect("a value")))
+            .into_iter()
+            .collect();
+        assert!(wanted_upgrade(&Method::POST, http::Version::HTTP_11, &with_body).is_none());
     }
 
     #[test]

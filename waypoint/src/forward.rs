@@ -142,7 +142,7 @@ impl Try {
         match self {
             Self::Answered(response) => Some(Outcome::Answered(status_of(response))),
             // What the client sends, and what there is too much of, is no fault of the endpoint's.
-            Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_)) => None,
+            Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_) | Unreachable::Stale(..)) => None,
             Self::Unsent(..) => Some(Outcome::Unreached),
             Self::Lost(_) | Self::Late(_) => Some(Outcome::Failed),
         }
@@ -216,7 +216,7 @@ pub(crate) async fn forward(
     };
     let mut avoid: Vec<u64> = Vec::new();
     let mut before: Option<Unreachable> = None;
-    let mut unsent = 0;
+    let (mut unsent, mut stale) = (0, 0);
     let (mut _again, mut next) = (None, None);
     loop {
         let endpoint = match (next.take(), &connection.target.workload, connection.target.address) {
@@ -249,6 +249,15 @@ pub(crate) async fn forward(
         note(context, &endpoint, outcome.outcome().filter(|_| !theirs), took);
         if matches!(outcome, Try::Late(_)) && deadline.is_some_and(|d| d <= Instant::now()) {
             return Err(over());
+        }
+        // What the pod closes just when a request comes is sent again, where doing it twice is like doing it once and there is
+        // nothing to keep (RFC 9112 section 9.3.1): no try of the route's.
+        if matches!(outcome, Try::Lost(Unreachable::Stale(..))) && empty && head.method.is_idempotent() && stale < TRIES {
+            stale += 1;
+            held._busy = None;
+            request = head.request(version, Body::whole(""))?;
+            next = Some(endpoint);
+            continue;
         }
         avoid.extend(endpoint.tag());
         let answered = |mut response: Response<Incoming>, held: Kept| Sent {
@@ -329,7 +338,10 @@ fn unavailable(e: &Unreachable) -> Local {
         Unreachable::Overflow(_) => "UO",
         Unreachable::NoEndpoint(..) | Unreachable::NoAddress(_) => "UH",
         Unreachable::Connect(..) => "UF",
-        Unreachable::Lost(..) | Unreachable::Refused(..) => "UC",
+        Unreachable::Lost(..) | Unreachable::Refused(..) | Unreachable::Stale(..) => "UC",
+        Unreachable::BadAnswer(..) => {
+            return Local::new(StatusCode::BAD_GATEWAY, "UPE", "the answer of the server cannot be read\n", e);
+        }
     };
     let text = if flag == "UO" { "upstream overflow\n" } else { "no healthy upstream" };
     Local::new(StatusCode::SERVICE_UNAVAILABLE, flag, text, e)

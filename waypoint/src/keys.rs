@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::body::Body;
+use crate::upstream::guard;
 use crate::upstream::{Version, Wish};
 use crate::worker::Context;
 
@@ -132,6 +133,9 @@ impl Keys {
     }
 }
 
+/// Addresses of a host that are tried.
+const ADDRESSES: usize = 4;
+
 /// Fetches for ever, on one worker.
 pub async fn fetch(context: Rc<Context>, mut sources: mpsc::UnboundedReceiver<Weak<Source>>) {
     while let Some(source) = sources.recv().await {
@@ -177,7 +181,7 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
             context.upstream.send(&endpoint, Version::Http1, request).await.map_err(|(e, _)| e.to_string())?
         }
         None => {
-            let tcp = TcpStream::connect((host, port)).await.map_err(|e| format!("connect to {host}:{port}: {e}"))?;
+            let tcp = connect(host, port).await.map_err(|e| format!("connect to {host}:{port}: {e}"))?;
             if tls {
                 let name = ServerName::try_from(host.to_owned()).map_err(|e| e.to_string())?;
                 let connector = context.shared.outside.clone();
@@ -193,6 +197,20 @@ async fn get(context: &Rc<Context>, text: &str) -> Result<JwkSet, String> {
     }
     let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
     parse(&body.map_err(|e| format!("the answer: {e}"))?.to_bytes())
+}
+
+/// Connects to one of the addresses of a host.
+async fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
+    let host = host.trim_matches(['[', ']']);
+    let addresses = tokio::net::lookup_host((host, port)).await.map_err(|e| e.to_string())?;
+    let mut last = "it has no address".to_owned();
+    for address in addresses.take(ADDRESSES) {
+        match guard::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(last)
 }
 
 /// The service of a host; waits until the controller has said whether there is one, for what is in the mesh is not asked in the

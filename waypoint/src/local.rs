@@ -36,13 +36,19 @@ impl Local {
         Self { status, flag, text, reason: reason.to_string(), more: None }
     }
 
-    /// An answer of our own. A gRPC client gets its status as gRPC has it.
-    pub(crate) fn into_response(self, grpc: bool) -> Response<Body> {
+    /// With what gRPC says of it, where the status of HTTP says something else.
+    pub(crate) fn grpc(self, code: u8) -> Self {
+        let more = More { grpc: Some(code), ..More::default() };
+        Self { more: Some(Box::new(more)), ..self }
+    }
+
+    /// An answer of our own. A gRPC client gets its status as gRPC has it; to HEAD there is no content (RFC 9110 section 9.3.2).
+    pub(crate) fn into_response(self, grpc: bool, head: bool) -> Response<Body> {
         let more = self.more.map(|m| *m).unwrap_or_default();
         if let Some(answer) = more.answer {
-            return answer;
+            return if head { answer.map(|_| Body::whole("")) } else { answer };
         }
-        let mut response = Response::new(Body::whole(if grpc { "" } else { self.text }));
+        let mut response = Response::new(Body::whole(if grpc || head { "" } else { self.text }));
         *response.headers_mut() = more.headers;
         if grpc {
             let code = more.grpc.unwrap_or(match self.status {

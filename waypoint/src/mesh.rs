@@ -9,6 +9,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use ambit_model::NamespacedHostname;
+use ambit_model::l7::path::PathNormalization;
 use ambit_model::l7::policy::PolicyTable;
 use ambit_model::l7::table::RouteTable;
 use ambit_model::l7::traffic::Traffic;
@@ -49,6 +50,8 @@ pub struct Bound {
     pub closed: Option<String>,
     /// Servers are told who the client is.
     pub tell_client: bool,
+    /// How paths are normalised.
+    pub path_normalization: PathNormalization,
     /// What requests follow where no route is attached.
     pub default: Arc<RouteRule>,
     /// What rules do to requests besides.
@@ -306,6 +309,7 @@ fn compile(
         policies: Arc::new(PolicyTable::new(&config.policies)),
         closed: None,
         tell_client: config.tell_client,
+        path_normalization: config.path_normalization,
         treatments: Arc::new(treatments),
         default: Arc::new(config.default),
         // What is told of requests is no reason to refuse them.

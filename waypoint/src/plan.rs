@@ -57,6 +57,22 @@ pub(crate) struct Asked<'a> {
     pub(crate) port: u16,
 }
 
+/// Puts on an answer of our own what the rule of a request says of answers.
+pub(crate) fn decorate(
+    connection: &Connection,
+    bound: &Bound,
+    method: &Method,
+    (path, query): (&str, &str),
+    asked: &HeaderMap,
+    out: &mut HeaderMap,
+) {
+    let view = RequestView { method, path, query, headers: asked };
+    let namespace = &connection.facts.src_identity.namespace;
+    if let Found::Rule(chosen) = bound.routes.find(&view, connection.target.port, Some(namespace)) {
+        filters::decorate(&chosen.rule.filters, asked, out);
+    }
+}
+
 /// Finds the rule of a request and chooses its backend.
 #[allow(clippy::too_many_arguments, reason = "the parts of a request")]
 pub(crate) fn plan(
@@ -72,7 +88,16 @@ pub(crate) fn plan(
     let target = &connection.target;
     let view = RequestView { method: &head.method, path, query, headers: &head.headers };
     let namespace = &connection.facts.src_identity.namespace;
-    match bound.routes.find(&view, target.port, Some(namespace)) {
+    // A preflight asks what holds for another method: the rule of that one answers, where it has rules of CORS.
+    let asked = filters::preflight_method(&head.method, &head.headers);
+    let of_asked = asked.as_ref().map(|method| RequestView { method, ..view });
+    let of_asked = of_asked.map(|view| bound.routes.find(&view, target.port, Some(namespace)));
+    let has_cors = |rule: &RouteRule| rule.filters.iter().any(|f| matches!(f, Filter::Cors(_)));
+    let found = match of_asked {
+        Some(Found::Rule(chosen)) if has_cors(&chosen.rule) => Found::Rule(chosen),
+        _ => bound.routes.find(&view, target.port, Some(namespace)),
+    };
+    match found {
         Found::Default => {
             let of_workload = |w: &Arc<Workload>| NamespacedHostname::new(w.namespace.clone(), w.name.clone());
             let key = target.service.as_ref().map(|s| s.key()).or_else(|| target.workload.as_ref().map(of_workload));
@@ -91,12 +116,9 @@ pub(crate) fn plan(
             let to = match &backend {
                 Some(Backend { target: BackendTarget::Service(service, port), .. }) => Some((service.clone(), *port)),
                 Some(Backend { target: BackendTarget::Invalid(reason), .. }) => {
-                    return Err(Local::new(
-                        StatusCode::INTERNAL_SERVER_ERROR,
-                        "NC",
-                        "the backend is not valid\n",
-                        reason,
-                    ));
+                    let text = "the backend is not valid\n";
+                    // gRPC: UNAVAILABLE, which clients try again (Gateway API, GRPCRouteRule.backendRefs).
+                    return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NC", text, reason).grpc(14));
                 }
                 None => None,
             };
@@ -151,7 +173,9 @@ pub(crate) fn apply(
         Filter::RequestHeaders(h) => filters::change(headers, h),
         Filter::ResponseHeaders(h) => change.headers.push(h.clone()),
         Filter::Redirect(r) => {
-            return Ok(Some(filters::redirect(r, host, port, path, query, plan.prefix())));
+            let secure = filters::is_secure(headers);
+            let of = filters::Redirected { host, port, path, query, prefix: plan.prefix(), secure };
+            return Ok(Some(filters::redirect(r, of)));
         }
         Filter::Rewrite(r) => {
             change.host = r.hostname.clone().or(change.host.take());

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use ambit_hbone::headers::TraceParent;
 use ambit_model::NamespacedHostname;
+use ambit_model::l7::Filter;
+use ambit_model::l7::compare;
 use ambit_model::l7::traffic::{Abort, Balancing};
 use ambit_model::l7::{BackendTarget, path};
 use ambit_telemetry::spans::{Begun, Parent};
@@ -36,8 +38,6 @@ use crate::{cluster, ending, filters, session};
 
 /// What ends at the deadline of a route by itself has this long to do so.
 const GRACE: Duration = Duration::from_millis(20);
-/// Media types of gRPC begin with it.
-const GRPC: &[u8] = b"application/grpc";
 const XFCC: &str = "x-forwarded-client-cert";
 /// What Istio's proxies tell one another; nobody else's word counts for it.
 const ISTIO_SOURCE: &str = "x-istio-source";
@@ -55,10 +55,11 @@ pub async fn handle(
     connection.requests.set(connection.requests.get() + 1);
     connection.http2.set(request.version() == http::Version::HTTP_2);
     let host = authority(&request).unwrap_or_default();
-    let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
-    let grpc = kind.is_some_and(|kind| kind.starts_with(GRPC));
+    let kind = compare::media_type(request.headers());
+    let grpc = is_grpc(&kind);
     // Those of gRPC for the web are part of the body.
-    let trailers = grpc && connection.http2.get() && !kind.is_some_and(|kind| kind[GRPC.len()..].starts_with(b"-"));
+    let trailers = grpc && connection.http2.get() && !kind.starts_with("application/grpc-");
+    let head_only = request.method() == Method::HEAD;
     let bound = current(&context, &connection);
     let meter = connection.meter(&context.shared.observer);
     let exchange = meter.request(&request, &host, bound.telling.clone());
@@ -69,9 +70,10 @@ pub async fn handle(
     let upgrade = filters::wanted_upgrade(request.method(), request.version(), request.headers());
     let upgrade = upgrade.map(|protocol| (protocol, hyper::upgrade::on(&mut request)));
     let open = context.ending.open();
+    let mut seen = None;
     let outcome = match context.shared.overload.admit(context.shared.observer.load()) {
         Ok(()) => {
-            let answered = respond(&context, &connection, &bound, request, &host, exchange, upgrade);
+            let answered = respond(&context, &connection, &bound, request, &host, exchange, upgrade, &mut seen);
             tokio::select! {
                 biased;
                 outcome = answered => outcome,
@@ -87,17 +89,35 @@ pub async fn handle(
         Err(mut local) => {
             exchange.flag = local.flag;
             exchange.error = Some(std::mem::take(&mut local.reason));
-            local.into_response(grpc)
+            let mut response = local.into_response(grpc, head_only);
+            if let Some(Seen { method, path, original }) = &seen {
+                let asked = (path.as_str(), original.query.as_str());
+                plan::decorate(&connection, &bound, method, asked, &original.headers, response.headers_mut());
+            }
+            response
         }
     };
     exchange.answered(response.status().as_u16(), response.headers());
     let (mut head, body) = response.into_parts();
-    let trailers = trailers && head.headers.get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(GRPC));
+    let trailers = trailers && is_grpc(&compare::media_type(&head.headers));
     let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
     if connection.moves.get() && !connection.http2.get() && !upgraded {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(Response::from_parts(head, told.by(body.ending(open, trailers))))
+}
+
+/// Whether a media type is one of gRPC: `application/grpc`, `application/grpc+proto`, `application/grpc-web`.
+fn is_grpc(media_type: &str) -> bool {
+    let rest = media_type.strip_prefix("application/grpc");
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', '-']))
+}
+
+/// A request as it was when routes and policies looked at it, for answers of our own.
+struct Seen {
+    method: Method,
+    path: String,
+    original: Original,
 }
 
 /// Begins the span of a request. Who has begun the trace decides whether it is told: the application, else the tunnel, unless
@@ -154,6 +174,7 @@ fn authority(request: &Request<Incoming>) -> Option<String> {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of a request")]
 async fn respond(
     context: &Rc<Context>,
     connection: &Rc<Connection>,
@@ -162,6 +183,7 @@ async fn respond(
     host: &str,
     exchange: &mut Exchange,
     upgrade: Option<Upgrade>,
+    seen: &mut Option<Seen>,
 ) -> Result<Response<Body>, Local> {
     let bad = |text, reason: &str| Local::new(StatusCode::BAD_REQUEST, "DPE", text, reason);
     if request.method() == Method::CONNECT {
@@ -172,7 +194,11 @@ async fn respond(
     }
     let uri_path =
         if request.method() == Method::OPTIONS && request.uri().path() == "*" { "/" } else { request.uri().path() };
-    let path = path::normalise(uri_path).map_err(|e| bad("the path is not valid\n", &e.to_string()))?.into_owned();
+    let normalise = |path: &str| match path::normalise(path, bound.path_normalization) {
+        Ok(path) => Ok(path.into_owned()),
+        Err(e) => Err(bad("the path is not valid\n", &e.to_string())),
+    };
+    let path = normalise(uri_path)?;
     if let Some(reason) = &bound.closed {
         return Err(Local::new(StatusCode::SERVICE_UNAVAILABLE, "UAEX", "the configuration is not usable\n", reason));
     }
@@ -191,17 +217,18 @@ async fn respond(
     let named = HeaderValue::from_str(host).map_err(|_| bad("the host is not valid\n", "the host is not valid"))?;
     head.headers.insert(header::HOST, named);
     let original = Original { headers: head.headers.clone(), query: head.uri.query().unwrap_or_default().to_owned() };
+    let Seen { path, original, .. } = seen.insert(Seen { method: head.method.clone(), path, original });
     let mut query = original.query.clone();
-    let token = token_of(bound, &mut head.headers, &mut query, &original).await?;
+    let token = token_of(bound, &mut head.headers, &mut query, original).await?;
     let port = connection.target.port;
-    let asked = Asked { method: &head.method, host, path: &path, port };
+    let asked = Asked { method: &head.method, host, path, port };
     let mut passed = Consulted::default();
     if bound.policies.has_authorizers() {
         let asks = consult(context, connection, bound, &asked, &query, &mut head.headers, token.as_ref(), &mut passed);
         Box::pin(asks).await?;
     }
     exchange.policy = authorize(connection, bound, &asked, &head.headers, token.as_ref())?;
-    let plan = plan::plan(context, connection, bound, &head, &path, &query, &original.headers, exchange)?;
+    let plan = plan::plan(context, connection, bound, &head, path, &query, &original.headers, exchange)?;
     let treatment = plan.treatment(bound);
     treatment.limit(&connection.facts.src_identity, &head.headers, cluster::now()).map_err(too_many)?;
     on_purpose(treatment, &head.headers).await?;
@@ -210,14 +237,14 @@ async fn respond(
     let of_backend = plan.backend.iter().flat_map(|b| &b.filters);
     for filter in plan.rule.filters.iter().chain(of_backend) {
         if let Some(answer) = plan::apply(filter, &mut head.headers, &asked, &query, &plan, &mut change)? {
-            return Ok(answer);
+            return Ok(own_answer(answer, &plan, filter, original, head.method == Method::HEAD));
         }
     }
     let Some((service, port)) = &plan.to else {
-        return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NR", "no backend\n", "the rule has no backend"));
+        let text = "no backend\n";
+        return Err(Local::new(StatusCode::INTERNAL_SERVER_ERROR, "NR", text, "the rule has no backend").grpc(14));
     };
-    let to_path =
-        path::normalise(&change.path).map_err(|e| bad("the path is not valid\n", &e.to_string()))?.into_owned();
+    let to_path = normalise(&change.path)?;
     let to_host = change.host.as_deref().unwrap_or(host).to_owned();
     // What has been evaluated is what goes on: whatever a route has changed, and wherever it leads, is looked at again as
     // it will arrive.
@@ -225,7 +252,7 @@ async fn respond(
     let changed = !plan.rule.filters.is_empty() || plan.backend.as_ref().is_some_and(|b| !b.filters.is_empty());
     let arrives = Asked { method: &head.method, host: &to_host, path: &to_path, port: *port };
     if !here {
-        let admitted = admit(context, connection, service, &arrives, &query, &mut head.headers, &original, &mut passed);
+        let admitted = admit(context, connection, service, &arrives, &query, &mut head.headers, original, &mut passed);
         Box::pin(admitted).await?;
     } else if changed {
         if bound.policies.has_authorizers() {
@@ -283,7 +310,12 @@ async fn respond(
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         let asked = upgrade.as_ref().map(|(protocol, _)| protocol);
         let open = (context.ending.open(), context.shared.observer.under_way());
-        if asked.is_none() || head.headers.get(header::UPGRADE) != asked {
+        // Names of protocols have no case (RFC 9110 section 7.8).
+        let same = |asked: &HeaderValue| {
+            let given = head.headers.get(header::UPGRADE);
+            given.is_some_and(|g| g.as_bytes().eq_ignore_ascii_case(asked.as_bytes()))
+        };
+        if !asked.is_some_and(same) {
             let reason = "the pod has switched to a protocol that nobody asked for";
             return Err(Local::new(StatusCode::BAD_GATEWAY, "UPE", "bad answer\n", reason));
         }
@@ -310,6 +342,14 @@ async fn respond(
     }
     head.version = http::Version::default();
     Ok(Response::from_parts(head, Body::incoming(incoming).until(deadline).holding(kept)))
+}
+
+/// An answer that a filter gives by itself, with what the rule says of answers. The answer to a preflight has its own headers.
+fn own_answer(mut answer: Response<Body>, plan: &plan::Plan, by: &Filter, original: &Original, head: bool) -> Response<Body> {
+    if !matches!(by, Filter::Cors(_)) {
+        filters::decorate(&plan.rule.filters, &original.headers, answer.headers_mut());
+    }
+    if head { answer.map(|_| Body::whole("")) } else { answer }
 }
 
 /// The answer of a limit that a request has gone over.

@@ -3,6 +3,7 @@
 //! Owns the connections of one worker. All are keyed by the workload's uid, so that an address that another pod has taken
 //! over never gets an old one. A workload marked HBONE never gets plaintext, nor does one that is to get TLS.
 
+pub mod guard;
 mod gate;
 mod http;
 mod io;
@@ -26,7 +27,6 @@ use ambit_model::workload::Protocol;
 use ambit_model::{NamespacedHostname, Str, Workload};
 use ambit_net::listen;
 use ambit_tls::handshake;
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
@@ -127,6 +127,12 @@ pub enum Unreachable {
     /// It was lost after the request had been sent at least in part.
     #[error("{0}: {1}")]
     Lost(SocketAddr, String),
+    /// A connection that had been kept ended before a byte of an answer: the pod has closed it at the same moment, mostly.
+    #[error("{0}: a connection that was kept has ended: {1}")]
+    Stale(SocketAddr, String),
+    /// Its answer is none that can be read.
+    #[error("{0}: the answer cannot be read: {1}")]
+    BadAnswer(SocketAddr, String),
 }
 
 impl From<ConnectLost> for Unreachable {
@@ -366,7 +372,7 @@ impl Upstream {
         }
         match to.workload.protocol {
             Protocol::Tcp => {
-                let tcp = tokio::time::timeout(patience, TcpStream::connect(to.addr)).await;
+                let tcp = tokio::time::timeout(patience, guard::connect(to.addr)).await;
                 let tcp = tcp.map_err(|_| failed(format!("no answer within {patience:?}")))?;
                 let tcp = tcp.map_err(|e| failed(e.to_string()))?;
                 // Without these options the connection still works.
@@ -427,7 +433,7 @@ async fn dial(shared: Arc<Shared>, key: TunnelKey, patience: Duration) -> Result
     let config = &shared.config;
     let failed = |e: String| Unreachable::Connect(key.peer, e);
     let certificate = shared.certificate.wait(config.connect_timeout).await.map_err(failed)?;
-    let tcp = tokio::time::timeout(patience, TcpStream::connect(key.peer)).await;
+    let tcp = tokio::time::timeout(patience, guard::connect(key.peer)).await;
     let tcp = tcp.map_err(|_| failed(format!("no answer within {patience:?}")))?;
     let tcp = tcp.map_err(|e| failed(e.to_string()))?;
     // Without these options the connection still works.

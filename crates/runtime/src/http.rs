@@ -104,6 +104,21 @@ where
         .await;
 }
 
+/// Whether a request was made on this host, for this host: pages on localhost are not for whom a proxy or a name that
+/// leads here brings.
+pub fn is_local<T>(request: &Request<T>) -> bool {
+    let headers = request.headers();
+    let host = headers.get("host").and_then(|h| h.to_str().ok()).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.ends_with(']') { host } else { name });
+    let forwarded = ["x-forwarded-for", "forwarded", "via"].iter().any(|name| headers.contains_key(*name));
+    matches!(name, "localhost" | "127.0.0.1" | "[::1]") && !forwarded
+}
+
+/// The answer to a request that is not local.
+pub fn not_local() -> Page {
+    text(StatusCode::FORBIDDEN, "this page is for requests to localhost, not by way of a proxy\n")
+}
+
 /// A parameter of a query string, percent-decoding left out: levels and numbers need none.
 pub fn query<'a, T>(request: &'a Request<T>, name: &str) -> Option<&'a str> {
     let pairs = request.uri().query()?.split('&');
@@ -130,6 +145,22 @@ mod tests {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("answer");
         answer
+    }
+
+    #[test]
+    fn only_localhost_is_local() {
+        let local = |headers: &[(&str, &str)]| {
+            let request = headers.iter().fold(Request::builder(), |r, (name, value)| r.header(*name, *value));
+            is_local(&request.body(()).expect("request"))
+        };
+        for host in ["localhost", "localhost:15000", "127.0.0.1:15000", "[::1]:15000", "[::1]"] {
+            assert!(local(&[("host", host)]), "{host}");
+        }
+        for host in ["deputy.example", "localhost.example:15000", "10.0.0.1", "127.0.0.1.example", ""] {
+            assert!(!local(&[("host", host)]), "{host}");
+        }
+        assert!(!local(&[]));
+        assert!(!local(&[("host", "localhost"), ("x-forwarded-for", "10.0.0.9")]));
     }
 
     #[tokio::test]

@@ -1,26 +1,22 @@
 //! What guards services at their waypoints: policies, tokens, authorizers, and that nobody goes round the waypoint.
 //!
-//! Owns which of them targets what, their compiling, and the status of each. What cannot be read closes its targets.
+//! Owns which of them targets what, the compiling of rules about tokens, and the status of each; policies are compiled by
+//! [`super::http_policy`]. What cannot be read closes its targets.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use ambit_model::l7::ServiceConfig;
-use ambit_model::l7::policy::{
-    Authorizer, Condition as When, HttpAction, HttpPolicy, HttpRule, Operation, Source, Values, is_known_key,
-};
+use ambit_model::l7::policy::{HttpAction, HttpPolicy, HttpRule};
 use ambit_model::l7::token::{TokenPlace, TokenRule};
 use ambit_model::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
-use ambit_model::{Identity, NamespacedHostname, Service, Str};
+use ambit_model::{Identity, Str};
 
 use super::l7::{Bound, Owner};
-use super::lookup::{Entry, World};
+use super::lookup::World;
 use super::policies::Invalid;
-use super::principals::{Trust, written_out};
-use super::{Condition, Mesh, Rows, routes, services, waypoints};
+use super::{Condition, Mesh, http_policy, services, waypoints};
 use crate::objects::Key;
-use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyAction, PolicyTarget};
-use crate::objects::mesh::ExtAuthzHttp;
+use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyTarget};
 
 /// Where a policy or a rule about tokens guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
 /// Services without policies stay open, so that scrapes and gateways outside the mesh go on.
@@ -79,7 +75,7 @@ pub(super) fn attach_policies(world: &World<'_>, bound: &mut BTreeMap<Owner<'_>,
         let statuses = statuses_of.entry(entry.key.clone()).or_default();
         let compiled = match &entry.object.spec.broken {
             Some(reason) => Err(reason.clone()),
-            None => policy(world, mesh_services, entry)
+            None => http_policy::compile(world, mesh_services, entry)
                 .map_err(|e| format!("{}: {:?}: expected {}", e.path, e.value, e.expected)),
         };
         let policy = compiled.unwrap_or_else(|reason| {
@@ -162,7 +158,8 @@ pub(super) fn attach_to(
     }
 }
 
-fn name(key: &Key) -> Str {
+/// How waypoints name an object.
+pub(super) fn name(key: &Key) -> Str {
     format!("{}/{}", key.namespace, key.name).into()
 }
 
@@ -241,124 +238,5 @@ fn token_rule(key: &Key, n: usize, rule: &istio::JwtRule) -> Result<TokenRule, I
         payload_header: Some(text(&rule.output_payload_to_header)).filter(|h| !h.is_empty()),
         claim_headers: rule.output_claim_to_headers.iter().map(|c| (text(&c.header), text(&c.claim))).collect(),
         forward: rule.forward_original_token,
-    })
-}
-
-/// A policy with targets, as waypoints evaluate it.
-fn policy(
-    world: &World<'_>,
-    services: &Rows<NamespacedHostname, Service>,
-    entry: &Entry<'_, istio::AuthorizationPolicy>,
-) -> Result<HttpPolicy, Invalid> {
-    let trust = Trust { namespace: &entry.key.namespace, config: &world.config };
-    let spec = &written_out(&entry.object.spec, trust)?;
-    let action = match spec.action {
-        PolicyAction::Allow => HttpAction::Allow,
-        PolicyAction::Deny => HttpAction::Deny,
-        PolicyAction::Audit => HttpAction::Audit,
-        PolicyAction::Custom => HttpAction::Custom,
-    };
-    let authorizer = match spec.action {
-        PolicyAction::Custom => Some(authorizer(world, services, spec.provider.as_ref())?),
-        _ => None,
-    };
-    let text = |yes: &[String], no: &[String]| {
-        let all = |v: &[String]| v.iter().map(|s| Str::from(s.as_str())).collect();
-        Values { yes: all(yes), no: all(no) }
-    };
-    let mut rules = Vec::new();
-    for (n, rule) in spec.rules.iter().enumerate() {
-        let from = rule.from.iter().map(|f| &f.source).map(|s| Source {
-            principals: text(&s.principals, &s.not_principals),
-            request_principals: text(&s.request_principals, &s.not_request_principals),
-            namespaces: text(&s.namespaces, &s.not_namespaces),
-            service_accounts: text(&s.service_accounts, &s.not_service_accounts),
-            ip_blocks: text(&s.ip_blocks, &s.not_ip_blocks),
-            remote_ip_blocks: text(&s.remote_ip_blocks, &s.not_remote_ip_blocks),
-        });
-        let to = rule.to.iter().map(|t| &t.operation).map(|o| Operation {
-            hosts: text(&o.hosts, &o.not_hosts),
-            ports: text(&o.ports, &o.not_ports),
-            methods: text(&o.methods, &o.not_methods),
-            paths: text(&o.paths, &o.not_paths),
-        });
-        let many = |p: &&String| p.matches("{**}").count() > 1;
-        let paths = rule.to.iter().flat_map(|t| t.operation.paths.iter().chain(&t.operation.not_paths));
-        if let Some(path) = paths.into_iter().find(many) {
-            let (path, value) = (format!("spec.rules[{n}].to.operation.paths"), path.clone());
-            return Err(Invalid { path, value, expected: "at most one {**} in a path" });
-        }
-        for (m, when) in rule.when.iter().enumerate() {
-            if !is_known_key(&when.key) {
-                return Err(Invalid {
-                    path: format!("spec.rules[{n}].when[{m}].key"),
-                    value: when.key.clone(),
-                    expected: "request.headers[NAME], request.auth.principal, request.auth.audiences, request.auth.presenter, \
-                               request.auth.claims[NAME], source.ip, source.namespace, source.principal, \
-                               source.serviceAccount, remote.ip, destination.ip or destination.port",
-                });
-            }
-        }
-        let when = rule.when.iter();
-        let when = when.map(|w| When { key: w.key.as_str().into(), values: text(&w.values, &w.not_values) });
-        rules.push(HttpRule { from: from.collect(), to: to.collect(), when: when.collect() });
-    }
-    let dry_run = entry.meta.annotation("istio.io/dry-run") == Some("true");
-    Ok(HttpPolicy { name: name(entry.key), action, dry_run, rules, authorizer })
-}
-
-/// The authorizer that a policy names.
-fn authorizer(
-    world: &World<'_>,
-    services: &Rows<NamespacedHostname, Service>,
-    provider: Option<&serde_json::Value>,
-) -> Result<Authorizer, Invalid> {
-    let name = provider.and_then(|p| p["name"].as_str()).unwrap_or_default();
-    let invalid =
-        |value: &str, expected| Err(Invalid { path: "spec.provider.name".into(), value: value.to_owned(), expected });
-    let Some(found) = world.config.extension_providers.iter().find(|p| p.name == name && !name.is_empty()) else {
-        return invalid(name, "the name of one of the mesh configuration's extensionProviders");
-    };
-    let http = match (&found.envoy_ext_authz_http, &found.envoy_ext_authz_grpc) {
-        (Some(http), None) => http.clone(),
-        (None, Some(grpc)) => ExtAuthzHttp {
-            service: grpc.service.clone(),
-            port: grpc.port,
-            timeout: grpc.timeout.clone(),
-            fail_open: grpc.fail_open,
-            status_on_error: grpc.status_on_error.clone(),
-            other: grpc.other.clone(),
-            ..ExtAuthzHttp::default()
-        },
-        _ => return invalid(name, "a provider with envoyExtAuthzHttp or envoyExtAuthzGrpc"),
-    };
-    if let Some(field) = http.other.keys().next() {
-        return invalid(field, "no such field of an authorizer: it is not supported");
-    }
-    let (namespace, host) = http.service.split_once('/').map_or((None, &*http.service), |(n, h)| (Some(n), h));
-    // Without a namespace the canonical one: nobody takes its place by an entry of the same host elsewhere.
-    let fits = |s: &&Arc<Service>| *s.hostname == *host && namespace.map_or(s.canonical, |n| *s.namespace == *n);
-    let Some(service) = services.values().find(fits).map(|s| s.key()) else {
-        return invalid(&http.service, "a service of the mesh, by its full host name");
-    };
-    let Some(timeout_ms) = routes::gep2257(http.timeout.as_deref().unwrap_or("5s")).filter(|ms| *ms > 0) else {
-        return invalid(http.timeout.as_deref().unwrap_or_default(), "a duration such as 600ms");
-    };
-    let status = http.status_on_error.as_deref().unwrap_or("403");
-    let Some(status_on_error) = status.parse().ok().filter(|s| (400..600).contains(s)) else {
-        return invalid(status, "a status, 400 to 599");
-    };
-    let all = |list: &[String]| list.iter().map(|s| Str::from(s.as_str())).collect();
-    Ok(Authorizer {
-        service,
-        port: http.port,
-        grpc: found.envoy_ext_authz_grpc.is_some(),
-        path_prefix: http.path_prefix.as_str().into(),
-        timeout_ms,
-        fail_open: http.fail_open,
-        status_on_error,
-        request_headers: all(&http.include_request_headers_in_check),
-        upstream_headers: all(&http.headers_to_upstream_on_allow),
-        downstream_headers: all(&http.headers_to_downstream_on_deny),
     })
 }

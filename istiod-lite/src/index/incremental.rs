@@ -13,6 +13,7 @@ use super::ownership::Ownership;
 use super::policies::Authentication;
 use super::{Enrolled, Mesh, Settings, build_with, gateways, pods, routes};
 use crate::objects::all::Change;
+use crate::objects::mesh::MeshConfig;
 use crate::objects::{Key, Loaded, Object, Objects, core};
 
 /// Makes meshes, one after the other.
@@ -20,6 +21,8 @@ pub struct Index {
     settings: Settings,
     known: routes::Known,
     last: Option<Last>,
+    /// The mesh configuration that is in force; it stays while a later one cannot be read.
+    config: Option<MeshConfig>,
 }
 
 struct Last {
@@ -31,18 +34,18 @@ struct Last {
 impl Index {
     /// Has made none yet.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, known: routes::Known::default(), last: None }
+        Self { settings, known: routes::Known::default(), last: None, config: None }
     }
 
     /// The mesh of these objects and reports.
     pub fn update(&mut self, objects: &Objects, enrolled: &Enrolled) -> Mesh {
-        let known = &mut self.known;
+        let (known, config) = (&mut self.known, self.config.as_ref());
         let mesh = match &self.last {
-            None => build_with(objects, enrolled, &self.settings, known),
+            None => build_with(objects, enrolled, &self.settings, known, config),
             Some(last) => {
                 known.follow(objects, &last.objects);
                 last.follow(objects, enrolled, &self.settings).unwrap_or_else(|| {
-                    let mut mesh = build_with(objects, enrolled, &self.settings, known);
+                    let mut mesh = build_with(objects, enrolled, &self.settings, known, config);
                     reuse(&mut mesh, &last.mesh);
                     mesh
                 })
@@ -50,6 +53,15 @@ impl Index {
         };
         self.last = Some(Last { objects: objects.clone(), enrolled: enrolled.clone(), mesh: mesh.clone() });
         mesh
+    }
+}
+
+impl Index {
+    /// What was made last is in force: all objects had been read.
+    pub fn settle(&mut self) {
+        if let Some(last) = &self.last {
+            self.config = Some((*last.mesh.config).clone());
+        }
     }
 }
 

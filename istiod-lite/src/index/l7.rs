@@ -30,10 +30,15 @@ pub struct Bound {
     pub config: ServiceConfig,
     /// The service; an entry has one for each of its hosts.
     pub own: Vec<NamespacedHostname>,
+    /// Bytes that the expressions of its routes take at the waypoint, at most.
+    pub expressions: usize,
 }
 
 /// Annotation of a Service, a ServiceEntry or a Gateway: servers are told who the client is.
 const TELL_CLIENT: &str = "ambient.istio.io/xfcc-include-client-identity";
+
+/// Bytes that the expressions of the routes of one service take at its waypoint.
+const MAX_EXPRESSIONS: usize = 16 << 20;
 
 /// Adds what waypoints are told.
 pub fn build(world: &World<'_>, known: &mut routes::Known, mesh: &mut Mesh) {
@@ -48,7 +53,9 @@ pub fn build(world: &World<'_>, known: &mut routes::Known, mesh: &mut Mesh) {
             _ => None,
         };
         let gateway = (gateway.0.to_owned(), gateway.1.to_owned());
-        Bound { gateway, canary, config: ServiceConfig { tell_client, ..ServiceConfig::default() }, own }
+        let path_normalization = world.config.path_normalization.normalization;
+        let config = ServiceConfig { tell_client, path_normalization, ..ServiceConfig::default() };
+        Bound { gateway, canary, config, own, expressions: 0 }
     };
     for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
@@ -227,6 +234,14 @@ fn attach<'a>(
             format!("{kind_of} {namespace}/{} is bound to no waypoint, so nobody follows the route", parent.name);
         return no("NoMatchingParent", text);
     };
+    if bound.expressions + compiled.expressions > MAX_EXPRESSIONS {
+        let text = format!(
+            "its regular expressions take {} bytes of memory: expected at most {MAX_EXPRESSIONS} with those of the routes \
+             that {kind_of} {namespace}/{} has already",
+            compiled.expressions, parent.name
+        );
+        return no("UnsupportedValue", text);
+    }
     let kind = routes::kind(candidate.key);
     let consumers = (candidate.key.namespace != namespace).then(|| Str::from(&*candidate.key.namespace));
     let other = |r: &Route| {
@@ -238,6 +253,7 @@ fn attach<'a>(
     if let Some(winner) = bound.config.routes.iter().take_while(|r| r.kind != kind).find(|r| other(r)) {
         return no("Conflicted", format!("{:?} {} is attached to the same port", winner.kind, winner.name));
     }
+    bound.expressions += compiled.expressions;
     bound.config.routes.push(Route {
         kind,
         name: format!("{}/{}", candidate.key.namespace, candidate.key.name).into(),

@@ -10,6 +10,7 @@ pub mod claims;
 pub mod entries;
 pub mod gateways;
 mod guards;
+mod http_policy;
 pub mod incremental;
 pub mod l7;
 pub mod lookup;
@@ -139,19 +140,30 @@ pub type Enrolled = BTreeMap<String, Arc<BTreeSet<String>>>;
 
 /// Makes the mesh.
 pub fn build(objects: &Objects, enrolled: &Enrolled, settings: &Settings) -> Mesh {
-    build_with(objects, enrolled, settings, &mut routes::Known::default())
+    build_with(objects, enrolled, settings, &mut routes::Known::default(), None)
 }
 
-/// The same, with what is known of routes that are as they were.
-fn build_with(objects: &Objects, enrolled: &Enrolled, settings: &Settings, known: &mut routes::Known) -> Mesh {
+/// The same, with what is known of routes that are as they were, and the mesh configuration that was in force.
+fn build_with(
+    objects: &Objects,
+    enrolled: &Enrolled,
+    settings: &Settings,
+    known: &mut routes::Known,
+    in_force: Option<&MeshConfig>,
+) -> Mesh {
     let config_key = Key { kind: "ConfigMap", namespace: settings.namespace.clone(), name: "istio".into() };
     let config = match objects.get(&config_key).map(|o| &o.object) {
         Some(Object::MeshConfig(config)) => (**config).clone(),
         _ => MeshConfig::default(),
     };
+    let said = configured(&config, in_force.is_some());
+    let config = match (&config.broken, in_force) {
+        (Some(_), Some(in_force)) => in_force.clone(),
+        _ => config,
+    };
     let world = World::new(objects, settings, config.clone(), &[]);
     let mut mesh = Mesh { uninstalling: uninstalling(objects, settings), ..Mesh::default() };
-    mesh.statuses.entry(config_key).or_default().extend(configured(&config));
+    mesh.statuses.entry(config_key).or_default().extend(said);
     *mesh.config = config;
     let ownership = ownership::Ownership::new(&world);
     let (claims, refused) = claims::Claims::new(&world, &ownership);
@@ -169,9 +181,10 @@ fn build_with(objects: &Objects, enrolled: &Enrolled, settings: &Settings, known
 }
 
 /// What is to be said of the mesh configuration.
-fn configured(config: &MeshConfig) -> Option<Condition> {
+fn configured(config: &MeshConfig, kept: bool) -> Option<Condition> {
     if let Some(reason) = &config.broken {
-        return Some(Condition::no("Accepted", "Invalid", format!("{reason}; the controller is not ready")));
+        let instead = if kept { "the last good one stays in force" } else { "the controller is not ready" };
+        return Some(Condition::no("Accepted", "Invalid", format!("{reason}; {instead}")));
     }
     let mut problems: Vec<String> = config.unknown.iter().map(|field| format!("{field}: not supported")).collect();
     problems.extend(telemetry::log_form(config).err().map(|invalid| invalid.to_string()));

@@ -130,6 +130,11 @@ pub fn convert(spec: &AuthorizationPolicySpec, trust: Trust<'_>) -> Result<Conve
     }
 }
 
+/// Refuses values of a rule that layer 4 knows and that are not of their form.
+pub(super) fn check_values(path: &str, rule: &PolicyRule) -> Result<(), Invalid> {
+    self::rule(path, rule, Action::Deny, &mut Vec::new()).map(drop)
+}
+
 /// Words of a rule that only layer 7 can decide.
 fn l7_source(s: &Source) -> bool {
     let lists = [&s.request_principals, &s.not_request_principals, &s.remote_ip_blocks, &s.not_remote_ip_blocks];

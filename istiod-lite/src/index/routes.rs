@@ -25,6 +25,22 @@ pub struct Compiled {
     pub rules: Vec<Arc<RouteRule>>,
     /// References that lead nowhere or are not allowed: reason and words.
     pub unresolved: Vec<(&'static str, String)>,
+    /// Bytes that its expressions take at its waypoint, at most.
+    pub expressions: usize,
+}
+
+impl Compiled {
+    fn measure(mut self) -> Self {
+        let matches = self.rules.iter().flat_map(|r| &r.matches);
+        let all = matches.flat_map(|m| {
+            let path = m.path.iter().filter_map(|p| if let PathMatch::Regex(text) = p { Some(text) } else { None });
+            let values = m.headers.iter().chain(&m.query).filter(|v| v.regex).map(|v| &v.value);
+            path.chain(values)
+        });
+        // They are compiled here already, so none is invalid.
+        self.expressions = all.map(|text| table::cost(text).unwrap_or(0)).sum();
+        self
+    }
 }
 
 /// What was compiled of routes for the mesh before.
@@ -93,6 +109,11 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
         for (m, one) in rule.matches.iter().enumerate() {
             matches.push(http_match(&format!("{at}.matches[{m}]"), one)?);
         }
+        let filters = filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?;
+        let backends = backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?;
+        for all in std::iter::once(&filters).chain(backends.iter().map(|b| &b.filters)) {
+            prefixes_exist(&at, &matches, all)?;
+        }
         let duration = |field: &str, value: &Option<String>| match value {
             None => Ok(None),
             Some(text) => match gep2257(text) {
@@ -104,8 +125,8 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
         compiled.rules.push(Arc::new(RouteRule {
             name: rule.name.as_deref().map(Str::from),
             matches: if matches.is_empty() { vec![RequestMatch::default()] } else { matches },
-            filters: filters(world, from, &at, &rule.filters, &mut compiled.unresolved)?,
-            backends: backends(world, from, &at, &rule.backend_refs, &mut compiled.unresolved)?,
+            filters,
+            backends,
             request_timeout_ms: duration("request", &rule.timeouts.request)?,
             backend_timeout_ms: duration("backendRequest", &rule.timeouts.backend_request)?,
             retry: rule.retry.as_ref().map(|r| retry(&format!("{at}.retry"), r)).transpose()?,
@@ -116,7 +137,7 @@ pub fn http(world: &World<'_>, key: &Key, spec: &route::HttpRouteSpec) -> Result
     if spec.rules.is_empty() {
         compiled.rules.push(Arc::new(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() }));
     }
-    Ok(compiled)
+    Ok(compiled.measure())
 }
 
 /// Tries that a rule may ask for.
@@ -189,6 +210,7 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
             let at = format!("{at}.matches[{m}]");
             let path = one.method.as_ref().map(|m| grpc_path(&format!("{at}.method"), m)).transpose()?.flatten();
             matches.push(RequestMatch {
+                specificity: one.method.as_ref().and_then(grpc_specificity),
                 path,
                 headers: values(&format!("{at}.headers"), &one.headers, true)?,
                 ..Default::default()
@@ -206,21 +228,22 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
     if spec.rules.is_empty() {
         compiled.rules.push(Arc::new(RouteRule { matches: vec![RequestMatch::default()], ..RouteRule::default() }));
     }
-    Ok(compiled)
+    Ok(compiled.measure())
 }
 
 fn grpc_path(at: &str, m: &route::GrpcMethod) -> Result<Option<PathMatch>, Invalid> {
     let expression = |text: &str| {
-        table::whole(text).map_err(|_| Invalid {
+        table::whole(text).map_err(|e| Invalid {
             path: at.to_owned(),
             value: text.to_owned(),
-            expected: "a regular expression (RE2 syntax)",
+            expected: e.expected(),
         })
     };
     Ok(match (m.r#type.as_deref().unwrap_or("Exact"), &m.service, &m.method) {
         (_, None, None) => return invalid(at.to_owned(), "", "a service, a method or both"),
         ("Exact", Some(service), Some(method)) => Some(PathMatch::Exact(format!("/{service}/{method}").into())),
-        ("Exact", Some(service), None) => Some(PathMatch::Prefix(format!("/{service}").into())),
+        // An expression, so that it has its place among those of methods alone.
+        ("Exact", Some(service), None) => Some(PathMatch::Regex(format!("/{}/[^/]+", escape(service)).into())),
         ("Exact", None, Some(method)) => Some(PathMatch::Regex(format!("/[^/]+/{}", escape(method)).into())),
         ("RegularExpression", service, method) => {
             let part = |p: &Option<String>| p.clone().unwrap_or_else(|| "[^/]+".to_owned());
@@ -230,6 +253,14 @@ fn grpc_path(at: &str, m: &route::GrpcMethod) -> Result<Option<PathMatch>, Inval
         }
         (other, ..) => return invalid(format!("{at}.type"), other, "Exact or RegularExpression"),
     })
+}
+
+/// Order of matches that are expressions: characters of the service, then those of the method (Gateway API,
+/// `GRPCRouteRule.matches`).
+fn grpc_specificity(m: &route::GrpcMethod) -> Option<u32> {
+    const METHODS: usize = 10_000;
+    let length = |text: &Option<String>| text.as_ref().map_or(0, |t| t.chars().count().min(METHODS - 1));
+    u32::try_from(length(&m.service) * METHODS + length(&m.method)).ok()
 }
 
 fn escape(text: &str) -> String {
@@ -249,8 +280,8 @@ fn http_match(at: &str, m: &route::HttpMatch) -> Result<RequestMatch, Invalid> {
                 "Exact" => PathMatch::Exact(value.into()),
                 "PathPrefix" => PathMatch::Prefix(value.into()),
                 "RegularExpression" => {
-                    if table::whole(value).is_err() {
-                        return invalid(format!("{at}.path.value"), value, "a regular expression (RE2 syntax)");
+                    if let Err(e) = table::whole(value) {
+                        return invalid(format!("{at}.path.value"), value, e.expected());
                     }
                     PathMatch::Regex(value.into())
                 }
@@ -265,6 +296,7 @@ fn http_match(at: &str, m: &route::HttpMatch) -> Result<RequestMatch, Invalid> {
         method: m.method.as_deref().map(Str::from),
         headers: values(&format!("{at}.headers"), &m.headers, true)?,
         query: values(&format!("{at}.queryParams"), &m.query_params, false)?,
+        specificity: None,
     })
 }
 
@@ -275,10 +307,10 @@ pub fn values(at: &str, all: &[route::TypedValue], header: bool) -> Result<Vec<V
         let value = one.value.clone().unwrap_or_default();
         let regex = match one.r#type.as_deref().unwrap_or("Exact") {
             "Exact" => false,
-            "RegularExpression" if table::whole(&value).is_ok() => true,
-            "RegularExpression" => {
-                return invalid(format!("{at}[{n}].value"), value, "a regular expression (RE2 syntax)");
-            }
+            "RegularExpression" => match table::whole(&value) {
+                Ok(_) => true,
+                Err(e) => return invalid(format!("{at}[{n}].value"), value, e.expected()),
+            },
             other => return invalid(format!("{at}[{n}].type"), other, "Exact or RegularExpression"),
         };
         if one.name.is_empty() {
@@ -327,10 +359,10 @@ fn filters(
         let missing =
             |field: &str| Invalid { path: format!("{at}.{field}"), value: String::new(), expected: "what type names" };
         out.push(match f.r#type.as_str() {
-            "RequestHeaderModifier" => Filter::RequestHeaders(headers(
-                &at,
-                f.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?,
-            )?),
+            "RequestHeaderModifier" => {
+                let m = f.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?;
+                Filter::RequestHeaders(without_host(&at, headers(&at, m)?, unresolved))
+            }
             "ResponseHeaderModifier" => Filter::ResponseHeaders(headers(
                 &at,
                 f.response_header_modifier.as_ref().ok_or_else(|| missing("responseHeaderModifier"))?,
@@ -417,6 +449,39 @@ fn headers(at: &str, m: &route::HeaderModifier) -> Result<HeaderChange, Invalid>
         add: m.add.iter().map(pair).collect::<Result<_, _>>()?,
         remove: m.remove.iter().map(|n| name(n)).collect::<Result<_, _>>()?,
     })
+}
+
+/// The name that a request asks for is no header of it (RFC 9113 section 8.3.1): a rewrite changes it.
+fn without_host(at: &str, mut change: HeaderChange, unresolved: &mut Unresolved) -> HeaderChange {
+    let pairs = change.set.iter().chain(&change.add).map(|(name, _)| name);
+    if pairs.chain(&change.remove).any(|name| **name == *"host") {
+        let text = format!(
+            "{at}.requestHeaderModifier: host: no header that can be changed here; expected a URLRewrite filter with hostname"
+        );
+        unresolved.push(("UnsupportedValue", text));
+        change.set.retain(|(name, _)| **name != *"host");
+        change.add.retain(|(name, _)| **name != *"host");
+        change.remove.retain(|name| **name != *"host");
+    }
+    change
+}
+
+/// Refuses the replacement of a prefix where a match of the rule has none (Gateway API, `HTTPPathModifier`).
+fn prefixes_exist(at: &str, matches: &[RequestMatch], filters: &[Filter]) -> Result<(), Invalid> {
+    let replaces = |f: &Filter| match f {
+        Filter::Redirect(r) => matches!(r.path, Some(PathChange::Prefix(_))),
+        Filter::Rewrite(r) => matches!(r.path, Some(PathChange::Prefix(_))),
+        _ => false,
+    };
+    let other = |m: &RequestMatch| matches!(m.path, Some(PathMatch::Exact(_) | PathMatch::Regex(_)));
+    match filters.iter().any(replaces) && matches.iter().any(other) {
+        true => invalid(
+            format!("{at}.filters"),
+            "ReplacePrefixMatch",
+            "ReplaceFullPath, for a match of the rule has no PathPrefix",
+        ),
+        false => Ok(()),
+    }
 }
 
 fn path_change(at: &str, p: &route::PathModifier) -> Result<PathChange, Invalid> {

@@ -15,7 +15,7 @@ use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::{Condition, Mesh};
 use crate::objects::traffic::{
-    BackendTlsPolicy, ClientTls, ConnectionPool, ConsistentHash, DestinationRule, IstioRetryBudget, LoadBalancer,
+    BackendTlsPolicy, ClientTls, ConnectionPool, ConsistentHash, DestinationRule, IstioRetryBudget, LoadBalancer, LocalitySetting,
     OutlierDetection, TrafficSettings,
 };
 
@@ -280,7 +280,20 @@ fn passed_over(policy: &TrafficSettings) -> Vec<&'static str> {
         .chain(policy.port_level_settings.iter().filter_map(|p| p.connection_pool.as_ref()));
     let (lb, pools): (Vec<_>, Vec<_>) = (lb.collect(), pools.collect());
     let hash = |given: fn(&ConsistentHash) -> bool| lb.iter().filter_map(|l| l.consistent_hash.as_ref()).any(given);
+    let locality =
+        |given: fn(&LocalitySetting) -> bool| lb.iter().filter_map(|l| l.locality_lb_setting.as_ref()).any(given);
     [
+        ("simple: PASSTHROUGH", lb.iter().any(|l| l.simple.as_deref() == Some("PASSTHROUGH"))),
+        ("localityLbSetting.distribute", locality(|l| !l.distribute.is_empty())),
+        ("localityLbSetting.failover", locality(|l| !l.failover.is_empty())),
+        ("localityLbSetting.failoverPriority", locality(|l| !l.failover_priority.is_empty())),
+        ("tcp.maxConnectionDuration", pools.iter().any(|p| p.tcp.max_connection_duration.is_some())),
+        // An upgrade is never made, which is what DO_NOT_UPGRADE asks for.
+        (
+            "http.h2UpgradePolicy",
+            pools.iter().any(|p| p.http.h2_upgrade_policy.as_ref().is_some_and(|v| v != "DO_NOT_UPGRADE")),
+        ),
+        ("http.maxConcurrentStreams", pools.iter().any(|p| p.http.max_concurrent_streams.is_some())),
         ("tcp.idleTimeout", pools.iter().any(|p| p.tcp.idle_timeout.is_some())),
         ("tcp.tcpKeepalive", pools.iter().any(|p| p.tcp.tcp_keepalive.is_some())),
         ("http.idleTimeout", pools.iter().any(|p| p.http.idle_timeout.is_some())),
@@ -368,11 +381,12 @@ fn traffic(at: &str, part: Part<'_>, budget: Option<&IstioRetryBudget>) -> Resul
 fn balance(at: &str, lb: &LoadBalancer, traffic: &mut Traffic) -> Result<(), Invalid> {
     traffic.balancing = match (lb.simple.as_deref(), &lb.consistent_hash) {
         (Some(_), Some(_)) => return invalid(at, "", "simple or consistentHash, not both"),
-        (None | Some("UNSPECIFIED" | "LEAST_REQUEST" | "LEAST_CONN"), None) => Balancing::LeastRequest,
+        // Where the client wanted to go is what was replaced by the service; the rest of the rule holds all the same.
+        (None | Some("UNSPECIFIED" | "LEAST_REQUEST" | "LEAST_CONN" | "PASSTHROUGH"), None) => Balancing::LeastRequest,
         (Some("ROUND_ROBIN"), None) => Balancing::RoundRobin,
         (Some("RANDOM"), None) => Balancing::Random,
         (Some(other), None) => {
-            return invalid(&format!("{at}.simple"), other, "LEAST_REQUEST, ROUND_ROBIN or RANDOM");
+            return invalid(&format!("{at}.simple"), other, "LEAST_REQUEST, ROUND_ROBIN, RANDOM or PASSTHROUGH");
         }
         (None, Some(hash)) => {
             let at = format!("{at}.consistentHash");
@@ -405,15 +419,6 @@ fn balance(at: &str, lb: &LoadBalancer, traffic: &mut Traffic) -> Result<(), Inv
     let warmup = lb.warmup.as_ref().map(|w| w.duration.as_str()).or(lb.warmup_duration_secs.as_deref());
     traffic.warmup_ms = warmup.map(|w| duration(&format!("{at}.warmup.duration"), w)).transpose()?;
     if let Some(setting) = &lb.locality_lb_setting {
-        let others = [
-            ("distribute", &setting.distribute),
-            ("failover", &setting.failover),
-            ("failoverPriority", &setting.failover_priority),
-        ];
-        if let Some((field, _)) = others.into_iter().find(|(_, v)| !v.is_empty()) {
-            let expected = "nothing: region, zone and subzone are preferred in this order, with spill-over";
-            return invalid(&format!("{at}.localityLbSetting.{field}"), "", expected);
-        }
         traffic.prefer_near = Some(setting.enabled.unwrap_or(true));
     }
     Ok(())
@@ -421,14 +426,6 @@ fn balance(at: &str, lb: &LoadBalancer, traffic: &mut Traffic) -> Result<(), Inv
 
 fn limits(at: &str, pool: &ConnectionPool, traffic: &mut Traffic) -> Result<(), Invalid> {
     let (tcp, http) = (&pool.tcp, &pool.http);
-    let unsupported = [
-        ("tcp.maxConnectionDuration", &tcp.max_connection_duration),
-        ("http.h2UpgradePolicy", &http.h2_upgrade_policy),
-        ("http.maxConcurrentStreams", &http.max_concurrent_streams),
-    ];
-    if let Some((field, _)) = unsupported.into_iter().find(|(_, v)| v.is_some()) {
-        return invalid(&format!("{at}.{field}"), "", "nothing: it is not supported");
-    }
     // Zero is Istio's way to say nothing.
     let limit = |value: Option<u32>| value.filter(|v| *v > 0);
     traffic.limits = Limits {

@@ -3,6 +3,7 @@
 //! Owns its shape and defaults. A field that is not known is named, and takes nothing of the others with it: Istio's own
 //! installer writes many.
 
+use ambit_model::l7::path::PathNormalization;
 use serde::Deserialize;
 
 /// Mesh configuration.
@@ -21,6 +22,8 @@ pub struct MeshConfig {
     pub default_service_export_to: Vec<String>,
     /// External services that policies may name.
     pub extension_providers: Vec<ExtensionProvider>,
+    /// How waypoints normalise paths before policies and routes look at them.
+    pub path_normalization: ProxyPathNormalization,
     /// `/dev/stdout`: waypoints write nowhere else.
     pub access_log_file: String,
     /// `TEXT` or `JSON`; as each process is set where empty.
@@ -67,6 +70,14 @@ impl MeshConfig {
         read.unknown = unknown;
         Ok(read)
     }
+}
+
+/// Istio's `ProxyPathNormalization`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProxyPathNormalization {
+    /// The form of a path.
+    pub normalization: PathNormalization,
 }
 
 /// An external service.
@@ -128,6 +139,7 @@ impl Eq for super::istio::Selector {}
 impl Default for MeshConfig {
     fn default() -> Self {
         Self {
+            path_normalization: ProxyPathNormalization::default(),
             trust_domain: "cluster.local".into(),
             trust_domain_aliases: Vec::new(),
             root_namespace: "istio-system".into(),

@@ -29,6 +29,10 @@ use crate::body::Body;
 use crate::cluster::counts::Counts;
 use crate::request::trace_of;
 
+/// Bytes of the headers of an answer, as many as a request may have; more are an error of the pod's.
+const MAX_HEAD: u32 = 64 * 1024;
+/// Headers of an answer.
+const MAX_HEADERS: usize = 256;
 /// An idle HTTP/1 connection is kept for this long, shorter than most servers do.
 const IDLE: Duration = Duration::from_secs(30);
 /// Requests on one HTTP/2 connection before another is made; most servers allow a hundred.
@@ -193,9 +197,12 @@ impl Upstream {
         if version == Version::Http2 && to.tls().is_some() {
             secure(&mut request);
         }
-        let lost = |e: hyper::Error| match e.is_user() {
+        let lost = |e: hyper::Error, kept: bool| match e.is_user() {
             true => Unreachable::Body(chain(&e)),
             false if is_refused(&e) => Unreachable::Refused(to.addr, chain(&e)),
+            false if e.is_parse() && !e.is_incomplete_message() => Unreachable::BadAnswer(to.addr, chain(&e)),
+            false if kept && !e.is_parse() => Unreachable::Stale(to.addr, chain(&e)),
+            false if kept && e.is_incomplete_message() => Unreachable::Stale(to.addr, chain(&e)),
             false => Unreachable::Lost(to.addr, chain(&e)),
         };
         let most = to.traffic.limits.requests_per_connection.unwrap_or(u32::MAX);
@@ -219,7 +226,7 @@ impl Upstream {
                         }
                         Err(mut error) => match error.take_message() {
                             Some(unsent) => request = unsent,
-                            None => return Err((lost(error.into_error()), None)),
+                            None => return Err((lost(error.into_error(), used > 0), None)),
                         },
                     }
                 }
@@ -245,7 +252,7 @@ impl Upstream {
                                 self.pools.forget2(&key, &shared);
                                 request = unsent;
                             }
-                            None => return Err((lost(error.into_error()), None)),
+                            None => return Err((lost(error.into_error(), false), None)),
                         },
                     }
                 }
@@ -297,7 +304,7 @@ impl Upstream {
             },
         };
         let io = self.connect_at(to, place, Some(Version::Http1), trace).await?;
-        let made = http1::Builder::new().max_buf_size(MAX_READ).handshake(TokioIo::new(io)).await;
+        let made = http1::Builder::new().max_buf_size(MAX_READ).max_headers(MAX_HEADERS).handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         // Ends with the connection; how is told to whoever waits for an answer.
         tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });
@@ -315,6 +322,7 @@ impl Upstream {
             .timer(TokioTimer::new())
             .initial_stream_window_size(1024 * 1024)
             .initial_connection_window_size(MAX_WINDOW)
+            .max_header_list_size(MAX_HEAD)
             .keep_alive_interval(Duration::from_secs(30))
             .handshake(TokioIo::new(io))
             .await;

@@ -4,10 +4,12 @@
 //! route, which policy. The controller compiles objects to [`ServiceConfig`], the waypoint compiles that to a
 //! [`RouteTable`](table::RouteTable) and a [`PolicyTable`](policy::PolicyTable) once a change. Never sees a connection.
 
+pub mod compare;
 pub mod expression;
 pub mod log_format;
 pub mod path;
 pub mod policy;
+pub mod re2;
 pub mod table;
 pub mod telemetry;
 pub mod token;
@@ -44,6 +46,9 @@ pub struct ServiceConfig {
     /// Servers are told who the client is, by `x-forwarded-client-cert`.
     #[serde(skip_serializing_if = "is_default")]
     pub tell_client: bool,
+    /// How paths are normalised.
+    #[serde(skip_serializing_if = "is_default")]
+    pub path_normalization: path::PathNormalization,
     /// What is told of its requests.
     #[serde(skip_serializing_if = "is_default")]
     pub telemetry: telemetry::Telemetry,
@@ -161,6 +166,9 @@ pub struct RequestMatch {
     /// Query parameters.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub query: Vec<ValueMatch>,
+    /// How specific the path is among expressions, where its length does not say it; the greater comes first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub specificity: Option<u32>,
 }
 
 /// A test of a path.

@@ -1,9 +1,28 @@
 //! One form of each path, so that what a policy has evaluated is what the application gets.
 //!
-//! Owns the form: dot segments resolved, runs of slashes made one, unreserved characters not escaped (RFC 3986 section
-//! 6.2.2). An escaped slash stays escaped, for to many applications it is not a slash.
+//! Owns the form, which the mesh configuration chooses as Istio's `pathNormalization` does: by default dot segments are
+//! resolved, a backslash is a slash and unreserved characters are not escaped (RFC 3986 section 6.2.2). Empty segments are
+//! segments, and an escaped slash is data, unless more is asked for.
 
 use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+/// How paths are normalised before anybody looks at them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum PathNormalization {
+    /// As they come.
+    None,
+    /// RFC 3986, and a backslash is a slash.
+    #[serde(alias = "DEFAULT")]
+    #[default]
+    Base,
+    /// Runs of slashes are one as well.
+    MergeSlashes,
+    /// Escaped slashes and backslashes are slashes before that.
+    DecodeAndMergeSlashes,
+}
 
 /// Why a path has no such form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,20 +39,25 @@ pub enum PathError {
 }
 
 /// The form of a path without query.
-pub fn normalise(path: &str) -> Result<Cow<'_, str>, PathError> {
+pub fn normalise(path: &str, how: PathNormalization) -> Result<Cow<'_, str>, PathError> {
+    use PathNormalization::*;
     if !path.starts_with('/') {
         return Err(PathError::Relative);
     }
-    if !path.contains(['%', '\\']) && !path.contains("//") && !path.contains("/.") {
+    let merge = matches!(how, MergeSlashes | DecodeAndMergeSlashes);
+    let plain = !path.contains(['%', '\\']) && !path.contains("/.") && !(merge && path.contains("//"));
+    if how == None || plain {
         return Ok(Cow::Borrowed(path));
     }
-    let unescaped = unescape(path)?;
+    let unescaped = unescape(path, how == DecodeAndMergeSlashes)?;
     let mut segments: Vec<&str> = Vec::new();
     let mut directory = false;
-    for segment in unescaped.split('/').skip(1) {
+    let mut all = unescaped.split('/').skip(1).peekable();
+    while let Some(segment) = all.next() {
         directory = matches!(segment, "" | "." | "..");
         match segment {
-            "" | "." => {}
+            "" if merge || all.peek().is_none() => {}
+            "." => {}
             ".." => drop(segments.pop().ok_or(PathError::AboveRoot)?),
             _ => segments.push(segment),
         }
@@ -49,17 +73,8 @@ pub fn normalise(path: &str) -> Result<Cow<'_, str>, PathError> {
     Ok(Cow::Owned(out))
 }
 
-/// Whether a path has an escaped slash or backslash, which an application may take for a real one.
-pub fn has_hidden_slash(path: &str) -> bool {
-    let hidden = |at: usize| {
-        let code = path.get(at + 1..at + 3);
-        code.is_some_and(|c| c.eq_ignore_ascii_case("2f") || c.eq_ignore_ascii_case("5c"))
-    };
-    path.match_indices('%').any(|(at, _)| hidden(at))
-}
-
 /// Undoes escapes that need not be, writes the others in one way, and takes a backslash for a slash.
-fn unescape(path: &str) -> Result<String, PathError> {
+fn unescape(path: &str, slashes: bool) -> Result<String, PathError> {
     let mut out = String::with_capacity(path.len());
     let mut rest = path;
     while let Some(at) = rest.find(['%', '\\']) {
@@ -75,7 +90,9 @@ fn unescape(path: &str) -> Result<String, PathError> {
         if byte < 0x20 || byte == 0x7f {
             return Err(PathError::Escape);
         }
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+        if slashes && matches!(byte, b'/' | b'\\') {
+            out.push('/');
+        } else if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             out.push(char::from(byte));
         } else {
             out.push('%');

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use http::{HeaderMap, Method};
 use serde::{Deserialize, Serialize};
 
-use super::path;
+use super::compare::{header_values, host, is_pattern, pattern};
 use super::token::{Token, claim_path};
 use crate::{Cidr, Identity, NamespacedHostname, Str};
 
@@ -171,8 +171,6 @@ pub struct PolicyTable {
     custom: Vec<(Compiled, Arc<Authorizer>)>,
     /// AUDIT, and everything in dry run.
     watch: Vec<Compiled>,
-    /// Some policy looks at paths.
-    paths: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -191,8 +189,6 @@ pub enum Verdict {
     Deny(Str, usize),
     /// There are ALLOW policies and none matched.
     NoAllow(Vec<Str>),
-    /// Policies look at paths, and this one hides a slash in an escape.
-    HiddenSlash,
 }
 
 impl std::fmt::Display for Verdict {
@@ -202,7 +198,6 @@ impl std::fmt::Display for Verdict {
             Self::Allow(Some((name, rule))) => write!(f, "allowed by: {name} rule {rule}"),
             Self::Deny(name, rule) => write!(f, "explicitly denied by: {name} rule {rule}"),
             Self::NoAllow(names) => write!(f, "allow policies exist, but none allowed: {}", names.join(", ")),
-            Self::HiddenSlash => f.write_str("the path hides a slash in an escape, and policies look at paths"),
         }
     }
 }
@@ -214,8 +209,6 @@ impl PolicyTable {
         for policy in policies {
             let mut compiled =
                 Compiled { name: policy.name.clone(), action: policy.action, rules: policy.rules.clone() };
-            let looks = |r: &HttpRule| r.to.iter().any(|o| o.paths != Values::default());
-            table.paths |= policy.rules.iter().any(looks);
             match policy.action {
                 _ if policy.dry_run => table.watch.push(compiled),
                 HttpAction::Audit => table.watch.push(compiled),
@@ -244,9 +237,6 @@ impl PolicyTable {
     pub fn decide(&self, subject: &Subject<'_>) -> Verdict {
         if self.is_empty() {
             return Verdict::Allow(None);
-        }
-        if self.paths && subject.http.is_some_and(|h| path::has_hidden_slash(h.path)) {
-            return Verdict::HiddenSlash;
         }
         let principal = subject.source.principal();
         // An authorizer is asked about requests; a connection tells it nothing.
@@ -330,26 +320,6 @@ impl Values {
     }
 }
 
-/// `*`, `abc*`, `*abc` or `abc`.
-fn pattern(value: &str, pattern: &str) -> bool {
-    match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
-        _ if pattern == "*" => !value.is_empty(),
-        (Some(suffix), _) => value.ends_with(suffix),
-        (None, Some(prefix)) => value.starts_with(prefix),
-        (None, None) => value == pattern,
-    }
-}
-
-/// Host names are equal whatever their case, and with or without the port.
-fn host(value: &str, wanted: &str) -> bool {
-    let (value, wanted) = (value.to_ascii_lowercase(), wanted.to_ascii_lowercase());
-    let bare = match value.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => &value,
-    };
-    pattern(&value, &wanted) || pattern(bare, &wanted)
-}
-
 /// Paths also have templates: `{*}` is one segment, `{**}` any number of them.
 fn path_pattern(value: &str, wanted: &str) -> bool {
     if !wanted.contains("{*") {
@@ -421,12 +391,10 @@ impl Condition {
             }
             key => match key.strip_prefix("request.headers[").and_then(|k| k.strip_suffix(']')) {
                 Some(name) => {
-                    let value = |h: HttpSubject<'_>| -> String {
-                        let text = |v: &http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
-                        h.headers.get_all(name).iter().map(text).collect::<Vec<_>>().join(",")
-                    };
-                    let value = s.http.map(value);
-                    v.test_some(value.as_deref(), unknown, pattern)
+                    // One of the values fits where one of the header's does, and none may that is excluded.
+                    let values = s.http.map(|h| header_values(h.headers, name));
+                    let has = |values: &[String], wanted: &str| values.iter().any(|v| pattern(v, wanted));
+                    v.test_some(values.as_deref(), unknown, has)
                 }
                 // A condition that nobody understands never makes an ALLOW match, and does not keep a DENY from it.
                 None => unknown,
@@ -443,6 +411,17 @@ impl Condition {
         let fits = |wanted: &Str| has.iter().any(|v| pattern(v, wanted));
         (self.values.yes.is_empty() || self.values.yes.iter().any(fits)) && !self.values.no.iter().any(fits)
     }
+}
+
+/// What of a path is no template: `{*}` and `{**}` are whole segments, and of `{**}` there is one.
+pub fn is_path_pattern(path: &str) -> bool {
+    if !path.contains(['{', '}']) {
+        return is_pattern(path);
+    }
+    let segments = || path.split('/');
+    path.starts_with('/')
+        && segments().all(|s| matches!(s, "{*}" | "{**}") || !s.contains(['{', '}', '*']))
+        && segments().filter(|s| *s == "{**}").count() <= 1
 }
 
 /// Whether a `when` key is understood.

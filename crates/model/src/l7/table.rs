@@ -11,13 +11,16 @@ use std::sync::{Arc, OnceLock};
 use http::{HeaderMap, Method};
 use regex::Regex;
 
+use super::re2;
 use super::{PathMatch, RequestMatch, Route, RouteKind, RouteRule, ValueMatch};
 use crate::Str;
 
 /// So few rules are looked at one by one.
 const FEW: usize = 8;
-/// Compiled expressions are no larger than this, nor are their caches.
-const REGEX_LIMIT: usize = 256 * 1024;
+/// A compiled expression is no larger than this; bytes.
+const REGEX_LIMIT: usize = 4 << 20;
+/// Nor is the cache of one that is used; bytes.
+const REGEX_CACHE: usize = 64 << 10;
 
 /// A request as routes see it.
 #[derive(Clone, Copy, Debug)]
@@ -138,12 +141,23 @@ pub enum Found<'a> {
 
 /// An expression that cannot be compiled.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{expression:?} is not a regular expression that can be used: {reason}")]
-pub struct BadExpression {
-    /// The expression.
-    pub expression: String,
-    /// What is wrong with it.
-    pub reason: String,
+pub enum BadExpression {
+    /// It is none.
+    #[error("{0:?} is not a regular expression (RE2 syntax): {1}")]
+    Syntax(String, String),
+    /// It is one, and takes too much memory.
+    #[error("{0:?} takes more than {REGEX_LIMIT} bytes of memory when it is compiled")]
+    TooLarge(String),
+}
+
+impl BadExpression {
+    /// What was expected in its place.
+    pub fn expected(&self) -> &'static str {
+        match self {
+            Self::Syntax(..) => "a regular expression (RE2 syntax)",
+            Self::TooLarge(_) => "a regular expression that takes at most 4 MiB of memory when it is compiled",
+        }
+    }
 }
 
 /// The expressions of one match, each where it has one.
@@ -178,14 +192,34 @@ struct ValueTest {
 
 /// Compiles an expression that is to match as a whole. Matching takes time linear in the text, whatever the expression.
 pub fn whole(expression: &str) -> Result<Regex, BadExpression> {
-    let build = regex::RegexBuilder::new(&format!("^(?:{expression})$"))
-        .size_limit(REGEX_LIMIT)
-        .dfa_size_limit(REGEX_LIMIT)
+    within(expression, REGEX_LIMIT)
+}
+
+fn within(expression: &str, limit: usize) -> Result<Regex, BadExpression> {
+    let build = regex::RegexBuilder::new(&format!("^(?:{})$", re2::translate(expression)))
+        .size_limit(limit)
+        .dfa_size_limit(REGEX_CACHE)
         .build();
-    build.map_err(|e| {
-        let reason = e.to_string().lines().last().unwrap_or_default().to_owned();
-        BadExpression { expression: expression.to_owned(), reason }
+    build.map_err(|e| match e {
+        regex::Error::CompiledTooBig(_) => BadExpression::TooLarge(expression.to_owned()),
+        e => {
+            let reason = e.to_string().lines().last().unwrap_or_default().to_owned();
+            BadExpression::Syntax(expression.to_owned(), reason)
+        }
     })
+}
+
+/// Bytes that an expression may take when it is compiled and used, at most; right within a factor of four.
+pub fn cost(expression: &str) -> Result<usize, BadExpression> {
+    const STEPS: [usize; 5] = [16 << 10, 64 << 10, 256 << 10, 1 << 20, REGEX_LIMIT];
+    let mut last = Ok(0);
+    for limit in STEPS {
+        last = within(expression, limit).map(|_| limit + REGEX_CACHE / 4);
+        if !matches!(last, Err(BadExpression::TooLarge(_))) {
+            break;
+        }
+    }
+    last
 }
 
 impl RouteTable {
@@ -424,7 +458,9 @@ impl Entry {
         let of = self.chosen.matched();
         let (kind, length, text) = match &of.path {
             Some(PathMatch::Exact(path)) => (2, path.len(), &**path),
-            Some(PathMatch::Regex(expression)) => (1, expression.len(), ""),
+            Some(PathMatch::Regex(expression)) => {
+                (1, of.specificity.map_or(expression.len(), |s| s as usize), "")
+            }
             other => {
                 let text = prefix(other.as_ref()).unwrap_or_default();
                 (0, text.len(), text)

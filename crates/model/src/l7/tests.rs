@@ -1,6 +1,6 @@
 use http::{HeaderMap, Method};
 
-use super::path::{PathError, has_hidden_slash, normalise};
+use super::path::{PathError, PathNormalization, normalise};
 use super::policy::{HttpPolicy, HttpSubject, PolicyTable, Subject, Verdict};
 use super::table::{Found, RequestView, RouteTable};
 use std::sync::Arc;
@@ -10,25 +10,37 @@ use crate::Identity;
 
 #[test]
 fn paths_have_one_form() {
-    for (path, expected) in [
-        ("/", "/"),
-        ("/a/b", "/a/b"),
-        ("/a/b/", "/a/b/"),
-        ("//a///b", "/a/b"),
-        ("/a/./b/../c", "/a/c"),
-        ("/a/..", "/"),
-        ("/a/b/..", "/a/"),
-        ("/%61dmin", "/admin"),
-        ("/a/%2e%2e/b", "/b"),
-        ("/a/%2E/b", "/a/b"),
-        ("/a%2fb", "/a%2Fb"),
-        ("/a\\..\\b", "/b"),
-        ("/a%20b", "/a%20b"),
-        ("/.well-known/x", "/.well-known/x"),
-        ("/a..b/c.", "/a..b/c."),
-        ("/é", "/é"),
+    use PathNormalization::*;
+    // As they come, by RFC 3986, with slashes merged, with escaped slashes decoded.
+    for (path, base, merged, decoded) in [
+        ("/", "/", "/", "/"),
+        ("/a/b", "/a/b", "/a/b", "/a/b"),
+        ("/a/b/", "/a/b/", "/a/b/", "/a/b/"),
+        ("//a///b", "//a///b", "/a/b", "/a/b"),
+        ("/img//https://a.example//b.png", "/img//https://a.example//b.png", "/img/https:/a.example/b.png", "/img/https:/a.example/b.png"),
+        ("/a//", "/a//", "/a/", "/a/"),
+        ("//", "//", "/", "/"),
+        ("/a//../b", "/a/b", "/b", "/b"),
+        ("/a/./b/../c", "/a/c", "/a/c", "/a/c"),
+        ("/a/..", "/", "/", "/"),
+        ("/a/b/..", "/a/", "/a/", "/a/"),
+        ("/%61dmin", "/admin", "/admin", "/admin"),
+        ("/a/%2e%2e/b", "/b", "/b", "/b"),
+        ("/a/%2E/b", "/a/b", "/a/b", "/a/b"),
+        ("/a%2fb", "/a%2Fb", "/a%2Fb", "/a/b"),
+        ("/a%2f..%2fb", "/a%2F..%2Fb", "/a%2F..%2Fb", "/b"),
+        ("/a%5cb", "/a%5Cb", "/a%5Cb", "/a/b"),
+        ("/a\\..\\b", "/b", "/b", "/b"),
+        ("/a%20b", "/a%20b", "/a%20b", "/a%20b"),
+        ("/.well-known/x", "/.well-known/x", "/.well-known/x", "/.well-known/x"),
+        ("/a..b/c.", "/a..b/c.", "/a..b/c.", "/a..b/c."),
+        ("/é", "/é", "/é", "/é"),
     ] {
-        assert_eq!(normalise(path).as_deref(), Ok(expected), "{path}");
+        for (how, expected) in [(None, path), (Base, base), (MergeSlashes, merged), (DecodeAndMergeSlashes, decoded)] {
+            assert_eq!(normalise(path, how).as_deref(), Ok(expected), "{path} {how:?}");
+            let again = normalise(expected, how).map(|p| p.into_owned());
+            assert_eq!(again.as_deref(), Ok(expected), "{path} {how:?}: one form");
+        }
     }
     for (path, error) in [
         ("/..", PathError::AboveRoot),
@@ -44,9 +56,19 @@ fn paths_have_one_form() {
         ("", PathError::Relative),
         ("*", PathError::Relative),
     ] {
-        assert_eq!(normalise(path), Err(error), "{path}");
+        assert_eq!(normalise(path, Base), Err(error), "{path}");
     }
-    assert!(has_hidden_slash("/a%2Fb") && has_hidden_slash("/a%5cb") && !has_hidden_slash("/a%20b%2"));
+}
+
+#[test]
+fn patterns_of_paths() {
+    use super::policy::is_path_pattern;
+    for good in ["/a", "/a*", "*.php", "*", "/a/{*}/b", "/{**}", "/a/{**}/b/{*}"] {
+        assert!(is_path_pattern(good), "{good}");
+    }
+    for bad in ["/adm/{*}.php", "/a/{x}", "/a/{*", "/{**}/{**}", "/a/{*}/b*", "*a*", "/a*b", "a/{*}"] {
+        assert!(!is_path_pattern(bad), "{bad}");
+    }
 }
 
 fn rule(name: &str, matches: Vec<RequestMatch>) -> Arc<RouteRule> {
@@ -144,7 +166,7 @@ fn expressions_that_cannot_be_used_are_named() {
     for expression in ["(", "a{1000}{1000}{1000}"] {
         let route = Route { rules: vec![rule("x", vec![on(PathMatch::Regex(expression.into()))])], ..Route::default() };
         let error = RouteTable::new(&[route]).expect_err(expression);
-        assert_eq!(error.expression, expression);
+        assert!(error.to_string().contains(expression), "{error}");
     }
     // Of catastrophic shape elsewhere; linear here.
     let route = Route { rules: vec![rule("x", vec![on(PathMatch::Regex("/(a+)+b".into()))])], ..Route::default() };
@@ -189,7 +211,10 @@ fn policies_decide_on_what_a_request_is() {
     assert_eq!(verdict(allow, "PUT", "/user/7/x/y/z", &[("x-team", "alpha")]), read(1));
     assert_eq!(verdict(allow, "PUT", "/user/7/y", &[("x-team", "alpha")]), none);
     assert_eq!(verdict(allow, "PUT", "/user/7/x/y", &[("x-team", "beta")]), none);
-    assert_eq!(verdict(allow, "GET", "/public%2Fa", &[]), Verdict::HiddenSlash);
+    assert_eq!(verdict(allow, "GET", "/public%2Fa", &[]), none, "an escaped slash is data");
+    for twice in [&[("x-team", "alpha"), ("x-team", "beta")][..], &[("x-team", "beta"), ("x-team", "alpha")]] {
+        assert_eq!(verdict(allow, "PUT", "/user/7/x/y", twice), read(1));
+    }
     assert_eq!(verdict(allow, "GET", "tcp", &[]), none, "layer 7 fields never match a connection in ALLOW");
     let deny = r#"[{"name":"shop/no","action":"DENY","rules":[{"to":[{"hosts":{"yes":["web.shop"]},"paths":{"yes":["/admin*"]}}]}]}]"#;
     let no = Verdict::Deny("shop/no".into(), 0);
@@ -249,7 +274,7 @@ fn many_rules_are_found_as_if_each_was_looked_at() {
             };
             let headers = (0..rng.usize(0..3)).map(|_| header(&mut rng)).collect();
             let method = (rng.u32(0..4) == 0).then(|| "GET".into());
-            let matches = vec![RequestMatch { path, method, headers, query: vec![] }];
+            let matches = vec![RequestMatch { path, method, headers, ..RequestMatch::default() }];
             Arc::new(RouteRule { matches, ..RouteRule::default() })
         });
         let route = Route { rules: rules.collect(), ..Route::default() };

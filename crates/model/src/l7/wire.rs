@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
+use super::path::PathNormalization;
 use super::{BackendTarget, Route, RouteKind, RouteRule, ServiceConfig, policy, telemetry, token, traffic};
 use crate::{NamespacedHostname, Str};
 
@@ -26,6 +27,7 @@ struct ConfigText<'a> {
     tell_client: bool,
     telemetry: telemetry::Telemetry,
     traffic: BTreeMap<NamespacedHostname, traffic::ServiceTraffic>,
+    path_normalization: PathNormalization,
 }
 
 /// A [`Route`] with its rules as text.
@@ -100,8 +102,8 @@ impl Read {
             let rules = rules.into_iter().map(|text| self.rule(text)).collect::<serde_json::Result<_>>()?;
             routes.push(Route { kind, name, consumers, port, rules });
         }
-        let ConfigText { tokens, policies, default, tell_client, telemetry, traffic, .. } = of;
-        Ok(ServiceConfig { routes, tokens, policies, default, tell_client, telemetry, traffic })
+        let ConfigText { tokens, policies, default, tell_client, telemetry, traffic, path_normalization, .. } = of;
+        Ok(ServiceConfig { routes, tokens, policies, default, tell_client, telemetry, traffic, path_normalization })
     }
 
     fn rule(&mut self, text: &RawValue) -> serde_json::Result<Arc<RouteRule>> {
@@ -169,6 +171,7 @@ mod tests {
         });
         let mut config = ServiceConfig { routes: routes.collect(), tell_client: true, ..ServiceConfig::default() };
         config.default.request_timeout_ms = Some(7);
+        config.path_normalization = PathNormalization::MergeSlashes;
         config.policies = serde_json::from_str(r#"[{"name":"ns/p","action":"DENY"}]"#).expect("a policy");
         config
     }
