@@ -86,7 +86,16 @@ fn a_policy_that_cannot_be_read_closes_what_it_covers() {
             text.contains("converted_peer_authentication_m")
         })
         .await?;
-        expect(&mesh.exec(OUTSIDER, &["ambit-app", "ends", &format!("{web}:9000")]).await?, true, "")?;
+        let echo = pod(&mesh, OUTSIDER)?.0.run(|| -> std::io::Result<[u8; 1]> {
+            let mut stream = TcpStream::connect((web, 9000))?;
+            stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+            stream.write_all(b"x")?;
+            let mut answer = [0];
+            stream.read_exact(&mut answer).map(|()| answer)
+        });
+        if echo.doing("enter")?.doing("the open port")? != *b"x" {
+            return Err(Failure::new("the open port answers something else"));
+        }
         until(&mesh, OUTSIDER, &plain, false).await
     });
 }

@@ -17,7 +17,9 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde_json::Value;
 
+use crate::objects::known::{KINDS, UNREAD, Unread};
 use crate::source::kube::DAEMONSET;
+use crate::source::unread;
 
 /// One thing that is wrong, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +54,12 @@ struct Facts {
     /// The tunnels' DaemonSet and the controller's Deployment.
     daemonset: Option<Value>,
     deployment: Option<Value>,
+    /// Objects with a status that the controller writes: kind and object.
+    told: Vec<(&'static str, Value)>,
+    /// Objects without any effect.
+    unread: Vec<(&'static Unread, Value)>,
+    /// The mesh configuration's ConfigMap.
+    configuration: Option<Value>,
     /// When the first of the mesh's roots ends; `None` where there is none.
     root_ends: Option<SystemTime>,
 }
@@ -88,7 +96,7 @@ pub fn run(namespace: &str) -> ExitCode {
 async fn read(namespace: &str) -> Result<(Facts, Vec<Finding>), kube::Error> {
     let client = Client::try_default().await?;
     let groups = client.list_api_groups().await?.groups.into_iter().map(|g| g.name).collect();
-    let mut reader = Reader { client, refused: Vec::new() };
+    let mut reader = Reader { client: client.clone(), refused: Vec::new() };
     let mut facts = Facts { namespace: namespace.to_owned(), groups, ..Facts::default() };
     facts.namespaces = reader.all("", "v1", "Namespace", None).await;
     facts.nodes = reader.all("", "v1", "Node", None).await;
@@ -101,7 +109,22 @@ async fn read(namespace: &str) -> Result<(Facts, Vec<Finding>), kube::Error> {
     let named = |all: Vec<Value>, name: &str| all.into_iter().find(|o| o["metadata"]["name"] == name);
     facts.daemonset = named(reader.all("apps", "v1", "DaemonSet", Some(namespace)).await, DAEMONSET);
     facts.deployment = named(reader.all("apps", "v1", "Deployment", Some(namespace)).await, "istiod-lite");
-    let roots = named(reader.all("", "v1", "ConfigMap", Some(namespace)).await, "istio-ca-root-cert");
+    let configured = reader.all("", "v1", "ConfigMap", Some(namespace)).await;
+    facts.configuration = named(configured.clone(), "istio");
+    let roots = named(configured, "istio-ca-root-cert");
+    for kind in KINDS.iter().filter(|k| !k.is_kubernetes() && facts.groups.iter().any(|g| g == k.group)) {
+        if kind.kind != "ReferenceGrant" && !kind.unread.contains(&"*") {
+            let all = reader.served(kind.group, kind.version(), kind.kind).await;
+            facts.told.extend(all.into_iter().map(|o| (kind.kind, o)));
+        }
+    }
+    facts.told.extend(facts.services.iter().map(|s| ("Service", s.clone())));
+    for unread in UNREAD {
+        if let Ok(Some(resource)) = unread::served(&client, unread).await {
+            let all = reader.list(&resource, None).await;
+            facts.unread.extend(all.into_iter().map(|o| (unread, o)));
+        }
+    }
     let pem = roots.and_then(|r| r["data"]["root-cert.pem"].as_str().map(str::to_owned)).unwrap_or_default();
     let end = |c: CertificateDer<'_>| LeafFacts::of(&c).ok().map(|facts| facts.not_after);
     let ends = CertificateDer::pem_slice_iter(pem.as_bytes()).filter_map(|c| end(c.ok()?));
@@ -116,16 +139,29 @@ struct Reader {
 
 impl Reader {
     async fn all(&mut self, group: &str, version: &str, kind: &str, namespace: Option<&str>) -> Vec<Value> {
+        self.list(&ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind)), namespace).await
+    }
+
+    /// Those of a kind that the cluster may not have.
+    async fn served(&mut self, group: &str, version: &str, kind: &str) -> Vec<Value> {
         let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
+        match api.list(&ListParams::default().limit(1)).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
+            _ => self.list(&resource, None).await,
+        }
+    }
+
+    async fn list(&mut self, resource: &ApiResource, namespace: Option<&str>) -> Vec<Value> {
         let api: Api<DynamicObject> = match namespace {
-            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
-            None => Api::all_with(self.client.clone(), &resource),
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, resource),
+            None => Api::all_with(self.client.clone(), resource),
         };
         match api.list(&ListParams::default()).await {
             Ok(list) => list.items.into_iter().filter_map(|o| serde_json::to_value(o).ok()).collect(),
             Err(error) => {
                 self.refused.push(Finding {
-                    subject: kind.to_owned(),
+                    subject: resource.kind.clone(),
                     problem: format!("not checked: {error}"),
                     advice: format!("run this as a user who may list {}", resource.plural),
                 });

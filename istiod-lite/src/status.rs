@@ -29,7 +29,7 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// Targets of a policy that its status may speak of (Gateway API).
 const MAX_ANCESTORS: usize = 16;
 /// Types of conditions that are ours alone.
-const TYPES: [&str; 4] = ["Accepted", "ZtunnelAccepted", "WaypointAccepted", "istio.io/WaypointBound"];
+pub const TYPES: [&str; 4] = ["Accepted", "ZtunnelAccepted", "WaypointAccepted", "istio.io/WaypointBound"];
 /// Changes within this time are written as one.
 const TOGETHER: Duration = Duration::from_millis(50);
 

@@ -128,6 +128,8 @@ pub struct Workload {
     pub services: BTreeMap<NamespacedHostname, BTreeMap<u16, u16>>,
     /// Share of traffic; 1 when not told, 0 takes none.
     pub capacity: u32,
+    /// Its share of the traffic of a service, where it is another one.
+    pub weights: BTreeMap<NamespacedHostname, u32>,
 }
 
 /// What kind of owner a workload has, for telemetry.
@@ -143,6 +145,11 @@ pub enum WorkloadType {
 }
 
 impl Workload {
+    /// Its share of the traffic of a service.
+    pub fn weight(&self, service: &NamespacedHostname) -> u32 {
+        self.weights.get(service).copied().unwrap_or(self.capacity)
+    }
+
     /// The identity that its certificate must carry.
     pub fn identity(&self) -> Identity {
         Identity {

@@ -97,9 +97,10 @@ impl Endpoints {
         client: &ClientPlace,
         balancing: LoadBalancing,
     ) -> Vec<Vec<(Chosen, u32)>> {
-        let (key, groups) = (service.key(), self.rank_by(balancing, client));
+        let key = service.key();
+        let groups = self.rank_by(&key, balancing, client);
         let of_port = |workload: Arc<Workload>| {
-            let (port, capacity) = (target(&workload, service, &key, port)?, workload.capacity);
+            let (port, capacity) = (target(&workload, service, &key, port)?, workload.weight(&key));
             Some((Chosen { workload, port }, capacity))
         };
         let groups = groups.ranked.into_iter().map(|g| g.members.into_iter().filter_map(of_port).collect());
@@ -107,14 +108,14 @@ impl Endpoints {
     }
 
     fn rank(&self, service: &Service, client: &ClientPlace) -> Groups {
-        self.rank_by(service.load_balancing.clone(), client)
+        self.rank_by(&service.key(), service.load_balancing.clone(), client)
     }
 
-    fn rank_by(&self, balancing: LoadBalancing, client: &ClientPlace) -> Groups {
+    fn rank_by(&self, key: &NamespacedHostname, balancing: LoadBalancing, client: &ClientPlace) -> Groups {
         let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Vec<Arc<Workload>>> = BTreeMap::new();
         for workload in self.members.values() {
             let healthy = workload.status == Health::Healthy || balancing.allow_unhealthy;
-            if !healthy || workload.capacity == 0 {
+            if !healthy || workload.weight(key) == 0 {
                 continue;
             }
             if let Some(rank) = balancing.rank(client, workload) {
@@ -122,7 +123,7 @@ impl Endpoints {
             }
         }
         let group = |members: Vec<Arc<Workload>>| {
-            let capacities = Weighted::new(members.iter().map(|w| w.capacity));
+            let capacities = Weighted::new(members.iter().map(|w| w.weight(key)));
             Group { members, capacities }
         };
         Groups { place: client.clone(), balancing, ranked: by_rank.into_values().map(group).collect() }
@@ -147,7 +148,7 @@ impl Group {
         }
         // Some have no such port, or have just failed: each of the others keeps its share of what is left.
         let fitting: Vec<(Chosen, u32)> =
-            self.members.iter().filter_map(|w| Some((fits(w)?, w.capacity))).collect();
+            self.members.iter().filter_map(|w| Some((fits(w)?, w.weight(key)))).collect();
         let chosen = Weighted::new(fitting.iter().map(|(_, capacity)| *capacity)).choose(fastrand::u64)?;
         fitting.into_iter().nth(chosen).map(|(chosen, _)| chosen)
     }

@@ -71,7 +71,7 @@ pub fn workload(w: &wl::Workload) -> Result<Workload> {
         .iter()
         .map(|a| ip_from_bytes(a).map_err(|e| ConvertError::Address("addresses", e)))
         .collect::<Result<_>>()?;
-    let mut services = std::collections::BTreeMap::new();
+    let (mut services, mut weights) = (std::collections::BTreeMap::new(), std::collections::BTreeMap::new());
     for (name, list) in &w.services {
         let key = NamespacedHostname::parse(name).ok_or_else(|| ConvertError::Name(name.clone()))?;
         let ports = list
@@ -79,6 +79,9 @@ pub fn workload(w: &wl::Workload) -> Result<Workload> {
             .iter()
             .map(|p| Ok((port("service_port", p.service_port)?, port("target_port", p.target_port)?)))
             .collect::<Result<_>>()?;
+        if let Some(weight) = list.weight {
+            weights.insert(key.clone(), weight);
+        }
         services.insert(key, ports);
     }
     let locality = w.locality.clone().unwrap_or_default();
@@ -117,6 +120,7 @@ pub fn workload(w: &wl::Workload) -> Result<Workload> {
             subzone: locality.subzone.into(),
         },
         services,
+        weights,
         capacity: w.capacity.unwrap_or(1),
     })
 }
@@ -167,7 +171,8 @@ pub fn to_workload(w: &Workload) -> wl::Workload {
                     target_port: (*t).into(),
                     app_protocol: 0,
                 };
-                (key.to_string(), wl::PortList { ports: ports.iter().map(port).collect() })
+                let weight = w.weights.get(key).copied();
+                (key.to_string(), wl::PortList { ports: ports.iter().map(port).collect(), weight })
             })
             .collect(),
         application_tunnel: None,

@@ -6,7 +6,11 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use super::{Facts, Finding};
+use crate::index::gateways::CONTROLLER;
 use crate::index::waypoints;
+use crate::objects::known::Kind;
+use crate::objects::mesh::MeshConfig;
+use crate::status::TYPES;
 
 const MODE: &str = "istio.io/dataplane-mode";
 const USE: &str = "istio.io/use-waypoint";
@@ -24,6 +28,8 @@ pub(super) fn of(facts: &Facts, now: SystemTime) -> Vec<Finding> {
     enrolment(facts, &mut found);
     waypoints_of(facts, &mut found);
     network_policies(facts, &mut found);
+    configuration(facts, &mut found);
+    not_in_force(facts, &mut found);
     found
 }
 
@@ -113,6 +119,59 @@ fn installation(facts: &Facts, now: SystemTime, found: &mut Vec<Finding>) {
         }
         None => {}
     }
+}
+
+/// The mesh configuration.
+fn configuration(facts: &Facts, found: &mut Vec<Finding>) {
+    let Some(text) = facts.configuration.as_ref().and_then(|c| c["data"]["mesh"].as_str()) else { return };
+    let subject = format!("ConfigMap {}/istio", facts.namespace);
+    match MeshConfig::parse(text) {
+        Err(error) => found.push(finding(
+            subject,
+            format!("cannot be read: {error}; the last good one is in force"),
+            "correct it before a controller starts: without a good one none is ready",
+        )),
+        Ok(config) => found.extend(
+            config.unknown.iter().map(|field| {
+                finding(&subject, format!("{field}: not supported, and not in force"), "take it out")
+            }),
+        ),
+    }
+}
+
+/// Objects that are not, or not wholly, in force, by their status; and those that have no effect here at all.
+fn not_in_force(facts: &Facts, found: &mut Vec<Finding>) {
+    for (kind, object) in &facts.told {
+        let status = &object["status"];
+        let each = |list: &str| {
+            let all = status[list].as_array().into_iter().flatten();
+            all.filter(|s| s["controllerName"] == CONTROLLER).filter_map(|s| s["conditions"].as_array())
+        };
+        let mut all: Vec<&Value> = each("parents").chain(each("ancestors")).flatten().collect();
+        // Those of a Gateway have been looked at already; of others' conditions nothing is known.
+        let own = |c: &&Value| text(c, "/type") != "Programmed" && (!is_kubernetes(kind) || TYPES.contains(&text(c, "/type")));
+        if *kind != "Gateway" {
+            all.extend(status["conditions"].as_array().into_iter().flatten().filter(own));
+        }
+        for condition in all {
+            let part = text(condition, "/reason") == "PartiallyInvalid";
+            if condition["status"] != "False" && !part {
+                continue;
+            }
+            let subject = format!("{kind} {}/{}", namespace(object), name(object));
+            let how = if part { "not wholly in force" } else { "not in force" };
+            let problem = format!("{how}: {}: {}", text(condition, "/reason"), text(condition, "/message"));
+            found.push(finding(subject, problem, "correct it, or see its status"));
+        }
+    }
+    for (unread, object) in &facts.unread {
+        let subject = format!("{} {}/{}", unread.kind, namespace(object), name(object));
+        found.push(finding(subject, format!("kinds of {} like this have no effect", unread.group), unread.instead));
+    }
+}
+
+fn is_kubernetes(kind: &str) -> bool {
+    Kind::named(kind).is_some_and(Kind::is_kubernetes)
 }
 
 /// Labels that look like ours and are not, and values that mean nothing.

@@ -151,7 +151,7 @@ pub fn workloads(
                 into.insert(key, services::pod_ports(service.object, &core::Pod::default()));
             }
         }
-        if attach(world, ownership, &spec.address, &into, mesh) {
+        if attach(world, ownership, spec, &into, mesh) {
             continue;
         }
         let uid = format!("{cluster}/networking.istio.io/WorkloadEntry/{namespace}/{}", entry.key.name);
@@ -175,7 +175,7 @@ pub fn workloads(
         for given in &claim.endpoints {
             let ports = ports(spec, &given.ports);
             let into = keys.iter().map(|key| (key.clone(), ports.clone())).collect();
-            if attach(world, ownership, &given.address, &into, mesh) {
+            if attach(world, ownership, given, &into, mesh) {
                 continue;
             }
             let uid =
@@ -202,16 +202,20 @@ pub fn workloads(
 fn attach(
     world: &World<'_>,
     ownership: &Ownership<'_, '_>,
-    address: &str,
+    endpoint: &WorkloadEntrySpec,
     into: &BTreeMap<NamespacedHostname, BTreeMap<u16, u16>>,
     mesh: &mut Mesh,
 ) -> bool {
-    let Ok(ip) = address.parse::<IpAddr>() else { return false };
+    let Ok(ip) = endpoint.address.parse::<IpAddr>() else { return false };
     mesh.entangled.addresses.insert(ip.to_canonical());
     let Some(uid) = ownership.pod_at(ip).map(|pod| pods::uid(world, pod)) else { return false };
     mesh.entangled.endpoints.insert(uid.clone());
     let Some(workload) = mesh.workloads.get_mut(&*uid) else { return false };
-    Arc::make_mut(workload).services.extend(into.clone());
+    let workload = Arc::make_mut(workload);
+    workload.services.extend(into.clone());
+    if endpoint.weight != 0 {
+        workload.weights.extend(into.keys().map(|service| (service.clone(), endpoint.weight)));
+    }
     true
 }
 

@@ -159,6 +159,12 @@ fn build_with(
     let said = configured(&config, in_force.is_some());
     let config = match (&config.broken, in_force) {
         (Some(_), Some(in_force)) => in_force.clone(),
+        // One field that is wrong takes no other one with it, and its last good value stays.
+        (None, Some(in_force)) if telemetry::log_form(&config).is_err() => MeshConfig {
+            access_log_format: in_force.access_log_format.clone(),
+            access_log_encoding: in_force.access_log_encoding.clone(),
+            ..config
+        },
         _ => config,
     };
     let world = World::new(objects, settings, config.clone(), &[]);

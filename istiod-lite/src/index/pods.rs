@@ -219,6 +219,7 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
         locality: world.locality(&spec.node_name),
         services: ports,
         capacity,
+        weights: BTreeMap::new(),
         workload_ips: spec.ips.to_vec(),
         hostname: "".into(),
     })

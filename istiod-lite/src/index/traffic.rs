@@ -267,7 +267,8 @@ fn describe(
     if !passed_over.is_empty() {
         text.push_str(&format!("; of no effect: {}", passed_over.join(", ")));
     }
-    say(Condition::yes("WaypointAccepted", "Accepted", text));
+    let reason = if passed_over.is_empty() { "Accepted" } else { "PartiallyInvalid" };
+    say(Condition::yes("WaypointAccepted", reason, text));
 }
 
 /// Fields that are known and change nothing here.

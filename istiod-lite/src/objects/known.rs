@@ -15,6 +15,41 @@ pub struct Kind {
     pub unread: &'static [&'static str],
 }
 
+/// A kind that users of other meshes have, and that has no effect here.
+#[derive(Debug)]
+pub struct Unread {
+    /// API group.
+    pub group: &'static str,
+    /// Kind.
+    pub kind: &'static str,
+    /// What to use in its place.
+    pub instead: &'static str,
+}
+
+impl Unread {
+    fn find(group: &str, kind: &str) -> Option<&'static Self> {
+        UNREAD.iter().find(|u| u.group == group && u.kind == kind)
+    }
+}
+
+const fn unread(group: &'static str, kind: &'static str, instead: &'static str) -> Unread {
+    Unread { group, kind, instead }
+}
+
+/// Kinds without effect.
+pub const UNREAD: &[Unread] = &[
+    unread("networking.istio.io", "VirtualService", "use an HTTPRoute (Gateway API) with a waypoint"),
+    unread("networking.istio.io", "Gateway", "use a Gateway of gateway.networking.k8s.io"),
+    unread("networking.istio.io", "Sidecar", "there are no sidecars; use AuthorizationPolicy, and exportTo of entries"),
+    unread("networking.istio.io", "EnvoyFilter", "there is no Envoy to configure; use TrafficPolicy or HTTPRoute filters"),
+    unread("networking.istio.io", "ProxyConfig", "there is no Envoy to configure; use WaypointParameters"),
+    unread("networking.istio.io", "WorkloadGroup", "write a WorkloadEntry for each machine"),
+    unread("extensions.istio.io", "WasmPlugin", "there are no plugins; use an external authorizer (action CUSTOM)"),
+    unread(GATEWAY_API, "TCPRoute", "TCP is not routed; use a Service for each destination"),
+    unread(GATEWAY_API, "TLSRoute", "TLS is not routed; use a Service for each destination"),
+    unread(GATEWAY_API, "UDPRoute", "UDP is not in the mesh"),
+];
+
 /// Kinds that are read or passed over.
 pub const KINDS: &[Kind] = &[
     Kind { kind: "Namespace", group: "", namespaced: false, unread: &["spec*", "status*"] },
@@ -202,11 +237,7 @@ impl Kind {
             return Ok(found);
         }
         let instead = match (group, kind) {
-            ("networking.istio.io", "VirtualService") => "use an HTTPRoute (Gateway API) with a waypoint",
-            ("networking.istio.io", "Gateway") => "use a Gateway of gateway.networking.k8s.io",
-            ("networking.istio.io", "Sidecar") => "there are no sidecars; use AuthorizationPolicy",
-            ("networking.istio.io", "EnvoyFilter" | "ProxyConfig") => "there is no Envoy to configure",
-            (GATEWAY_API, "TCPRoute" | "TLSRoute" | "UDPRoute") => "TCP, TLS and UDP are not routed",
+            (group, kind) if let Some(unread) = Unread::find(group, kind) => unread.instead,
             (GATEWAY_API, _) => {
                 "expected Gateway, GatewayClass, HTTPRoute, GRPCRoute, ReferenceGrant or BackendTLSPolicy"
             }

@@ -94,6 +94,9 @@ pub async fn run(client: Client, namespace: String, states: watch::Sender<Arc<So
         tokio::spawn(follow(client.clone(), watched, namespace.clone(), sender.clone()));
     }
     drop(sender);
+    // Ends with this.
+    let mut unread = tokio::task::JoinSet::new();
+    unread.spawn(super::unread::run(client));
     let mut cluster = Cluster::default();
     while let Some((kind, change)) = changes.recv().await {
         let since = std::time::Instant::now();

@@ -3,6 +3,7 @@
 
 pub mod directory;
 pub mod kube;
+pub mod unread;
 pub mod watch;
 
 use std::collections::BTreeMap;

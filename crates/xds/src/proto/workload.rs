@@ -133,6 +133,9 @@ pub struct Locality {
 pub struct PortList {
     #[prost(message, repeated, tag = "1")]
     pub ports: Vec<Port>,
+    /// Share of the service's traffic where it is not the workload's capacity; a field of Ambit alone.
+    #[prost(uint32, optional, tag = "100")]
+    pub weight: Option<u32>,
 }
 
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -31,6 +31,12 @@ fn healthy() -> Facts {
     }
 }
 
+/// An object with one condition.
+fn told(kind: &str, status: &str, reason: &str) -> Value {
+    let condition = json!({ "type": kind, "status": status, "reason": reason, "message": "why" });
+    json!({ "metadata": { "namespace": "shop", "name": "x" }, "status": { "conditions": [condition] } })
+}
+
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000)
 }
@@ -46,7 +52,12 @@ fn only(change: impl FnOnce(&mut Facts)) -> String {
 
 #[test]
 fn nothing_is_wrong_with_a_healthy_mesh() {
-    assert_eq!(of(&healthy(), now()), []);
+    let mut facts = healthy();
+    facts.told.push(("AuthorizationPolicy", told("ZtunnelAccepted", "True", "Accepted")));
+    // What others say of Kubernetes' own objects is theirs.
+    facts.told.push(("Service", told("example.com/Checked", "False", "Other")));
+    facts.configuration = Some(json!({ "data": { "mesh": "trustDomain: cluster.local\nenablePrometheusMerge: true" } }));
+    assert_eq!(of(&facts, now()), []);
 }
 
 #[test]
@@ -59,6 +70,39 @@ fn each_thing_that_is_wrong_is_told_with_advice() {
     let cases: Vec<(Change, &str)> = vec![
         (Box::new(|f| drop(f.groups.remove(0))), "CRDs of security.istio.io: not installed"),
         (Box::new(|f| f.daemonset = None), "DaemonSet ztunnel: not there"),
+        (
+            Box::new(|f| f.configuration = Some(json!({ "data": { "mesh": "trustDomain: [a]" } }))),
+            "ConfigMap istio-system/istio: cannot be read",
+        ),
+        (
+            Box::new(|f| f.configuration = Some(json!({ "data": { "mesh": "trustDomian: a" } }))),
+            "ConfigMap istio-system/istio: trustDomian: not supported, and not in force",
+        ),
+        (
+            Box::new(|f| f.told.push(("AuthorizationPolicy", told("WaypointAccepted", "False", "AncestorNotBound")))),
+            "AuthorizationPolicy shop/x: not in force: AncestorNotBound: why",
+        ),
+        (
+            Box::new(|f| f.told.push(("DestinationRule", told("WaypointAccepted", "True", "PartiallyInvalid")))),
+            "DestinationRule shop/x: not wholly in force: PartiallyInvalid: why",
+        ),
+        (
+            Box::new(|f| {
+                let condition = told("Accepted", "False", "NoMatchingParent")["status"]["conditions"].clone();
+                let of = |name: &str| json!({ "controllerName": name, "conditions": condition });
+                let status = json!({ "parents": [of("another.example/controller"), of(CONTROLLER)] });
+                let object = json!({ "metadata": { "namespace": "shop", "name": "x" }, "status": status });
+                f.told.push(("HTTPRoute", object));
+            }),
+            "HTTPRoute shop/x: not in force: NoMatchingParent: why",
+        ),
+        (
+            Box::new(|f| {
+                let service = json!({ "metadata": { "namespace": "shop", "name": "x" } });
+                f.unread.push((&crate::objects::known::UNREAD[0], service));
+            }),
+            "VirtualService shop/x: kinds of networking.istio.io like this have no effect; use an HTTPRoute",
+        ),
         (Box::new(|f| f.nodes.push(json!({ "metadata": { "name": "n2" } }))), "Node n2: no ready ztunnel"),
         (Box::new(|f| f.root_ends = Some(now() + SOON / 2)), "root certificate: ends in 15 days"),
         (Box::new(|f| f.root_ends = Some(now())), "has ended"),
