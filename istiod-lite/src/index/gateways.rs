@@ -69,7 +69,10 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
         };
         let parameters = parameters::of(world, gateway);
         let accepted = match (&parameters, canary::said(world, gateway)) {
-            (Ok(_), Ok(what)) => Condition::yes("Accepted", "Accepted", what),
+            (Ok(of), Ok(what)) => match of.as_ref().and_then(parameters::Parameters::not_in_force) {
+                Some(but) => Condition::yes("Accepted", "PartiallyInvalid", format!("{what}; {but}")),
+                None => Condition::yes("Accepted", "Accepted", what),
+            },
             (Ok(_), Err(wrong)) => wrong,
             (Err(why), _) => {
                 Condition::no("Accepted", "InvalidParameters", format!("{why}; what runs is left as it is"))
@@ -85,7 +88,7 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
         let mut made = Vec::new();
         if let Ok(parameters) = parameters {
             made = objects(world, gateway, &mounted(gateway, mesh));
-            parameters::apply(gateway, parameters, &mut made);
+            parameters::apply(gateway, parameters.as_ref(), &mut made);
             if let Some(canary::Part::Of(primary, _)) = canary::part(world, &gateway.key.namespace, &gateway.key.name) {
                 canary::tell(primary, &mut made);
             }
@@ -187,6 +190,8 @@ fn pod(world: &World<'_>, account: &str, files: &BTreeSet<(&'static str, String,
     let settings = world.settings;
     let mut pod = json!({
         "serviceAccountName": account,
+        // The token by which it knows the controller is mounted below; the API server is none of its business.
+        "automountServiceAccountToken": false,
         "terminationGracePeriodSeconds": 30,
         "containers": [{
             "name": "waypoint",
@@ -215,7 +220,8 @@ fn pod(world: &World<'_>, account: &str, files: &BTreeSet<(&'static str, String,
                 { "name": "status-port", "containerPort": 15021 },
             ],
             "readinessProbe": { "httpGet": { "path": "/healthz/ready", "port": 15021 }, "periodSeconds": 2 },
-            "resources": { "requests": { "cpu": "100m", "memory": "32Mi" } },
+            // Without a limit there is no memory budget either, and what a client holds is taken from its neighbours.
+            "resources": { "requests": { "cpu": "100m", "memory": "32Mi" }, "limits": { "memory": "1Gi" } },
             "securityContext": {
                 "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "runAsNonRoot": true,
                 "runAsUser": 1337, "runAsGroup": 1337, "capabilities": { "drop": ["ALL"] },

@@ -19,7 +19,8 @@ use crate::objects::Key;
 use crate::objects::istio::{self, AuthorizationPolicySpec, PolicyTarget};
 
 /// Where a policy or a rule about tokens guards a service, its target ports are closed to everybody but its waypoint: nobody goes round it.
-/// Services without policies stay open, so that scrapes and gateways outside the mesh go on.
+/// Services without policies stay open, so that scrapes and gateways outside the mesh go on. Those of a headless service that a
+/// policy names are closed likewise: its clients go to its pods, where nobody asks the policy.
 pub(super) fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh: &mut Mesh) {
     for service in &world.services {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
@@ -27,7 +28,7 @@ pub(super) fn close(world: &World<'_>, bound: &BTreeMap<Owner<'_>, Bound>, mesh:
         let guarded = bound
             .get(&("Service", namespace, name))
             .filter(|b| !b.config.policies.is_empty() || !b.config.tokens.is_empty());
-        let Some(guarded) = guarded.filter(|_| !spec.is_headless() && !spec.selector.is_empty()) else { continue };
+        let Some(guarded) = guarded.filter(|_| !spec.selector.is_empty()) else { continue };
         // Ports by number are closed before there is a pod; those by name are what the pods say.
         let mut ports: Vec<u16> = services::numbered_ports(service.object);
         if ports.len() < spec.ports.len() {
@@ -123,6 +124,10 @@ pub(super) fn attach_to(
             format!("target {namespace}/{}: expected one of the policy's namespace", target.name),
         );
     }
+    let headless = match (target.group.as_str(), target.kind.as_str()) {
+        ("" | "core", "Service") => bound.get(&("Service", namespace, target.name.as_str())).is_some_and(|b| b.headless),
+        _ => false,
+    };
     let (count, what) = match (target.group.as_str(), target.kind.as_str()) {
         ("" | "core", "Service") => {
             let n = of(bound, &|owner, _| *owner == ("Service", namespace.as_str(), target.name.as_str()));
@@ -133,11 +138,11 @@ pub(super) fn attach_to(
             (n, format!("ServiceEntry {namespace}/{}", target.name))
         }
         ("gateway.networking.k8s.io", "Gateway") => {
-            let n = of(bound, &|_, one| one.gateway.0 == *namespace && one.gateway.1 == target.name);
+            let n = of(bound, &|_, one| !one.headless && one.gateway.0 == *namespace && one.gateway.1 == target.name);
             (n, format!("Gateway {namespace}/{}", target.name))
         }
         ("gateway.networking.k8s.io", "GatewayClass") if key.namespace == world.config.root_namespace => {
-            let n = if target.name == waypoints::CLASS { of(bound, &|_, _| true) } else { 0 };
+            let n = if target.name == waypoints::CLASS { of(bound, &|_, one| !one.headless) } else { 0 };
             (n, format!("GatewayClass {}", target.name))
         }
         (group, kind) => {
@@ -150,6 +155,10 @@ pub(super) fn attach_to(
         }
     };
     match count {
+        _ if headless => no(
+            "Headless",
+            format!("{what} is headless: clients go to its pods, past the waypoint; its ports are closed to them"),
+        ),
         0 => no(
             "AncestorNotBound",
             format!("{what}: no service of it is bound to a waypoint, so nobody enforces the policy"),

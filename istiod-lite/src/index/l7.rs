@@ -32,6 +32,8 @@ pub struct Bound {
     pub own: Vec<NamespacedHostname>,
     /// Bytes that the expressions of its routes take at the waypoint, at most.
     pub expressions: usize,
+    /// Clients go to its pods, not to the waypoint: it has no address of its own.
+    pub headless: bool,
 }
 
 /// Annotation of a Service, a ServiceEntry or a Gateway: servers are told who the client is.
@@ -55,13 +57,14 @@ pub fn build(world: &World<'_>, known: &mut routes::Known, mesh: &mut Mesh) {
         let gateway = (gateway.0.to_owned(), gateway.1.to_owned());
         let path_normalization = world.config.path_normalization.normalization;
         let config = ServiceConfig { tell_client, path_normalization, ..ServiceConfig::default() };
-        Bound { gateway, canary, config, own, expressions: 0 }
+        Bound { gateway, canary, config, own, expressions: 0, headless: false }
     };
     for service in world.services.iter().filter(|s| !services::is_external(s.object)) {
         let (namespace, name) = (&*service.key.namespace, &*service.key.name);
         if let Some(gateway) = waypoints::gateway_of_service(world, service.key, service.meta) {
             let own = vec![NamespacedHostname::new(namespace, world.hostname(name, namespace))];
-            bound.insert(("Service", namespace, name), bind(gateway, service.meta, own));
+            let headless = service.object.spec.is_headless();
+            bound.insert(("Service", namespace, name), Bound { headless, ..bind(gateway, service.meta, own) });
         }
     }
     for entry in &world.service_entries {

@@ -36,6 +36,8 @@ pub enum Grant {
     WildcardHosts,
     /// Blocks of addresses.
     AddressBlocks,
+    /// Tolerations and a priority of the pods of its waypoints.
+    Scheduling,
 }
 
 impl Grant {
@@ -44,6 +46,7 @@ impl Grant {
             Self::Export => "export",
             Self::WildcardHosts => "wildcard-hosts",
             Self::AddressBlocks => "address-blocks",
+            Self::Scheduling => "scheduling",
         }
     }
 }
@@ -128,7 +131,7 @@ impl<'w, 'a> Ownership<'w, 'a> {
     /// Whether the platform team has granted something to a namespace. What it writes itself, in the root namespace, needs
     /// no grant.
     pub fn is_granted(&self, namespace: &str, grant: Grant) -> bool {
-        self.is_root(namespace) || self.world.namespaces.get(namespace).is_some_and(|meta| has_grant(meta, grant))
+        is_granted(self.world, namespace, grant)
     }
 
     fn is_root(&self, namespace: &str) -> bool {
@@ -224,6 +227,12 @@ impl<'w, 'a> Ownership<'w, 'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether the platform team has granted something to a namespace.
+pub fn is_granted(world: &World<'_>, namespace: &str, grant: Grant) -> bool {
+    let is_root = namespace == world.config.root_namespace;
+    is_root || world.namespaces.get(namespace).is_some_and(|meta| has_grant(meta, grant))
 }
 
 fn has_grant(meta: &Meta, grant: Grant) -> bool {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::gateways::REPLICAS;
 use super::lookup::{Entry, World};
+use super::ownership::{Grant, is_granted};
 use super::policies::Invalid;
 use super::waypoints;
 use crate::objects::gateway::{Gateway, ParametersRef, ParametersSpec};
@@ -15,8 +16,28 @@ use crate::objects::gateway::{Gateway, ParametersRef, ParametersSpec};
 pub const OPTIONAL: [(&str, &str); 2] =
     [("autoscaling/v2", "HorizontalPodAutoscaler"), ("policy/v1", "PodDisruptionBudget")];
 
+/// Parameters of a Gateway.
+#[derive(Debug)]
+pub(super) struct Parameters<'a> {
+    spec: &'a ParametersSpec,
+    /// The platform team lets them say where the pods may be and what they displace.
+    scheduling: bool,
+}
+
+impl Parameters<'_> {
+    /// What of them is not in force, and why.
+    pub(super) fn not_in_force(&self) -> Option<String> {
+        let asked = !self.spec.tolerations.is_empty() || self.spec.priority_class_name.is_some();
+        (asked && !self.scheduling).then(|| {
+            "tolerations and priorityClassName of its parameters are not in force: the namespace has not been granted \
+             them (annotation ambit.dev/grants: scheduling)"
+                .to_owned()
+        })
+    }
+}
+
 /// What applies to a Gateway: its own parameters, else those of its class; or why they cannot be used.
-pub(super) fn of<'a>(world: &World<'a>, gateway: &Entry<'a, Gateway>) -> Result<Option<&'a ParametersSpec>, String> {
+pub(super) fn of<'a>(world: &World<'a>, gateway: &Entry<'a, Gateway>) -> Result<Option<Parameters<'a>>, String> {
     let own = gateway.object.spec.infrastructure.parameters_ref.as_ref();
     let class = world.classes.iter().find(|c| *c.key.name == *waypoints::CLASS);
     let class = class.and_then(|c| c.object.spec.parameters_ref.as_ref());
@@ -30,8 +51,10 @@ pub(super) fn of<'a>(world: &World<'a>, gateway: &Entry<'a, Gateway>) -> Result<
         return Err(format!("{path}: kind {kind} of {group:?}, expected WaypointParameters of ambit.dev"));
     }
     let found = world.parameters.get(&(namespace, name.as_str()));
+    // Those of the class are the platform team's.
+    let scheduling = own.is_none() || is_granted(world, namespace, Grant::Scheduling);
     found
-        .map(|p| Some(&p.object.spec))
+        .map(|p| Some(Parameters { spec: &p.object.spec, scheduling }))
         .ok_or_else(|| format!("{path}: there is no WaypointParameters {namespace}/{name}"))
 }
 
@@ -73,8 +96,28 @@ fn is_quantity(text: &str) -> bool {
     number.parse::<f64>().is_ok() && matches!(unit, "" | "m" | "k" | "M" | "G" | "T" | "Ki" | "Mi" | "Gi" | "Ti")
 }
 
+/// What a quantity is, in units; nothing where it is none.
+fn amount(text: &str) -> f64 {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit {
+        "m" => 0.001,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "T" => 1e12,
+        "Ki" => f64::from(1 << 10),
+        "Mi" => f64::from(1 << 20),
+        "Gi" => f64::from(1 << 30),
+        "Ti" => f64::from(1 << 20) * f64::from(1 << 20),
+        _ => 1.0,
+    };
+    number.parse::<f64>().unwrap_or(0.0) * factor
+}
+
 /// Changes the objects of a waypoint, and adds those that only parameters ask for.
-pub(super) fn apply(gateway: &Entry<'_, Gateway>, spec: Option<&ParametersSpec>, objects: &mut Vec<Value>) {
+pub(super) fn apply(gateway: &Entry<'_, Gateway>, parameters: Option<&Parameters<'_>>, objects: &mut Vec<Value>) {
+    let spec = parameters.map(|p| p.spec);
     let infrastructure = &gateway.object.spec.infrastructure;
     let said = |of: &mut Value, what: &str, more: &std::collections::BTreeMap<String, String>| {
         for (key, value) in more {
@@ -100,7 +143,7 @@ pub(super) fn apply(gateway: &Entry<'_, Gateway>, spec: Option<&ParametersSpec>,
     if let Some(replicas) = spec.and_then(|s| s.replicas).or(annotated).filter(|_| !scaled) {
         deployment["spec"]["replicas"] = json!(replicas);
     }
-    let Some(spec) = spec else { return };
+    let Some(Parameters { spec, scheduling }) = parameters else { return };
     let pod = &mut deployment["spec"]["template"]["spec"];
     let resources = &mut pod["containers"][0]["resources"];
     for (name, quantity) in &spec.resources.limits {
@@ -112,23 +155,29 @@ pub(super) fn apply(gateway: &Entry<'_, Gateway>, spec: Option<&ParametersSpec>,
     }
     for (name, quantity) in &spec.resources.requests {
         resources["requests"][name] = json!(quantity);
+        // The limit that is there where none is asked for is not below.
+        let limit = resources["limits"][name].as_str().map(amount);
+        if !spec.resources.limits.contains_key(name) && limit.is_some_and(|limit| limit < amount(quantity)) {
+            resources["limits"][name] = json!(quantity);
+        }
     }
     let bounds =
         [("MAX_REQUESTS", spec.max_requests.map(|n| n.to_string())), ("MEMORY_BUDGET", spec.memory_budget.clone())];
     if let Some(env) = pod["containers"][0]["env"].as_array_mut() {
         env.extend(bounds.into_iter().filter_map(|(name, value)| Some(json!({ "name": name, "value": value? }))));
     }
-    let scheduling: Map<String, Value> = [
+    let placed: Map<String, Value> = [
         ("nodeSelector", json!(spec.node_selector)),
         ("tolerations", json!(spec.tolerations)),
         ("topologySpreadConstraints", json!(spec.topology_spread_constraints)),
         ("priorityClassName", json!(spec.priority_class_name)),
     ]
     .into_iter()
+    .filter(|(key, _)| *scheduling || !matches!(*key, "tolerations" | "priorityClassName"))
     .filter(|(_, value)| !matches!(value, Value::Null) && *value != json!({}) && *value != json!([]))
     .map(|(key, value)| (key.to_owned(), value))
     .collect();
-    for (key, value) in scheduling {
+    for (key, value) in placed {
         pod[&key] = value;
     }
     let (metadata, selector) = (deployment["metadata"].clone(), deployment["spec"]["selector"].clone());

@@ -11,6 +11,7 @@ use super::*;
 use crate::objects::{Loaded, Place, parse};
 
 mod canary;
+mod fields;
 mod l7;
 mod parameters;
 mod telemetry;

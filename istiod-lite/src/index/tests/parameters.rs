@@ -39,7 +39,8 @@ fn a_gateway_is_run_as_its_parameters_say() {
     let spec = "{resources: {requests: {cpu: 250m}, limits: {memory: 1Gi}}, autoscaling: {minReplicas: 2, maxReplicas: 5}, \
                 disruptionBudget: {minAvailable: 50%}, nodeSelector: {pool: edge}, tolerations: [{operator: Exists}], \
                 priorityClassName: high, maxRequests: 500, memoryBudget: 512Mi}";
-    let mesh = mesh(&[own("big"), parameters("big", "shop", spec)].concat());
+    let granted = own("big").replace("metadata: {name: shop,", "metadata: {name: shop, annotations: {ambit.dev/grants: scheduling},");
+    let mesh = mesh(&[granted, parameters("big", "shop", spec)].concat());
     let deployment = made(&mesh, "Deployment");
     let pod = &deployment["spec"]["template"]["spec"];
     let resources = &pod["containers"][0]["resources"];
@@ -62,6 +63,22 @@ fn a_gateway_is_run_as_its_parameters_say() {
     let budget = made(&mesh, "PodDisruptionBudget");
     assert_eq!(budget["spec"]["minAvailable"], "50%");
     assert_eq!(budget["spec"]["selector"], deployment["spec"]["selector"]);
+}
+
+#[test]
+fn a_namespace_without_a_grant_displaces_nobody() {
+    let spec = "{nodeSelector: {pool: edge}, tolerations: [{operator: Exists}], priorityClassName: system-node-critical, \
+                resources: {requests: {memory: 2Gi}}}";
+    let mesh = mesh(&[own("p"), parameters("p", "shop", spec)].concat());
+    let pod = made(&mesh, "Deployment")["spec"]["template"]["spec"].clone();
+    assert_eq!((&pod["tolerations"], &pod["priorityClassName"]), (&Value::Null, &Value::Null));
+    assert_eq!((&pod["nodeSelector"]["pool"], &pod["automountServiceAccountToken"]), (&json!("edge"), &json!(false)));
+    assert_eq!(pod["containers"][0]["resources"]["limits"]["memory"], "2Gi");
+    let condition = said(&mesh);
+    assert_eq!((&condition["status"], &condition["reason"]), (&json!("True"), &json!("PartiallyInvalid")));
+    assert!(condition["message"].as_str().is_some_and(|m| m.contains("ambit.dev/grants: scheduling")), "{condition}");
+    let usual = made(&super::mesh(&gateway("")), "Deployment")["spec"]["template"]["spec"].clone();
+    assert_eq!(usual["containers"][0]["resources"]["limits"]["memory"], "1Gi");
 }
 
 #[test]
