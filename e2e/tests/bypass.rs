@@ -112,8 +112,7 @@ fn no_segment_sent_first_takes_a_connection_past_strict() {
         let env = vec![("AUDIT_INTERVAL".to_owned(), "300ms".to_owned())];
         let mesh = shop(Options { ztunnel_env: env, ..Options::default() }).await?;
         mesh.apply("strict.yaml", STRICT)?;
-        let in_force =
-            |m: &Mesh| m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()));
+        let in_force = |m: &Mesh| m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()));
         mesh.wait("STRICT at the server's node", in_force).await?;
         for from in [OUTSIDER, CLIENT] {
             // From within the mesh, what is not tried past the redirection is answered.

@@ -217,7 +217,13 @@ fn the_kubelet_gets_what_a_pod_declares_and_nothing_that_another_pod_aims_at_it(
         let kubelet = format!("Host: {pod}:8081\r\nUser-Agent: kube-probe/1.35\r\nAccept: */*\r\nConnection: close");
         for (port, head, passes) in [
             (8081, format!("GET /ready HTTP/1.1\r\n{kubelet}"), true),
-            (8082, format!("GET /drain HTTP/1.1\r\nHost: {pod}:8082\r\nUser-Agent: kube-lifecycle/1.35\r\nConnection: close"), true),
+            (
+                8082,
+                format!(
+                    "GET /drain HTTP/1.1\r\nHost: {pod}:8082\r\nUser-Agent: kube-lifecycle/1.35\r\nConnection: close"
+                ),
+                true,
+            ),
             (8081, format!("GET /admin HTTP/1.1\r\n{kubelet}"), false),
             (8081, format!("GET /ready HTTP/1.1\r\n{kubelet}\r\nX-Admin: yes"), false),
             (8082, format!("GET /ready HTTP/1.1\r\n{kubelet}"), false),

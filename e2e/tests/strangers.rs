@@ -48,10 +48,16 @@ fn a_policy_that_cannot_be_read_closes_what_it_covers() {
             ("{action: DENY, rules: [{from: [{source: {trustDomains: [cluster.local]}}]}]}", false),
             ("{action: DENY, rules: [{from: [{source: {trustDomains: [elsewhere]}}]}]}", true),
             ("{rules: [{from: [{source: {notTrustDomains: [elsewhere]}}]}]}", true),
-            ("{selector: {matchLabels: {app: web}}, rules: [{from: [{source: {principals: ['*/ns/*/sa/x']}}]}]}", false),
+            (
+                "{selector: {matchLabels: {app: web}}, rules: [{from: [{source: {principals: ['*/ns/*/sa/x']}}]}]}",
+                false,
+            ),
             ("{rules: [{from: [{source: {namespaces: [front]}}]}]}", true),
             ("{action: DENY, rules: [{from: [{source: {ipBlocks: [10.0.0.0/99]}}]}]}", false),
-            ("{selector: {matchLabels: {app: other}}, action: DENY, rules: [{from: [{source: {ipBlocks: [x]}}]}]}", true),
+            (
+                "{selector: {matchLabels: {app: other}}, action: DENY, rules: [{from: [{source: {ipBlocks: [x]}}]}]}",
+                true,
+            ),
             ("{selector: {matchExpressions: [{key: app, operator: Exists}]}, action: DENY, rules: []}", false),
             ("{action: SOMETHING, rules: [{}]}", false),
             ("{unheardOf: [1]}", false),
@@ -125,7 +131,8 @@ fn a_pod_has_a_network_before_its_address_is_reported() {
             }
         }
         let overlay = std::fs::read_dir(mesh.files.join("overlay/patches")).doing("overlay")?;
-        let mut texts = overlay.flatten().map(|e| (e.file_name(), std::fs::read_to_string(e.path()).unwrap_or_default()));
+        let mut texts =
+            overlay.flatten().map(|e| (e.file_name(), std::fs::read_to_string(e.path()).unwrap_or_default()));
         match texts.find(|(name, text)| name.to_string_lossy().contains("late") && text.contains("podIP")) {
             Some((_, text)) => Err(Failure(format!("its address was reported already: {text}"))),
             None => Ok(()),
@@ -211,11 +218,19 @@ fn a_pod_of_the_mesh_is_reached_as_itself_under_any_name() {
                  apiVersion: v1\nkind: Service\nmetadata: {{name: vm, namespace: shop}}\nspec: {{selector: {{vm: web}}, ports: [{{port: 80, targetPort: 8080}}]}}\n"
             ),
         )?;
-        let urls = ["http://bare.shop/bare", "http://static.example/static", "http://dns.example/dns", "http://vm.shop/vm"];
+        let urls =
+            ["http://bare.shop/bare", "http://static.example/static", "http://dns.example/dns", "http://vm.shop/vm"];
         let identity = "spiffe://cluster.local/ns/front/sa/client";
         let plain = |m: &Mesh| {
             let lines = m.access_log(1);
-            lines.iter().filter(|l| l["direction"] == "inbound" && l["src.identity"] != identity && l["message"] == "connection complete").count()
+            lines
+                .iter()
+                .filter(|l| {
+                    l["direction"] == "inbound"
+                        && l["src.identity"] != identity
+                        && l["message"] == "connection complete"
+                })
+                .count()
         };
         for url in urls {
             until(&mesh, CLIENT, url, true).await?;
@@ -224,7 +239,10 @@ fn a_pod_of_the_mesh_is_reached_as_itself_under_any_name() {
             return Err(Failure(format!("{} connections came as plaintext", plain(&mesh))));
         }
         // And where plaintext would be refused.
-        mesh.apply("policy.yaml", &policy(&format!("{{rules: [{{from: [{{source: {{principals: ['{}']}}}}]}}]}}", &identity[9..])))?;
+        mesh.apply(
+            "policy.yaml",
+            &policy(&format!("{{rules: [{{from: [{{source: {{principals: ['{}']}}}}]}}]}}", &identity[9..])),
+        )?;
         let in_force = |m: &Mesh| m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()));
         mesh.wait("the policy", in_force).await?;
         for url in urls {
@@ -359,7 +377,8 @@ fn pods_take_another_trust_domain_while_they_run() {
         )?;
         let identity = "spiffe://corp.example/ns/front/sa/client";
         let start = Instant::now();
-        while !mesh.access_log(1).iter().any(|l| l["src.identity"] == identity && l["message"] == "connection complete") {
+        while !mesh.access_log(1).iter().any(|l| l["src.identity"] == identity && l["message"] == "connection complete")
+        {
             mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?;
             if start.elapsed() > PATIENCE {
                 return Err(Failure::new("no connection has the new trust domain"));
@@ -372,7 +391,10 @@ fn pods_take_another_trust_domain_while_they_run() {
             return Err(Failure(format!("a connection that was open has been cut: {}", held.text())));
         }
         // Policies may go on naming it as they did.
-        mesh.apply("policy.yaml", &policy("{rules: [{from: [{source: {principals: [cluster.local/ns/front/sa/client]}}]}]}"))?;
+        mesh.apply(
+            "policy.yaml",
+            &policy("{rules: [{from: [{source: {principals: [cluster.local/ns/front/sa/client]}}]}]}"),
+        )?;
         let in_force = |m: &Mesh| m.dump(1).is_ok_and(|d| d["policies"].as_array().is_some_and(|p| !p.is_empty()));
         mesh.wait("the policy", in_force).await?;
         expect(&mesh.exec(CLIENT, &["ambit-app", "get", "http://web.shop/"]).await?, true, "hello from web")?;
@@ -390,7 +412,8 @@ fn a_mesh_configuration_that_cannot_be_read_is_no_default() {
     sandbox::test("a_mesh_configuration_that_cannot_be_read_is_no_default", || async {
         let mut mesh = shop(Options::default()).await?;
         mesh.apply("config.yaml", &config("trustDomain: [not, a, name]"))?;
-        let told = |m: &Mesh| m.debug("/debug/problems").is_ok_and(|p| p.to_string().contains("ConfigMap istio-system/istio"));
+        let told =
+            |m: &Mesh| m.debug("/debug/problems").is_ok_and(|p| p.to_string().contains("ConfigMap istio-system/istio"));
         mesh.wait("the problem", told).await?;
         let ready = |m: &Mesh| m.http_get(&m.control.netns, 15014, "/ready").is_ok();
         if !ready(&mesh) {

@@ -60,9 +60,17 @@ fn entries_of_a_tenant_take_nothing_from_others() {
         let ip = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
         for (name, kind, yaml) in [
             ("all", "ServiceEntry", entry("all", &format!("hosts: [all.example], addresses: [0.0.0.0/0], {endpoint}"))),
-            ("wild", "ServiceEntry", entry("wild", &format!("hosts: ['*.svc.cluster.local'], addresses: [240.241.1.1], {endpoint}"))),
+            (
+                "wild",
+                "ServiceEntry",
+                entry("wild", &format!("hosts: ['*.svc.cluster.local'], addresses: [240.241.1.1], {endpoint}")),
+            ),
             ("vip", "ServiceEntry", entry("vip", &format!("hosts: [vip.example], addresses: [{web}], {endpoint}"))),
-            ("host", "ServiceEntry", entry("host", &format!("hosts: [web.shop.svc.cluster.local, web.shop], {endpoint}"))),
+            (
+                "host",
+                "ServiceEntry",
+                entry("host", &format!("hosts: [web.shop.svc.cluster.local, web.shop], {endpoint}")),
+            ),
             ("pod", "ServiceEntry", entry("pod", &format!("hosts: [pod.example], addresses: [{ip}], {endpoint}"))),
             ("we", "WorkloadEntry", we),
         ] {
@@ -71,8 +79,14 @@ fn entries_of_a_tenant_take_nothing_from_others() {
             // The owner changes something meanwhile, so that its row comes later than the tenant's.
             let service = format!("{name}-later");
             mesh.apply("later.yaml", &format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {service}, namespace: shop}}\nspec: {{selector: {{app: web}}, ports: [{{port: 80, targetPort: 8080}}]}}\n"))?;
-            mesh.wait("the owner's change", |m| m.dump(0).is_ok_and(|d| d["services"].to_string().contains(&service))).await?;
-            for url in ["http://web.shop/", "http://web.shop.svc.cluster.local/", &format!("http://{web}/"), &format!("http://{ip}:8080/")] {
+            mesh.wait("the owner's change", |m| m.dump(0).is_ok_and(|d| d["services"].to_string().contains(&service)))
+                .await?;
+            for url in [
+                "http://web.shop/",
+                "http://web.shop.svc.cluster.local/",
+                &format!("http://{web}/"),
+                &format!("http://{ip}:8080/"),
+            ] {
                 let output = mesh.exec(CLIENT, &["ambit-app", "get", url]).await?;
                 expect(&output, true, "hello from web").map_err(|f| Failure(format!("{name} {url}: {f}")))?;
             }
@@ -85,7 +99,8 @@ fn entries_of_a_tenant_take_nothing_from_others() {
         // An ordinary host of the tenant is for its own namespace, and the status says so.
         mesh.apply("own.yaml", &entry("own", &format!("hosts: [outside.test], endpoints: [{{address: {trap}}}]")))?;
         let start = Instant::now();
-        while !mesh.exec("mallory/trap", &["ambit-app", "get", "http://outside.test/"]).await?.text.contains("MALLORY") {
+        while !mesh.exec("mallory/trap", &["ambit-app", "get", "http://outside.test/"]).await?.text.contains("MALLORY")
+        {
             if start.elapsed() > PATIENCE {
                 return Err(Failure(format!("its own namespace does not use it: {}", mesh.debug("/debug/objects")?)));
             }
@@ -105,7 +120,8 @@ fn a_shared_waypoint_does_nothing_for_a_tenant_that_its_owner_does_not_want() {
     sandbox::test("a_shared_waypoint_does_nothing_for_a_tenant_that_its_owner_does_not_want", || async {
         let mesh = layer7_shop().await?;
         let waypoint = ambit_e2e::WAYPOINT;
-        let shared = waypoint.replacen("protocol: HBONE", "protocol: HBONE, allowedRoutes: {namespaces: {from: All}}", 1);
+        let shared =
+            waypoint.replacen("protocol: HBONE", "protocol: HBONE, allowedRoutes: {namespaces: {from: All}}", 1);
         mesh.apply("waypoint.yaml", &shared)?;
         with_tenant(&mesh).await?;
         let web = mesh.kubelet.pod("shop", "web").ok_or_else(|| Failure::new("no web"))?.net.ips[0];
@@ -132,7 +148,13 @@ fn a_shared_waypoint_does_nothing_for_a_tenant_that_its_owner_does_not_want() {
             )
         };
         let attacks = [
-            ("http://evil.mallory/secret", service("evil", &format!("{{addresses: [{web}], targetRef: {{kind: Pod, name: web, namespace: shop}}}}"))),
+            (
+                "http://evil.mallory/secret",
+                service(
+                    "evil",
+                    &format!("{{addresses: [{web}], targetRef: {{kind: Pod, name: web, namespace: shop}}}}"),
+                ),
+            ),
             ("http://evil.mallory/secret", service("evil", &format!("{{addresses: [{web}]}}"))),
             ("http://deputy.example/metrics", deputy("127.0.0.1", 15000)),
             ("http://deputy.example/metrics", deputy("'::1'", 15000)),
@@ -145,7 +167,8 @@ fn a_shared_waypoint_does_nothing_for_a_tenant_that_its_owner_does_not_want() {
             mesh.apply("attack.yaml", &yaml)?;
             // Known to the client's node, so that what follows is the waypoint's doing.
             let host = url.split('/').nth(2).unwrap_or_default().split('.').next().unwrap_or_default().to_owned();
-            mesh.wait("the tenant's service", |m| m.dump(0).is_ok_and(|d| d["services"].to_string().contains(&host))).await?;
+            mesh.wait("the tenant's service", |m| m.dump(0).is_ok_and(|d| d["services"].to_string().contains(&host)))
+                .await?;
             let start = Instant::now();
             let mut answers = 0;
             while answers < 10 && start.elapsed() < PATIENCE {

@@ -239,7 +239,14 @@ mod tests {
 
     #[test]
     fn redirects_name_a_port_only_where_it_is_unusual() {
-        let of = |host: &'static str, port, secure| Redirected { host, port, path: "/a", query: "q=1", prefix: None, secure };
+        let of = |host: &'static str, port, secure| Redirected {
+            host,
+            port,
+            path: "/a",
+            query: "q=1",
+            prefix: None,
+            secure,
+        };
         let to = |r: Redirect, port| {
             let response = redirect(&Redirect { status: 301, ..r }, of("web.shop:8080", port, false));
             assert_eq!(response.status(), 301);
@@ -305,10 +312,11 @@ mod tests {
         }
         assert!(wanted(Method::POST, "upgrade", "SPDY/3.1"), "without a body any method may ask");
         assert!(!wanted(Method::HEAD, "upgrade", "websocket"));
-        let with_body: HeaderMap = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "x"), (header::CONTENT_LENGTH, "5")]
-            .map(|(n, v)| (n, v.parse().expect("a value")))
-            .into_iter()
-            .collect();
+        let with_body: HeaderMap =
+            [(header::CONNECTION, "upgrade"), (header::UPGRADE, "x"), (header::CONTENT_LENGTH, "5")]
+                .map(|(n, v)| (n, v.parse().expect("a value")))
+                .into_iter()
+                .collect();
         assert!(wanted_upgrade(&Method::POST, http::Version::HTTP_11, &with_body).is_none());
     }
 

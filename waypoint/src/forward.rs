@@ -142,7 +142,9 @@ impl Try {
         match self {
             Self::Answered(response) => Some(Outcome::Answered(status_of(response))),
             // What the client sends, and what there is too much of, is no fault of the endpoint's.
-            Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_) | Unreachable::Stale(..)) => None,
+            Self::Unsent(Unreachable::Overflow(_), _) | Self::Lost(Unreachable::Body(_) | Unreachable::Stale(..)) => {
+                None
+            }
             Self::Unsent(..) => Some(Outcome::Unreached),
             Self::Lost(_) | Self::Late(_) => Some(Outcome::Failed),
         }
@@ -252,7 +254,8 @@ pub(crate) async fn forward(
         }
         // What the pod closes just when a request comes is sent again, where doing it twice is like doing it once and there is
         // nothing to keep (RFC 9112 section 9.3.1): no try of the route's.
-        if matches!(outcome, Try::Lost(Unreachable::Stale(..))) && empty && head.method.is_idempotent() && stale < TRIES {
+        if matches!(outcome, Try::Lost(Unreachable::Stale(..))) && empty && head.method.is_idempotent() && stale < TRIES
+        {
             stale += 1;
             held._busy = None;
             request = head.request(version, Body::whole(""))?;

@@ -345,7 +345,13 @@ async fn respond(
 }
 
 /// An answer that a filter gives by itself, with what the rule says of answers. The answer to a preflight has its own headers.
-fn own_answer(mut answer: Response<Body>, plan: &plan::Plan, by: &Filter, original: &Original, head: bool) -> Response<Body> {
+fn own_answer(
+    mut answer: Response<Body>,
+    plan: &plan::Plan,
+    by: &Filter,
+    original: &Original,
+    head: bool,
+) -> Response<Body> {
     if !matches!(by, Filter::Cors(_)) {
         filters::decorate(&plan.rule.filters, &original.headers, answer.headers_mut());
     }

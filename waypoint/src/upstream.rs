@@ -3,8 +3,8 @@
 //! Owns the connections of one worker. All are keyed by the workload's uid, so that an address that another pod has taken
 //! over never gets an old one. A workload marked HBONE never gets plaintext, nor does one that is to get TLS.
 
-pub mod guard;
 mod gate;
+pub mod guard;
 mod http;
 mod io;
 pub mod names;

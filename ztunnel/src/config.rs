@@ -191,8 +191,7 @@ impl Config {
         if !(16_384..=16_777_215).contains(&max_frame) {
             s.problem(format!("frameSize {max_frame}: expected 16384 to 16777215 (RFC 9113 section 4.2)"));
         }
-        let pod_connections =
-            s.get("podConnections", &["POD_CONNECTIONS"], "a number").unwrap_or(65536_usize).max(1);
+        let pod_connections = s.get("podConnections", &["POD_CONNECTIONS"], "a number").unwrap_or(65536_usize).max(1);
         let config = Self {
             node_name: node_name.into(),
             cluster_id: text(&mut s, "clusterId", &["CLUSTER_ID", "ISTIO_META_CLUSTER_ID"], "Kubernetes").into(),

@@ -41,13 +41,7 @@ struct Tunnel {
 }
 
 /// Handles one connection to 15008; it keeps its place once its peer is proven.
-pub async fn handle(
-    context: Rc<Context>,
-    pod: Arc<Pod>,
-    stream: TcpStream,
-    source: SocketAddr,
-    place: Rc<Place>,
-) {
+pub async fn handle(context: Rc<Context>, pod: Arc<Pod>, stream: TcpStream, source: SocketAddr, place: Rc<Place>) {
     let Ok(local) = stream.local_addr().map(orig_dst::canonical) else { return };
     let facts = Facts::new(Reporter::Destination, source, local);
     let settings = &context.shared.config.hbone;

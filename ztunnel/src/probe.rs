@@ -25,7 +25,10 @@ pub struct Probe {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
-    Http { target: Vec<u8>, headers: Vec<(String, String)> },
+    Http {
+        target: Vec<u8>,
+        headers: Vec<(String, String)>,
+    },
     /// What is asked cannot be seen.
     Https,
     Tcp,
@@ -81,7 +84,13 @@ impl Probe {
         let when = |is: bool| if is { Opening::Probe } else { Opening::Other };
         match &self.kind {
             // A TCP probe connects and closes.
-            Kind::Tcp if bytes.is_empty() => if ended { Opening::Probe } else { Opening::Incomplete },
+            Kind::Tcp if bytes.is_empty() => {
+                if ended {
+                    Opening::Probe
+                } else {
+                    Opening::Incomplete
+                }
+            }
             Kind::Tcp => Opening::Other,
             _ if bytes.is_empty() => Opening::Incomplete,
             Kind::Https => when(bytes[0] == HANDSHAKE),
@@ -178,9 +187,8 @@ mod tests {
     #[test]
     fn an_http_probe_is_the_declared_request_and_nothing_else() {
         const TARGET: &str = "/healthz?full=a%20b";
-        let request = |line: &str, headers: &str| {
-            open(&probes(), format!("{line} HTTP/1.1\r\n{headers}\r\n").as_bytes(), false)
-        };
+        let request =
+            |line: &str, headers: &str| open(&probes(), format!("{line} HTTP/1.1\r\n{headers}\r\n").as_bytes(), false);
         let get = format!("GET {TARGET}");
         let kubelet = "Host: 10.244.2.3:8080\r\nUser-Agent: kube-probe/1.35\r\nX-Check: yes\r\nAccept: */*\r\nConnection: close\r\n";
         for (line, headers, expected) in [

@@ -20,8 +20,8 @@ use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::flood::{Frames, Watched};
 use crate::carry::{BulkMark, CarryError, carry};
+use crate::flood::{Frames, Watched};
 use crate::headers::{Authority, ConnectHeaders, reason};
 use crate::io::TunnelIo;
 use crate::pings::{Dead, Pings, Traffic};

@@ -120,6 +120,8 @@ pub struct Workload {
     pub authorization_policies: Vec<Str>,
     /// Health.
     pub status: Health,
+    /// It ends, and serves while it does: it is taken where no healthy endpoint is left (KEP-1669).
+    pub draining: bool,
     /// Cluster, `Kubernetes` unless told otherwise.
     pub cluster_id: Str,
     /// Locality of its node.

@@ -53,10 +53,7 @@ impl Dropped {
     /// How much more this is than at an earlier look. Rules that were written again count from zero.
     pub fn since(self, before: Self) -> Self {
         let grown = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
-        Self {
-            inbound: grown(self.inbound, before.inbound),
-            outbound: grown(self.outbound, before.outbound),
-        }
+        Self { inbound: grown(self.inbound, before.inbound), outbound: grown(self.outbound, before.outbound) }
     }
 }
 

@@ -57,12 +57,7 @@ pub fn original_destination(
     Ok(original(netns, transport, local, peer)?.map(|o| o.destination))
 }
 
-fn original(
-    netns: &Netns,
-    transport: Transport,
-    local: SocketAddr,
-    peer: SocketAddr,
-) -> io::Result<Option<Original>> {
+fn original(netns: &Netns, transport: Transport, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<Original>> {
     let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let (family, (source, destination), local_ip, peer_ip) = match (local_ip, peer_ip) {
         (IpAddr::V4(a), IpAddr::V4(b)) => (2u8, V4, a.octets().to_vec(), b.octets().to_vec()),
@@ -97,8 +92,5 @@ fn original_of(entry: &[u8]) -> Option<Original> {
         let ip = v4.or_else(|| find(&ips, v6).and_then(|b| <[u8; 16]>::try_from(b).ok()).map(IpAddr::from))?;
         Some(SocketAddr::new(ip, u16::from_be_bytes(find(&ports, port)?.try_into().ok()?)))
     };
-    Some(Original {
-        source: end(V4.0, V6.0, PROTO_SRC_PORT)?,
-        destination: end(V4.1, V6.1, PROTO_DST_PORT)?,
-    })
+    Some(Original { source: end(V4.0, V6.0, PROTO_SRC_PORT)?, destination: end(V4.1, V6.1, PROTO_DST_PORT)? })
 }

@@ -40,7 +40,8 @@ fn other_rules_of_the_same_number_are_seen() {
     let difference = || capture.inspect(&netns).expect("inspect").difference;
     assert_eq!(difference(), None);
     let tag = table().tag;
-    let replace = |chains: &[Chain]| netns.run(|| nft::replace_table(TABLE, &tag, chains)).expect("enter").expect("write");
+    let replace =
+        |chains: &[Chain]| netns.run(|| nft::replace_table(TABLE, &tag, chains)).expect("enter").expect("write");
     // One rule for one rule, in a chain of the same name.
     let accept = |n: usize| vec![vec![Step::Accept]; n];
     let chain = |name, kind, hook, priority, rules| Chain { name, kind, hook, priority, rules };

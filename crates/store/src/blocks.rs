@@ -77,7 +77,12 @@ mod tests {
 
     fn service(name: &str, blocks: &[&str]) -> Arc<Service> {
         let blocks = blocks.iter().map(|b| ("".into(), b.parse().expect(b)));
-        Arc::new(Service { name: name.into(), hostname: name.into(), cidr_vips: blocks.collect(), ..Service::default() })
+        Arc::new(Service {
+            name: name.into(),
+            hostname: name.into(),
+            cidr_vips: blocks.collect(),
+            ..Service::default()
+        })
     }
 
     fn found(blocks: &Blocks, ip: &str) -> Vec<String> {

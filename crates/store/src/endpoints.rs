@@ -112,15 +112,19 @@ impl Endpoints {
     }
 
     fn rank_by(&self, key: &NamespacedHostname, balancing: LoadBalancing, client: &ClientPlace) -> Groups {
-        let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Vec<Arc<Workload>>> = BTreeMap::new();
-        for workload in self.members.values() {
-            let healthy = workload.status == Health::Healthy || balancing.allow_unhealthy;
-            if !healthy || workload.weight(key) == 0 {
-                continue;
+        let healthy = |w: &Workload| w.status == Health::Healthy || balancing.allow_unhealthy;
+        let ranked = |serves: &dyn Fn(&Workload) -> bool| {
+            let mut by_rank: BTreeMap<std::cmp::Reverse<u32>, Vec<Arc<Workload>>> = BTreeMap::new();
+            for workload in self.members.values().filter(|w| serves(w) && w.weight(key) > 0) {
+                if let Some(rank) = balancing.rank(client, workload) {
+                    by_rank.entry(std::cmp::Reverse(rank)).or_default().push(workload.clone());
+                }
             }
-            if let Some(rank) = balancing.rank(client, workload) {
-                by_rank.entry(std::cmp::Reverse(rank)).or_default().push(workload.clone());
-            }
+            by_rank
+        };
+        let mut by_rank = ranked(&healthy);
+        if by_rank.is_empty() {
+            by_rank = ranked(&|w| w.draining);
         }
         let group = |members: Vec<Arc<Workload>>| {
             let capacities = Weighted::new(members.iter().map(|w| w.weight(key)));
@@ -147,8 +151,7 @@ impl Group {
             return Some(chosen);
         }
         // Some have no such port, or have just failed: each of the others keeps its share of what is left.
-        let fitting: Vec<(Chosen, u32)> =
-            self.members.iter().filter_map(|w| Some((fits(w)?, w.weight(key)))).collect();
+        let fitting: Vec<(Chosen, u32)> = self.members.iter().filter_map(|w| Some((fits(w)?, w.weight(key)))).collect();
         let chosen = Weighted::new(fitting.iter().map(|(_, capacity)| *capacity)).choose(fastrand::u64)?;
         fitting.into_iter().nth(chosen).map(|(chosen, _)| chosen)
     }
@@ -188,6 +191,24 @@ mod tests {
     }
 
     #[test]
+    fn one_that_ends_is_taken_where_no_other_is_left() {
+        let ending = |uid: &str| Workload { status: Health::Unhealthy, draining: true, ..workload(uid, "") };
+        let gone = Workload { status: Health::Unhealthy, ..workload("c", "") };
+        let of = |all: &[Workload]| {
+            let ranked = endpoints(all.iter().cloned()).ranked(
+                &service(),
+                80,
+                &ClientPlace::default(),
+                LoadBalancing::default(),
+            );
+            ranked.iter().flatten().map(|(c, _)| c.workload.uid.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&[ending("a"), workload("b", ""), gone.clone()]), ["b"]);
+        assert_eq!(of(&[ending("a"), gone.clone()]), ["a"]);
+        assert_eq!(of(&[gone]), [""; 0]);
+    }
+
+    #[test]
     fn capacity_weighs() {
         let heavy = Workload { capacity: 3, ..workload("a", "") };
         let none = Workload { capacity: 0, ..workload("c", "") };
@@ -201,9 +222,8 @@ mod tests {
     fn assert_shares(capacities: &[u32], avoid: &[Str], limit: f64) {
         const CHOICES: usize = 40_000;
         let uid = |n: usize| -> Str { format!("w{n:02}").into() };
-        let e = endpoints(
-            capacities.iter().enumerate().map(|(n, c)| Workload { capacity: *c, ..workload(&uid(n), "") }),
-        );
+        let e =
+            endpoints(capacities.iter().enumerate().map(|(n, c)| Workload { capacity: *c, ..workload(&uid(n), "") }));
         let mut counts: BTreeMap<Str, usize> = BTreeMap::new();
         for _ in 0..CHOICES {
             let chosen = e.choose(&service(), 80, &ClientPlace::default(), avoid).expect("an endpoint");

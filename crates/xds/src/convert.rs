@@ -113,6 +113,7 @@ pub fn workload(w: &wl::Workload) -> Result<Workload> {
             wl::WorkloadStatus::Healthy => Health::Healthy,
             wl::WorkloadStatus::Unhealthy => Health::Unhealthy,
         },
+        draining: w.draining,
         cluster_id: or(&w.cluster_id, "Kubernetes"),
         locality: Locality {
             region: locality.region.into(),
@@ -184,6 +185,7 @@ pub fn to_workload(w: &Workload) -> wl::Workload {
         network_mode: i32::from(w.host_network),
         extensions: Vec::new(),
         capacity: (w.capacity != 1).then_some(w.capacity),
+        draining: w.draining,
     }
 }
 

@@ -34,10 +34,7 @@ pub type Responses = Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, St
 pub trait DeltaAds: Send + Sync + 'static {
     /// Looks at who calls before any message is read: the request, with what is to be known later among its extensions,
     /// and the largest message that this caller may send, in bytes.
-    fn admit(
-        self: Arc<Self>,
-        request: http::Request<Body>,
-    ) -> BoxFuture<Result<(http::Request<Body>, usize), Status>>;
+    fn admit(self: Arc<Self>, request: http::Request<Body>) -> BoxFuture<Result<(http::Request<Body>, usize), Status>>;
 
     /// Takes a client's requests and returns the responses.
     fn delta(
@@ -49,10 +46,7 @@ pub trait DeltaAds: Send + Sync + 'static {
 /// What a controller implements for certificates.
 pub trait Certificates: Send + Sync + 'static {
     /// Like [`DeltaAds::admit`]; a request is small, whoever sends it.
-    fn admit(
-        self: Arc<Self>,
-        request: http::Request<Body>,
-    ) -> BoxFuture<Result<(http::Request<Body>, usize), Status>> {
+    fn admit(self: Arc<Self>, request: http::Request<Body>) -> BoxFuture<Result<(http::Request<Body>, usize), Status>> {
         Box::pin(std::future::ready(Ok((request, MAX_REQUEST))))
     }
 

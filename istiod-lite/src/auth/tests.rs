@@ -93,5 +93,11 @@ async fn only_a_bound_token_of_ours_is_accepted() {
     let error = verifier.verify(&token(&ours, "k1", &claims())).await.expect_err("no key set");
     assert!(matches!(error, AuthError::Unavailable(_)), "{error}");
     let metadata = MetadataMap::new();
-    assert!(authenticate(&verifier, &metadata, &tonic::Extensions::default()).await.expect_err("none").message().contains("Bearer"));
+    assert!(
+        authenticate(&verifier, &metadata, &tonic::Extensions::default())
+            .await
+            .expect_err("none")
+            .message()
+            .contains("Bearer")
+    );
 }

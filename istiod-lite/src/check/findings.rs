@@ -132,9 +132,10 @@ fn configuration(facts: &Facts, found: &mut Vec<Finding>) {
             "correct it before a controller starts: without a good one none is ready",
         )),
         Ok(config) => found.extend(
-            config.unknown.iter().map(|field| {
-                finding(&subject, format!("{field}: not supported, and not in force"), "take it out")
-            }),
+            config
+                .unknown
+                .iter()
+                .map(|field| finding(&subject, format!("{field}: not supported, and not in force"), "take it out")),
         ),
     }
 }
@@ -149,7 +150,9 @@ fn not_in_force(facts: &Facts, found: &mut Vec<Finding>) {
         };
         let mut all: Vec<&Value> = each("parents").chain(each("ancestors")).flatten().collect();
         // Those of a Gateway have been looked at already; of others' conditions nothing is known.
-        let own = |c: &&Value| text(c, "/type") != "Programmed" && (!is_kubernetes(kind) || TYPES.contains(&text(c, "/type")));
+        let own = |c: &&Value| {
+            text(c, "/type") != "Programmed" && (!is_kubernetes(kind) || TYPES.contains(&text(c, "/type")))
+        };
         if *kind != "Gateway" {
             all.extend(status["conditions"].as_array().into_iter().flatten().filter(own));
         }

@@ -125,7 +125,9 @@ impl<'a> Claims<'a> {
             ("endpoints", spec.endpoints.len(), MAX_ENDPOINTS),
         ] {
             if n > most {
-                claim.problems.push(format!("spec.{what}: {n} of them; expected at most {most}; nothing of it is in force"));
+                claim
+                    .problems
+                    .push(format!("spec.{what}: {n} of them; expected at most {most}; nothing of it is in force"));
                 return claim;
             }
         }
@@ -250,11 +252,7 @@ pub fn say(claims: &Claims<'_>, workloads: HashMap<Key, Condition>, mesh: &mut M
 }
 
 /// Whether clients of all namespaces use an entry, and the words for it.
-fn export<'a>(
-    world: &World<'a>,
-    ownership: &Ownership<'_, 'a>,
-    entry: &Entry<'a, ServiceEntry>,
-) -> (bool, String) {
+fn export<'a>(world: &World<'a>, ownership: &Ownership<'_, 'a>, entry: &Entry<'a, ServiceEntry>) -> (bool, String) {
     let namespace = &*entry.key.namespace;
     let config = &world.config;
     let all = |list: &[String]| list.iter().any(|n| n == "*");
@@ -266,7 +264,10 @@ fn export<'a>(
     let only = format!("only clients of namespace {namespace} use it");
     match asked.is_empty() {
         true if all(default) => (true, "clients of all namespaces use it".into()),
-        true => (false, format!("{only} (no exportTo, and defaultServiceExportTo of the mesh configuration is {default:?})")),
+        true => (
+            false,
+            format!("{only} (no exportTo, and defaultServiceExportTo of the mesh configuration is {default:?})"),
+        ),
         false if asked.iter().all(|n| n == "." || n == namespace) => (false, format!("{only} (exportTo)")),
         false if !all(asked) => {
             (false, format!("{only}: exportTo is supported with \".\" and \"*\", not with other namespaces"))

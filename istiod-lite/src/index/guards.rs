@@ -125,7 +125,9 @@ pub(super) fn attach_to(
         );
     }
     let headless = match (target.group.as_str(), target.kind.as_str()) {
-        ("" | "core", "Service") => bound.get(&("Service", namespace, target.name.as_str())).is_some_and(|b| b.headless),
+        ("" | "core", "Service") => {
+            bound.get(&("Service", namespace, target.name.as_str())).is_some_and(|b| b.headless)
+        }
         _ => false,
     };
     let (count, what) = match (target.group.as_str(), target.kind.as_str()) {

@@ -215,6 +215,7 @@ fn workload(context: &Context<'_, '_>, pod: &Entry<'_, Pod>, mesh: &Mesh) -> Opt
         native_tunnel: native,
         authorization_policies: policies,
         status: if spec.ready && meta.deletion_timestamp.is_none() { Health::Healthy } else { Health::Unhealthy },
+        draining: spec.ready && meta.deletion_timestamp.is_some(),
         cluster_id: world.settings.cluster_id.clone(),
         locality: world.locality(&spec.node_name),
         services: ports,

@@ -13,7 +13,8 @@ use super::principals::{Trust, written_out};
 use super::{Condition, Mesh};
 use crate::objects::Meta;
 use crate::objects::istio::{
-    AuthorizationPolicy, AuthorizationPolicySpec, MtlsMode, Operation, PeerAuthentication, PolicyAction, PolicyRule, Source, When,
+    AuthorizationPolicy, AuthorizationPolicySpec, MtlsMode, Operation, PeerAuthentication, PolicyAction, PolicyRule,
+    Source, When,
 };
 
 /// A value that cannot be used.

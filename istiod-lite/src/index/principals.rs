@@ -94,12 +94,14 @@ fn source(s: &mut Source, trust: Trust<'_>, path: &str) -> Result<(), Invalid> {
     s.not_principals = trust.principals(&s.not_principals);
     let (domains, not_domains) = (trust.domains(&s.trust_domains), trust.domains(&s.not_trust_domains));
     for (n, domain) in not_domains.iter().enumerate() {
-        s.not_principals.push(of_domain(domain).ok_or_else(|| suffix(&format!("{path}.notTrustDomains[{n}]"), domain))?);
+        s.not_principals
+            .push(of_domain(domain).ok_or_else(|| suffix(&format!("{path}.notTrustDomains[{n}]"), domain))?);
     }
     if !domains.is_empty() {
-        let within = domains.iter().enumerate().map(|(n, domain)| {
-            of_domain(domain).ok_or_else(|| suffix(&format!("{path}.trustDomains[{n}]"), domain))
-        });
+        let within = domains
+            .iter()
+            .enumerate()
+            .map(|(n, domain)| of_domain(domain).ok_or_else(|| suffix(&format!("{path}.trustDomains[{n}]"), domain)));
         let within: Vec<String> = within.collect::<Result<_, _>>()?;
         if s.principals.is_empty() {
             s.principals = within;
@@ -165,7 +167,11 @@ mod tests {
         assert_eq!(yes("{principals: [x/ns/a/sa/b], trustDomains: [y]}"), ["-"], "nobody");
         assert_eq!(read("{notTrustDomains: [y]}").expect("reads").1, ["y/*"]);
         assert_eq!(read("{serviceAccounts: [web, front/client]}").expect("reads").2, ["shop/web", "front/client"]);
-        for bad in ["{trustDomains: ['*.corp']}", "{notTrustDomains: ['*.corp']}", "{principals: ['*/sa/b'], trustDomains: [y]}"] {
+        for bad in [
+            "{trustDomains: ['*.corp']}",
+            "{notTrustDomains: ['*.corp']}",
+            "{principals: ['*/sa/b'], trustDomains: [y]}",
+        ] {
             assert!(read(bad).is_err(), "{bad}");
         }
     }

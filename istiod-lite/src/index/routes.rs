@@ -233,11 +233,7 @@ pub fn grpc(world: &World<'_>, key: &Key, spec: &route::GrpcRouteSpec) -> Result
 
 fn grpc_path(at: &str, m: &route::GrpcMethod) -> Result<Option<PathMatch>, Invalid> {
     let expression = |text: &str| {
-        table::whole(text).map_err(|e| Invalid {
-            path: at.to_owned(),
-            value: text.to_owned(),
-            expected: e.expected(),
-        })
+        table::whole(text).map_err(|e| Invalid { path: at.to_owned(), value: text.to_owned(), expected: e.expected() })
     };
     Ok(match (m.r#type.as_deref().unwrap_or("Exact"), &m.service, &m.method) {
         (_, None, None) => return invalid(at.to_owned(), "", "a service, a method or both"),

@@ -11,8 +11,8 @@ use ambit_model::{NamespacedHostname, NetworkAddress};
 use super::lookup::{Entry, World};
 use super::ownership::Ownership;
 use super::{Condition, Mesh, pods, waypoints};
-use crate::objects::{Key, Meta};
 use crate::objects::core::{self, Port};
+use crate::objects::{Key, Meta};
 
 /// Services by namespace.
 pub fn by_namespace<'a>(world: &World<'a>) -> BTreeMap<&'a str, Vec<Entry<'a, core::Service>>> {
@@ -45,6 +45,12 @@ pub fn build(world: &World<'_>, mesh: &mut Mesh) {
             let condition = Condition::no("Accepted", "Pending", "the service has no cluster address yet");
             mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
             continue;
+        }
+        if spec.session_affinity == "ClientIP" {
+            let text = "spec.sessionAffinity: ClientIP: not in force: each connection of a client goes to an endpoint of its own; behind a \
+                        waypoint use a DestinationRule with consistentHash.useSourceIp";
+            let condition = Condition::no("ZtunnelAccepted", "UnsupportedValue", text);
+            mesh.statuses.entry(entry.key.clone()).or_default().push(condition);
         }
         let listed =
             if spec.cluster_ips.is_empty() { std::slice::from_ref(&spec.cluster_ip) } else { &spec.cluster_ips[..] };
@@ -168,7 +174,10 @@ pub fn endpoints(world: &World<'_>, ownership: &Ownership<'_, '_>, mesh: &mut Me
                 Some(target) if target.kind == "Pod" => {
                     let of = if target.namespace.is_empty() { namespace } else { &target.namespace };
                     if of != namespace {
-                        let what = format!("EndpointSlice {}: Pod {of}/{} is of another namespace", slice.key.name, target.name);
+                        let what = format!(
+                            "EndpointSlice {}: Pod {of}/{} is of another namespace",
+                            slice.key.name, target.name
+                        );
                         refused.entry(found.key).or_default().push(what);
                         continue;
                     }

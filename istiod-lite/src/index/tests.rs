@@ -240,7 +240,8 @@ fn service_entries() {
     assert_eq!((endpoint.capacity, &endpoint.services[&s.key()]), (3, &[(443, 8443)].into()));
     let kept = mesh(&format!("{ENTRY}}}\nstatus: {{addresses: [{{value: 240.240.9.9, host: api.example.com}}]}}\n"));
     assert_eq!(of(&kept, "ns/api.example.com").vips[0].address.to_string(), "240.240.9.9");
-    let granted = "apiVersion: v1\nkind: Namespace\nmetadata: {name: ns, annotations: {ambit.dev/grants: address-blocks}}\n---\n";
+    let granted =
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: ns, annotations: {ambit.dev/grants: address-blocks}}\n---\n";
     let given = mesh(&format!("{granted}{ENTRY}, addresses: [10.9.0.1, 10.10.0.0/16]}}\n"));
     let given = of(&given, "ns/api.example.com");
     assert_eq!((given.vips.len(), given.cidr_vips.len()), (1, 1));

@@ -15,8 +15,8 @@ use super::lookup::{Entry, World};
 use super::policies::Invalid;
 use super::{Condition, Mesh};
 use crate::objects::traffic::{
-    BackendTlsPolicy, ClientTls, ConnectionPool, ConsistentHash, DestinationRule, IstioRetryBudget, LoadBalancer, LocalitySetting,
-    OutlierDetection, TrafficSettings,
+    BackendTlsPolicy, ClientTls, ConnectionPool, ConsistentHash, DestinationRule, IstioRetryBudget, LoadBalancer,
+    LocalitySetting, OutlierDetection, TrafficSettings,
 };
 
 /// Where credentials that DestinationRules name are mounted in a waypoint.

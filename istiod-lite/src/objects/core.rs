@@ -108,8 +108,7 @@ impl From<PodDocument> for Pod {
         };
         // A `host` that is not the pod's own aims the kubelet at somebody else.
         let own = |host: &str| host.is_empty() || host.parse().is_ok_and(|ip: IpAddr| ips.contains(&ip));
-        let mut probes: Vec<PodProbe> =
-            serving.iter().flat_map(of).filter_map(|p| p.target(own, by_port)).collect();
+        let mut probes: Vec<PodProbe> = serving.iter().flat_map(of).filter_map(|p| p.target(own, by_port)).collect();
         probes.sort();
         probes.dedup();
         let account = Some(&*spec.service_account_name).filter(|a| !a.is_empty()).unwrap_or("default");
@@ -279,6 +278,7 @@ pub struct ServiceSpec {
     pub internal_traffic_policy: String,
     pub traffic_distribution: String,
     pub publish_not_ready_addresses: bool,
+    pub session_affinity: String,
 }
 
 impl ServiceSpec {

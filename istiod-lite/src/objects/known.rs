@@ -41,7 +41,11 @@ pub const UNREAD: &[Unread] = &[
     unread("networking.istio.io", "VirtualService", "use an HTTPRoute (Gateway API) with a waypoint"),
     unread("networking.istio.io", "Gateway", "use a Gateway of gateway.networking.k8s.io"),
     unread("networking.istio.io", "Sidecar", "there are no sidecars; use AuthorizationPolicy, and exportTo of entries"),
-    unread("networking.istio.io", "EnvoyFilter", "there is no Envoy to configure; use TrafficPolicy or HTTPRoute filters"),
+    unread(
+        "networking.istio.io",
+        "EnvoyFilter",
+        "there is no Envoy to configure; use TrafficPolicy or HTTPRoute filters",
+    ),
     unread("networking.istio.io", "ProxyConfig", "there is no Envoy to configure; use WaypointParameters"),
     unread("networking.istio.io", "WorkloadGroup", "write a WorkloadEntry for each machine"),
     unread("extensions.istio.io", "WasmPlugin", "there are no plugins; use an external authorizer (action CUSTOM)"),
@@ -208,7 +212,6 @@ const SERVICE: &[&str] = &[
     "spec.loadBalancerIP",
     "spec.loadBalancerSourceRanges*",
     "spec.ports.nodePort",
-    "spec.sessionAffinity",
     "spec.sessionAffinityConfig*",
     "status*",
 ];

@@ -41,7 +41,10 @@ async fn follow(client: Client, unread: &'static Unread) {
             Ok(Some(resource)) => {
                 if let Some(object) = first(&client, &resource).await {
                     let Unread { kind, group, instead } = unread;
-                    warn!(kind, group, object, instead, "objects of this kind have no effect; istiod-lite check lists them");
+                    warn!(
+                        kind,
+                        group, object, instead, "objects of this kind have no effect; istiod-lite check lists them"
+                    );
                     return;
                 }
             }

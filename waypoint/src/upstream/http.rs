@@ -304,7 +304,8 @@ impl Upstream {
             },
         };
         let io = self.connect_at(to, place, Some(Version::Http1), trace).await?;
-        let made = http1::Builder::new().max_buf_size(MAX_READ).max_headers(MAX_HEADERS).handshake(TokioIo::new(io)).await;
+        let made =
+            http1::Builder::new().max_buf_size(MAX_READ).max_headers(MAX_HEADERS).handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|e| Unreachable::Connect(to.addr, e.to_string()))?;
         // Ends with the connection; how is told to whoever waits for an answer.
         tokio::task::spawn_local(async move { drop(connection.with_upgrades().await) });

@@ -238,7 +238,8 @@ mod tests {
     #[test]
     fn exact_names_of_all_candidates_come_before_wildcards_of_any() {
         // It covers what a search list makes of any name.
-        let trap = [("*.svc.cluster.local", "240.241.1.1"), ("*.example.com", "240.241.1.2"), ("*.shop", "240.241.1.3")];
+        let trap =
+            [("*.svc.cluster.local", "240.241.1.1"), ("*.example.com", "240.241.1.2"), ("*.shop", "240.241.1.3")];
         let answer = |name: &str| ask_beside(&trap, name, RecordType::A).unwrap_or_default().pop();
         for (name, expected) in [
             ("web.shop.", "10.96.0.1"),

@@ -28,7 +28,9 @@ pub fn is_pattern(pattern: &str) -> bool {
 /// A host without its port, and the port where there is one: `a.example:80`, `[::1]:80`, `a.example:`.
 pub fn split_port(host: &str) -> (&str, Option<&str>) {
     match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && (!name.contains(':') || name.ends_with(']')) => {
+        Some((name, port))
+            if port.bytes().all(|b| b.is_ascii_digit()) && (!name.contains(':') || name.ends_with(']')) =>
+        {
             (name, Some(port).filter(|p| !p.is_empty()))
         }
         _ => (host, None),
@@ -56,7 +58,9 @@ pub fn host(asked: &str, wanted: &str) -> bool {
     let (wanted_name, wanted_port) = split_port(wanted);
     let wanted_name = canonical_name(wanted_name);
     match (wanted_port, port) {
-        (None, _) => pattern(&name, &wanted_name) || port.is_some_and(|p| pattern(&format!("{name}:{p}"), &wanted_name)),
+        (None, _) => {
+            pattern(&name, &wanted_name) || port.is_some_and(|p| pattern(&format!("{name}:{p}"), &wanted_name))
+        }
         (Some(wanted), Some(port)) => wanted == port && pattern(&name, &wanted_name),
         (Some(_), None) => false,
     }

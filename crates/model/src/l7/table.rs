@@ -458,9 +458,7 @@ impl Entry {
         let of = self.chosen.matched();
         let (kind, length, text) = match &of.path {
             Some(PathMatch::Exact(path)) => (2, path.len(), &**path),
-            Some(PathMatch::Regex(expression)) => {
-                (1, of.specificity.map_or(expression.len(), |s| s as usize), "")
-            }
+            Some(PathMatch::Regex(expression)) => (1, of.specificity.map_or(expression.len(), |s| s as usize), ""),
             other => {
                 let text = prefix(other.as_ref()).unwrap_or_default();
                 (0, text.len(), text)

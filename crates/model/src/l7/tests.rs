@@ -17,7 +17,12 @@ fn paths_have_one_form() {
         ("/a/b", "/a/b", "/a/b", "/a/b"),
         ("/a/b/", "/a/b/", "/a/b/", "/a/b/"),
         ("//a///b", "//a///b", "/a/b", "/a/b"),
-        ("/img//https://a.example//b.png", "/img//https://a.example//b.png", "/img/https:/a.example/b.png", "/img/https:/a.example/b.png"),
+        (
+            "/img//https://a.example//b.png",
+            "/img//https://a.example//b.png",
+            "/img/https:/a.example/b.png",
+            "/img/https:/a.example/b.png",
+        ),
         ("/a//", "/a//", "/a/", "/a/"),
         ("//", "//", "/", "/"),
         ("/a//../b", "/a/b", "/b", "/b"),

@@ -95,7 +95,10 @@ fn what_cannot_be_represented_is_refused() {
             wl::Workload {
                 services: [(
                     "a/b".to_owned(),
-                    wl::PortList { ports: vec![wl::Port { service_port: 70000, target_port: 1, app_protocol: 0 }], weight: None },
+                    wl::PortList {
+                        ports: vec![wl::Port { service_port: 70000, target_port: 1, app_protocol: 0 }],
+                        weight: None,
+                    },
                 )]
                 .into(),
                 ..good

@@ -75,6 +75,9 @@ pub struct Workload {
     pub extensions: Vec<Extension>,
     #[prost(message, optional, tag = "27")]
     pub capacity: Option<u32>,
+    /// Ends, and serves while it does; a field of Ambit alone.
+    #[prost(bool, tag = "100")]
+    pub draining: bool,
 }
 
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -56,7 +56,8 @@ fn nothing_is_wrong_with_a_healthy_mesh() {
     facts.told.push(("AuthorizationPolicy", told("ZtunnelAccepted", "True", "Accepted")));
     // What others say of Kubernetes' own objects is theirs.
     facts.told.push(("Service", told("example.com/Checked", "False", "Other")));
-    facts.configuration = Some(json!({ "data": { "mesh": "trustDomain: cluster.local\nenablePrometheusMerge: true" } }));
+    facts.configuration =
+        Some(json!({ "data": { "mesh": "trustDomain: cluster.local\nenablePrometheusMerge: true" } }));
     assert_eq!(of(&facts, now()), []);
 }
 

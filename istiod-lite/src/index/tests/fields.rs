@@ -42,7 +42,10 @@ fn paths_have_the_form_that_the_mesh_asks_for() {
 
 #[test]
 fn matches_of_methods_come_in_their_order() {
-    let yaml = route("GRPCRoute", "{matches: [{method: {method: Get}}, {method: {service: a.B}}, {method: {service: a.B, method: Get}}, {}]}");
+    let yaml = route(
+        "GRPCRoute",
+        "{matches: [{method: {method: Get}}, {method: {service: a.B}}, {method: {service: a.B, method: Get}}, {}]}",
+    );
     let mesh = mesh(&yaml);
     let table = ambit_model::l7::table::RouteTable::new(&told(&mesh, "web").routes).expect("compiles");
     let part = |path: &str| {
@@ -157,4 +160,14 @@ fn one_field_that_is_not_supported_leaves_the_rest_in_force() {
         let key = NamespacedHostname::new("shop", "web.shop.svc.cluster.local");
         assert_eq!(told(&mesh, "web").traffic[&key].all.limits.pending, Some(7), "{policy}");
     }
+}
+
+#[test]
+fn an_affinity_that_nobody_keeps_is_said() {
+    let yaml =
+        bound_shop("shop").replace("{clusterIP: 10.96.0.7,", "{sessionAffinity: ClientIP, clusterIP: 10.96.0.7,");
+    let mesh = mesh(&yaml);
+    let all = said(&mesh, "Service", "web");
+    assert!(all.iter().any(|(yes, _, text)| !yes && text.contains("sessionAffinity")), "{all:?}");
+    assert!(said(&mesh, "Service", "web-v2").iter().all(|(yes, ..)| *yes));
 }

@@ -172,7 +172,11 @@ fn hosts_with_a_wildcard_are_refused_by_waypoints_and_said_so() {
     let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: out, namespace: shop}\n\
                  spec: {hosts: [api.example.com, '*.example.com'], resolution: DNS, ports: [{number: 80, name: http}]}\n---\n";
     let shop = bound_shop("shop");
-    let granted = shop.replacen("kind: Namespace\nmetadata: {name: shop", "kind: Namespace\nmetadata: {annotations: {ambit.dev/grants: wildcard-hosts}, name: shop", 1);
+    let granted = shop.replacen(
+        "kind: Namespace\nmetadata: {name: shop",
+        "kind: Namespace\nmetadata: {annotations: {ambit.dev/grants: wildcard-hosts}, name: shop",
+        1,
+    );
     let mesh = mesh(&format!("{granted}{entry}"));
     let key = Key { kind: "ServiceEntry", namespace: "shop".into(), name: "out".into() };
     let said: Vec<_> = mesh.statuses[&key].iter().filter(|c| c.r#type == "WaypointAccepted").collect();

@@ -39,7 +39,8 @@ fn a_gateway_is_run_as_its_parameters_say() {
     let spec = "{resources: {requests: {cpu: 250m}, limits: {memory: 1Gi}}, autoscaling: {minReplicas: 2, maxReplicas: 5}, \
                 disruptionBudget: {minAvailable: 50%}, nodeSelector: {pool: edge}, tolerations: [{operator: Exists}], \
                 priorityClassName: high, maxRequests: 500, memoryBudget: 512Mi}";
-    let granted = own("big").replace("metadata: {name: shop,", "metadata: {name: shop, annotations: {ambit.dev/grants: scheduling},");
+    let granted = own("big")
+        .replace("metadata: {name: shop,", "metadata: {name: shop, annotations: {ambit.dev/grants: scheduling},");
     let mesh = mesh(&[granted, parameters("big", "shop", spec)].concat());
     let deployment = made(&mesh, "Deployment");
     let pod = &deployment["spec"]["template"]["spec"];

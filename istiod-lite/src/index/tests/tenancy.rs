@@ -18,7 +18,9 @@ fn entry(name: &str, namespace: &str, age: &str, spec: &str) -> String {
 }
 
 fn granted(namespace: &str, grants: &str) -> String {
-    format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, annotations: {{ambit.dev/grants: \"{grants}\"}}}}\n---\n")
+    format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, annotations: {{ambit.dev/grants: \"{grants}\"}}}}\n---\n"
+    )
 }
 
 const OLD: &str = "2026-01-01T00:00:00Z";
@@ -119,7 +121,10 @@ fn what_is_exported_is_decided_by_the_platform_team() {
         (of(&m, "mallory/a.example").namespace_visibility, said.message)
     };
     let (hidden, said) = private(&plain);
-    assert!(hidden && said.contains("only clients of namespace mallory") && said.contains("defaultServiceExportTo"), "{said}");
+    assert!(
+        hidden && said.contains("only clients of namespace mallory") && said.contains("defaultServiceExportTo"),
+        "{said}"
+    );
     let (hidden, said) = private(&asking);
     assert!(hidden && said.contains("has not been granted") && said.contains("export"), "{said}");
     assert!(!private(&[granted("mallory", "wildcard-hosts, export"), asking.clone()].concat()).0);
