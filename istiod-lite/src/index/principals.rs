@@ -141,7 +141,10 @@ fn suffix(path: &str, domain: &str) -> Invalid {
 mod tests {
     use super::*;
 
-    fn read(source: &str) -> Result<(Vec<String>, Vec<String>, Vec<String>), Invalid> {
+    /// Principals, trust domains and those that are excluded.
+    type Lists = (Vec<String>, Vec<String>, Vec<String>);
+
+    fn read(source: &str) -> Result<Lists, Invalid> {
         let yaml = format!("rules: [{{from: [{{source: {source}}}]}}]");
         let spec = serde_yaml::from_str(&yaml).expect("a policy");
         let config = MeshConfig {

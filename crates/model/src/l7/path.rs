@@ -45,8 +45,8 @@ pub fn normalise(path: &str, how: PathNormalization) -> Result<Cow<'_, str>, Pat
         return Err(PathError::Relative);
     }
     let merge = matches!(how, MergeSlashes | DecodeAndMergeSlashes);
-    let plain = !path.contains(['%', '\\']) && !path.contains("/.") && !(merge && path.contains("//"));
-    if how == None || plain {
+    let special = path.contains(['%', '\\']) || path.contains("/.") || (merge && path.contains("//"));
+    if how == None || !special {
         return Ok(Cow::Borrowed(path));
     }
     let unescaped = unescape(path, how == DecodeAndMergeSlashes)?;
