@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use ambit_e2e::{CLIENT, OUTSIDER, expect, layer7_shop, request, waypoint};
+use ambit_e2e::{CLIENT, expect, layer7_shop, request, waypoint};
 use ambit_net::Netns;
 use ambit_testing::mesh::{Mesh, PATIENCE};
 use ambit_testing::{Doing, Failure, sandbox};
@@ -91,7 +91,6 @@ fn a_thousand_idle_clients_of_every_port_change_nothing() {
         mesh.apply("late.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: late, namespace: front}\nspec: {nodeName: node1, serviceAccountName: late, containers: [{name: c, command: [ambit-app, sleep]}]}\n")?;
         mesh.ready(&["front/late"]).await?;
         mesh.in_mesh(&["front/late"]).await?;
-        let _ = OUTSIDER;
         drop(crowds);
         Ok(())
     });
